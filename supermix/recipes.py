@@ -122,8 +122,8 @@ IMAGENET = Recipe(
 # %% ../nbs/02_recipes.ipynb #b97c6244
 DEMO = Recipe(
     data="auto", teacher="resnet20", student="resnet8", train_images=1000,
-    training=Training(epochs=32, batch_size=64, lr=0.1, milestones=(20, 28), bfloat16=True),
-    mixing=Mixing(max_iter=20), mixes=2000,
+    training=Training(epochs=15, batch_size=64, lr=0.1, milestones=(10, 13)),
+    mixing=Mixing(max_iter=15), mixes=1500,
     scales={
         "demo": {},
         "smoke": {"data": "digits", "train_images": 200, "mixes": 64, "training.epochs": 2, "training.milestones": (1,)},

@@ -7,6 +7,7 @@ __all__ = ['NETWORKS', 'names', 'create', 'Row', 'table', 'save', 'load', 'as_ba
            'pretrained']
 
 # %% ../nbs/19_zoo.ipynb #03a4e6b4
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as VF
 
-from .core import evaluating, load_tensors, lookup, save_tensors
+from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
 from .data import Info
 from .models import resnet, wrn
 
@@ -127,4 +128,9 @@ def pretrained(data: str,       # a data set for which a teacher is shipped
                ) -> nn.Module:  # in evaluation mode; `.card` says how it was trained
     "The shipped teacher of a data set."
     lookup(dict.fromkeys(shipped()), data, "shipped teacher")
-    return load(files("supermix") / "teachers" / f"{data}.safetensors")
+    path = Path(str(files("supermix") / "teachers" / f"{data}.safetensors"))
+    card = json.loads(path.with_suffix(".json").read_text())
+    if file_hash(path) != card["sha256"]: raise ValueError(f"{path} is not the file of its card: its SHA-256 is {file_hash(path)}. Install supermix again.")
+    teacher = load(path)
+    teacher.card = card
+    return teacher

@@ -1,0 +1,54 @@
+# supermix: `make demo` runs the main job, `make test` checks everything; both set themselves up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help demo test test-slow notebooks export readme data clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, one table (out/demo/)
+	$(BIN)/supermix demo
+
+test: $(VENV)/.dev data  ## export, check that everything agrees, run all notebooks, then pytest
+	$(BIN)/python tools/house.py check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
+	$(BIN)/python -m pytest tests
+
+test-slow: $(VENV)/.dev data  ## the same with everything that takes long
+	$(BIN)/python tools/house.py check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
+	$(BIN)/python -m pytest tests --slow
+
+notebooks: $(VENV)/.dev data  ## run every notebook from a clean kernel and save its outputs
+	$(BIN)/python tools/house.py execute
+
+export: $(VENV)/.dev  ## notebooks to package
+	$(BIN)/nbdev_export
+
+readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/house.py readme
+
+data:  # Fashion-MNIST from Debian, where that is possible and nobody has it; without it the demo takes digits
+	@[ -d /usr/share/datasets/fashion-mnist ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \
+	  || { echo "Fetching Fashion-MNIST (30 MB) from Debian"; apt-get update -qq; apt-get install -qq -y dataset-fashion-mnist; } \
+	  > /dev/null 2>&1 || echo "Fashion-MNIST is not to be had from Debian; going on without"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV) 2> /dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y python3-venv \
+	  && $(PYTHON) -m venv --clear $(VENV); } || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.run: $(VENV)/bin/python settings.ini setup.py
+	@echo "Installing supermix and PyTorch into $(VENV) (a few minutes, once)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python settings.ini setup.py
+	@echo "Installing supermix, PyTorch and the notebook tools into $(VENV) (a few minutes, once)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+clean:  ## remove what these commands made
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .hypothesis _proc

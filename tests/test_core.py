@@ -1,0 +1,105 @@
+"""Files that are whole or absent, tensors that come back as they went, and models that are left as they were."""
+
+import multiprocessing
+import os
+import signal
+import time
+from itertools import count
+
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+from supermix.core import evaluating, file_hash, load_tensors, lookup, save_tensors, write_atomic
+from torch import nn
+
+
+@pytest.mark.parametrize("name, message", [
+    ("resnet21", r"^Unknown network 'resnet21'\. Did you mean 'resnet20'\? Known: resnet20, wrn_40_2\.$"),
+    ("vgg", r"^Unknown network 'vgg'\. Known: resnet20, wrn_40_2\.$"),
+    (20, "^Unknown network 20"),
+])
+def test_lookup_shows_what_there_is(name, message):
+    with pytest.raises(ValueError, match=message): lookup({"resnet20": 1, "wrn_40_2": 2}, name, "network")
+
+
+SIZE = 2_000_000
+
+
+def write_for_ever(path):
+    for i in count(): write_atomic(path, bytes([i % 256]) * SIZE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_writer_leaves_no_torn_file(tmp_path):
+    path, seen = tmp_path / "result", set()
+    for n in range(8):
+        writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
+        writer.start()
+        end = time.monotonic() + 0.15 + 0.013 * n  # another moment of its loop each time
+        while time.monotonic() < end:              # a reader beside it sees whole files only, too
+            content = path.read_bytes() if path.exists() else None
+            assert content is None or content == content[:1] * SIZE
+            seen.add(content and content[0])
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        content = path.read_bytes()
+        assert content == content[:1] * SIZE
+    assert len(seen) > 5                           # it was really written to all the while
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError): write_atomic(tmp_path / "folder", b"a folder is in the way")
+    with pytest.raises(TypeError): write_atomic(tmp_path / "file", "text, not bytes")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"] and not list((tmp_path / "folder").iterdir())
+
+
+def test_a_written_file_may_be_read_by_those_who_may_read_the_folder(tmp_path):
+    before = os.umask(0o022)
+    try: assert write_atomic(tmp_path / "new" / "file", b"").stat().st_mode & 0o777 == 0o644
+    finally: assert os.umask(before) == 0o022      # the umask itself is as it was
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.arange(6.).view(2, 3).T, torch.randn(3, dtype=torch.float64), torch.randn(3).bfloat16(), torch.tensor(7), torch.tensor([True, False]),
+    torch.zeros(0, 4), torch.ones(1).expand(5), torch.arange(3.).requires_grad_(),
+], ids=lambda t: f"{t.dtype}{tuple(t.shape)}")
+def test_tensors_come_back_as_they_went(tensor, tmp_path):
+    card = {"accuracy": 75.61, "classes": ["ä", "b"], "nested": {"none": None}}
+    tensors, read = load_tensors(save_tensors(tmp_path / "t.safetensors", {"a name": tensor}, card))
+    assert read == card and list(tensors) == ["a name"]
+    torch.testing.assert_close(tensors["a name"], tensor.detach(), rtol=0, atol=0)
+
+
+def test_one_tensor_under_two_names_is_saved_twice(tmp_path):
+    shared = torch.arange(4.)
+    tensors, _ = load_tensors(save_tensors(tmp_path / "t.safetensors", {"a": shared, "b": shared}))
+    assert torch.equal(tensors["a"], shared) and torch.equal(tensors["b"], shared)
+
+
+WHOLE = to_safetensors({"a": torch.arange(100.)}, {"card": "{}"})
+
+
+@pytest.mark.parametrize("content", [
+    b"", WHOLE[:4], WHOLE[:40], WHOLE[:-1], WHOLE + b"more", b"\xff" * 100, b"<html>404</html>" * 10,
+    to_safetensors({"a": torch.zeros(1)}, {"card": "{cut off"}),
+], ids=["empty", "length cut", "header cut", "data cut", "too long", "noise", "a web page", "broken card"])
+def test_a_damaged_file_is_an_error_that_names_it(content, tmp_path):
+    (tmp_path / "damaged.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.safetensors"): load_tensors(tmp_path / "damaged.safetensors")
+
+
+def test_file_hash_is_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
+    assert file_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_evaluating_restores_every_part_even_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm2d(1), nn.Dropout())).train()
+    model[1][0].eval()
+    modes = [part.training for part in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise KeyError
+    assert [part.training for part in model.modules()] == modes == [True, True, True, False, True]
