@@ -122,7 +122,7 @@ IMAGENET = Recipe(
 # %% ../nbs/02_recipes.ipynb #b97c6244
 DEMO = Recipe(
     data="auto", teacher="resnet20", student="resnet8", train_images=1000,
-    training=Training(epochs=15, batch_size=64, lr=0.1, milestones=(10, 13)),
+    training=Training(epochs=12, batch_size=64, lr=0.1, milestones=(8, 11)),
     mixing=Mixing(max_iter=15), mixes=1500,
     scales={
         "demo": {},

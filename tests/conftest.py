@@ -9,7 +9,7 @@ from supermix.data import load_digits
 from supermix.zoo import pretrained
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
-torch.set_num_threads(2)  # more threads than cores, as in a container with a quota, make small networks ten times slower
+torch.set_num_threads(1)  # networks this small gain nothing from a second, and on a busy machine wait ten times as long
 
 
 def pytest_addoption(parser):

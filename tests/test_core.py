@@ -35,12 +35,13 @@ def test_a_killed_writer_leaves_no_torn_file(tmp_path):
     for n in range(8):
         writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
         writer.start()
-        end = time.monotonic() + 0.15 + 0.013 * n  # another moment of its loop each time
-        while time.monotonic() < end:              # a reader beside it sees whole files only, too
-            content = path.read_bytes() if path.exists() else None
-            assert content is None or content == content[:1] * SIZE
-            seen.add(content and content[0])
-        os.kill(writer.pid, signal.SIGKILL)
+        try:
+            end = time.monotonic() + 0.15 + 0.013 * n  # another moment of its loop each time
+            while time.monotonic() < end:              # a reader beside it sees whole files only, too
+                content = path.read_bytes() if path.exists() else None
+                assert content is None or content == content[:1] * SIZE
+                seen.add(content and content[0])
+        finally: writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
         content = path.read_bytes()
@@ -62,20 +63,14 @@ def test_a_written_file_may_be_read_by_those_who_may_read_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("tensor", [
-    torch.arange(6.).view(2, 3).T, torch.randn(3, dtype=torch.float64), torch.randn(3).bfloat16(), torch.tensor(7), torch.tensor([True, False]),
-    torch.zeros(0, 4), torch.ones(1).expand(5), torch.arange(3.).requires_grad_(),
+    torch.arange(6.).view(2, 3).T, torch.randn(3, dtype=torch.float64), torch.randn(3).bfloat16(), torch.tensor(7),
+    torch.tensor([True, False]), torch.zeros(0, 4), torch.ones(1).expand(5), torch.arange(3.).requires_grad_(),
 ], ids=lambda t: f"{t.dtype}{tuple(t.shape)}")
 def test_tensors_come_back_as_they_went(tensor, tmp_path):
     card = {"accuracy": 75.61, "classes": ["ä", "b"], "nested": {"none": None}}
     tensors, read = load_tensors(save_tensors(tmp_path / "t.safetensors", {"a name": tensor}, card))
     assert read == card and list(tensors) == ["a name"]
     torch.testing.assert_close(tensors["a name"], tensor.detach(), rtol=0, atol=0)
-
-
-def test_one_tensor_under_two_names_is_saved_twice(tmp_path):
-    shared = torch.arange(4.)
-    tensors, _ = load_tensors(save_tensors(tmp_path / "t.safetensors", {"a": shared, "b": shared}))
-    assert torch.equal(tensors["a"], shared) and torch.equal(tensors["b"], shared)
 
 
 WHOLE = to_safetensors({"a": torch.arange(100.)}, {"card": "{}"})

@@ -15,8 +15,9 @@ extremes = st.sampled_from([0.0, 1e-30, 1.0, 30.0, 1e4, 1e30])
 def thetas(draw, dtypes=(torch.float32, torch.float64)):
     "θ of any shape with entries of any size, and the size of the images."
     B, k, w = draw(st.integers(1, 3)), draw(st.integers(2, 5)), draw(st.integers(1, 8))
-    noise = torch.randn(B, k, w, w, generator=torch.Generator().manual_seed(draw(st.integers(0, 1000))), dtype=torch.float64)
-    return (noise * draw(extremes)).to(draw(st.sampled_from(dtypes))), (draw(st.integers(w, 20)), draw(st.integers(w, 20)))
+    g, dtype = torch.Generator().manual_seed(draw(st.integers(0, 1000))), draw(st.sampled_from(dtypes))
+    theta = draw(extremes) * torch.randn(B, k, w, w, generator=g, dtype=torch.float64)
+    return theta.to(dtype), (draw(st.integers(w, 20)), draw(st.integers(w, 20)))
 
 
 @given(thetas())
@@ -41,8 +42,9 @@ def test_permuting_the_sources_permutes_the_masks(problem, random):
 @pytest.mark.parametrize("w, factor", [(1, 6), (3, 4), (8, 2)])
 def test_the_formula_with_scipys_bilinear_zoom(w, factor):
     theta = 3 * torch.randn(2, 3, w, w, dtype=torch.float64)
-    large = torch.from_numpy(ndimage.zoom(theta.numpy(), (1, 1, factor, factor), order=1, mode="nearest", grid_mode=True))
-    torch.testing.assert_close(masks_from_theta(theta, (w * factor,) * 2), large.sigmoid() / large.sigmoid().sum(1, keepdim=True))
+    large = ndimage.zoom(theta.numpy(), (1, 1, factor, factor), order=1, mode="nearest", grid_mode=True)
+    s = torch.from_numpy(large).sigmoid()
+    torch.testing.assert_close(masks_from_theta(theta, (w * factor,) * 2), s / s.sum(1, keepdim=True))
 
 
 @given(thetas(), st.integers(1, 4), extremes)
@@ -72,6 +74,6 @@ def test_soft_labels_are_weighted_one_hots(k, N, seed):
 @pytest.mark.parametrize("k, titles", [(2, None), (3, ["one", "two"])])
 def test_the_picture_has_a_panel_for_each_source_mask_and_mix(k, titles, digits):
     import matplotlib.pyplot as plt
-    figure = show_mixes(digits.info, torch.randn(2, k, 3, 8, 8), torch.full((2, k, 8, 8), 1 / k), titles, name="a mixer")
+    figure = show_mixes(digits.info, torch.randn(2, k, 3, 8, 8), torch.full((2, k, 8, 8), 1 / k), titles, "a mixer")
     assert len(figure.axes) == 2 * (2 * k + 1) and all(len(axes.images) == 1 for axes in figure.axes)
     plt.close(figure)

@@ -78,13 +78,14 @@ def test_partners_have_different_classes(classes, k, seed):
 def test_weights_follow_a_dirichlet_distribution(k, alpha, seeded):
     lam = draw_lam(20_000, k, alpha, seeded())
     torch.testing.assert_close(lam.sum(1), torch.ones(20_000))
-    for i in range(k): assert stats.kstest(lam[:, i].double().numpy(), stats.beta(alpha, (k - 1) * alpha).cdf).pvalue > 1e-3
+    marginal = stats.beta(alpha, (k - 1) * alpha)
+    for i in range(k): assert stats.kstest(lam[:, i].double().numpy(), marginal.cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("which", ["MixUp", "CutMix", "SuperMix"])
 def test_a_generator_decides_everything(which, teacher, digits, seeded):
-    mixer = {"MixUp": MixUp(10, alpha=1.0), "CutMix": CutMix(10, alpha=1.0), "SuperMix": SuperMix(teacher, max_iter=2)}[which]
-    images, labels = digits.test[:8]
+    mixers = {"MixUp": MixUp(10, alpha=1.0), "CutMix": CutMix(10, alpha=1.0), "SuperMix": SuperMix(teacher, max_iter=2)}
+    mixer, (images, labels) = mixers[which], digits.test[:8]
     state = torch.get_rng_state()
     (a, ya), (b, yb), (c, yc) = (mixer(images, labels, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and torch.equal(ya, yb) and not torch.equal(a, c) and not torch.equal(ya, yc)
@@ -106,7 +107,7 @@ def test_a_collate_function(workers, digits):
 images, labels = torch.zeros(4, 3, 8, 8), torch.arange(4)
 BAD = {
     "no labels": ((images,), "Expected labels as class indices"),
-    "soft labels": ((images, torch.eye(4)), r"Expected labels as class indices \(4,\), one an image, got torch.float32 \(4, 4\)"),
+    "soft labels": ((images, torch.eye(4)), r"class indices \(4,\), one an image, got torch.float32 \(4, 4\)"),
     "too few labels": ((images, labels[:3]), r"class indices \(4,\), .* got torch.int64 \(3,\)"),
     "a list of labels": ((images, [0, 1, 2, 3]), r"class indices \(4,\), .* got list"),
     "a label too large": ((images, labels + 7), "10"),
@@ -114,8 +115,7 @@ BAD = {
     "one image": ((images[0], labels), r"Expected images \(B, C, H, W\), got shape \(3, 8, 8\)"),
     "bytes": ((images.byte(), labels), "Expected normalised float images, got torch.uint8"),
     "an array": ((images.numpy(), labels), r"Expected a tensor of images \(B, C, H, W\), got ndarray"),
-    "infinity": ((images.index_fill(0, labels[1:3], float("inf")), labels), r"NaN or infinity in 2 of 4: at index \[1, 2\]"),
-    "a batch of one": ((images[:1], labels[:1]), "at least k = 2 different .* got 1"),
+    "infinity": ((images.index_fill(0, labels[1:3], float("inf")), labels), r"infinity in 2 of 4: at index \[1, 2\]"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The solver against its oracle, against a slow twin, on any shape, under other people's networks, and with bad input."""
+"""The solver against its oracle and a slow twin, on any shape, with other people's networks, and with bad input."""
 
 import json
 import math
@@ -122,20 +122,24 @@ def slow_solve(weights, images, lam, w, sigma, lambda_s, max_iter):
                 sides.append(slow_loss(theta, weights, images, target, lambda_s)[0])
             theta[i][r][c] = here
             grad[i, r, c] = (sides[0] - sides[1]) / 2e-5
-        d = {(i, r, c): sum(taps[a] * taps[b] * grad.get((i, r + a, c + b), 0.0) for a in taps for b in taps) / total for i, r, c in cells}
+        d = {}
+        for i, r, c in cells:
+            d[i, r, c] = sum(taps[a] * taps[b] * grad.get((i, r + a, c + b), 0.0) for a in taps for b in taps) / total
         length = min(max(loss / (sum(grad[at] * d[at] for at in cells) + 1e-10), 1e-4), 2000)
         for i, r, c in cells: theta[i][r][c] -= length * d[i, r, c]
         _, z = slow_loss(theta, weights, images, target, lambda_s)
-        if set(sorted(range(len(z)), key=lambda n: -z[n])[:k]) == set(classes) and len(set(classes)) == k: return theta, z, step, True
+        highest = sorted(range(len(z)), key=lambda n: -z[n])[:k]
+        if sorted(highest) == sorted(classes): return theta, z, step, True
     return theta, z, max_iter, False
 
 
-@pytest.mark.parametrize("k, w, sigma, lambda_s, H, W", [(2, 2, 1.0, 25.0, 3, 4), (3, 3, 0.6, 25.0, 5, 3), (2, 1, 0.0, 1.0, 2, 2),
-                                                         (4, 2, 2.0, 5.0, 2, 3)])
+@pytest.mark.parametrize("k, w, sigma, lambda_s, H, W", [
+    (2, 2, 1.0, 25.0, 3, 4), (3, 3, 0.6, 25.0, 5, 3), (2, 1, 0.0, 1.0, 2, 2), (4, 2, 2.0, 5.0, 2, 3)])
 def test_a_slow_twin_takes_the_same_steps(k, w, sigma, lambda_s, H, W):
     weights, sets = random(1, 6, 2 * H * W) / (2 * H * W) ** 0.5, random(2, 3, k, 2, H, W)
     lam = random(3, 3, k).softmax(1)
-    got = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T), k, w, sigma, lambda_s, max_iter=3).solve(sets, lam)
+    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T), k, w, sigma, lambda_s, max_iter=3)
+    got = mixer.solve(sets, lam)
     for b in range(3):
         theta, z, steps, solved = slow_solve(weights.tolist(), sets[b].tolist(), lam[b].tolist(), w, sigma, lambda_s, 3)
         torch.testing.assert_close(got.theta[b], double(theta), rtol=1e-5, atol=1e-7)
@@ -143,17 +147,19 @@ def test_a_slow_twin_takes_the_same_steps(k, w, sigma, lambda_s, H, W):
         assert (got.steps[b].item(), got.solved[b].item()) == (steps, solved)
 
 
-@pytest.mark.parametrize("loss, grad, length", [(1.0, 2.0, 0.25), (1.0, 1e-3, 2000), (1e-9, 1.0, 1e-4), (1.0, 0.0, 2000)])
+@pytest.mark.parametrize("loss, grad, length", [(1.0, 2.0, 0.25), (1.0, 1e-3, 2e3), (1e-9, 1.0, 1e-4), (1.0, 0.0, 2e3)])
 def test_the_length_of_a_step_is_clipped(loss, grad, length):
     grad = torch.full((1, 1, 1, 1), grad)
     close(newton_step(torch.ones_like(grad), torch.tensor([loss]), grad, sigma=0), 1 - length * grad, rtol=1e-5)
 
 
-@given(N=st.integers(2, 8), seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 1e3, 1e6]), lambda_s=st.sampled_from([0.0, 25.0]))
+@given(N=st.integers(2, 8), seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+       lambda_s=st.sampled_from([0.0, 25.0]))
 def test_the_objective_is_torchs_kl_plus_sparsity(N, seed, scale, lambda_s):
     g = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(3, N, generator=g, dtype=torch.float64)
-    target = soft_labels(torch.randint(N, (3, 2), generator=g), torch.rand(3, 2, generator=g, dtype=torch.float64).softmax(1), N)
+    lam = torch.rand(3, 2, generator=g, dtype=torch.float64).softmax(1)
+    target = soft_labels(torch.randint(N, (3, 2), generator=g), lam, N)
     masks = torch.rand(3, 2, 4, 5, generator=g, dtype=torch.float64).softmax(1)
     each = [F.kl_div(z.log_softmax(1), y, reduction="batchmean") + lambda_s * (m - m ** 2).mean()
             for z, y, m in zip(logits.split(1), target.split(1), masks)]
@@ -171,7 +177,7 @@ def problems(draw):
     H, W, scale = draw(st.integers(1, 14)), draw(st.integers(1, 14)), draw(st.sampled_from([0.0, 1e-6, 1.0, 1e4]))
     dtype, seed = draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(0, 1000))
     sets = (scale * random(seed, B, k, C, H, W)).to(dtype)
-    lam = draw(st.sampled_from([F.one_hot(torch.arange(B) % k, k).to(dtype), (3 * random(seed, B, k)).softmax(1).to(dtype)]))
+    lam = draw(st.sampled_from([F.one_hot(torch.arange(B) % k, k), (3 * random(seed, B, k)).softmax(1)])).to(dtype)
     mixer = SuperMix(pooled, k, draw(st.integers(1, min(H, W))), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
                      draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
     return mixer, sets, lam
@@ -182,26 +188,28 @@ def test_any_shape_and_size(problem):
     mixer, sets, lam = problem
     (B, k, C, H, W), scale = sets.shape, sets.abs().max().item()
     got = mixer.solve(sets, lam)
-    assert got.images.shape == (B, C, H, W) and got.masks.shape == (B, k, H, W) and got.theta.shape == (B, k, *[mixer.mask_size] * 2)
-    assert got.logits.shape == got.target.shape == (B, 7) and len(got) == B and f"{B} sets of {k} images, {H}×{W}" in repr(got)
+    assert got.images.shape == (B, C, H, W) and got.masks.shape == (B, k, H, W)
+    assert got.theta.shape == (B, k, mixer.mask_size, mixer.mask_size) and len(got) == B
+    assert got.logits.shape == got.target.shape == (B, 7) and f"{B} sets of {k} images, {H}×{W}" in repr(got)
     assert {t.dtype for t in (got.images, got.masks, got.theta, got.lam, got.logits)} == {sets.dtype}
     assert torch.isfinite(got.theta).all() and 0 <= got.masks.min() and got.masks.max() <= 1
     torch.testing.assert_close(got.masks.sum(1), torch.ones(B, H, W, dtype=sets.dtype))
     assert ((got.images >= sets.amin(1) - 1e-6 * scale) & (got.images <= sets.amax(1) + 1e-6 * scale)).all()
-    torch.testing.assert_close(pooled(got.images), got.logits, rtol=1e-4, atol=1e-5 * max(scale, 1))  # the logits are the images'
+    torch.testing.assert_close(pooled(got.images), got.logits, rtol=1e-4, atol=1e-5 * max(scale, 1))
     assert torch.equal(got.classes, pooled(sets.flatten(0, 1)).argmax(1).view(B, k)) and torch.equal(got.lam, lam)
-    top = got.logits.topk(k).indices
-    assert got.solved.tolist() == [set(a) == set(b) and len(set(b)) == k for a, b in zip(top.tolist(), got.classes.tolist())]
-    assert (got.steps >= 1).all() and (got.steps <= mixer.max_iter).all() and (got.steps[~got.solved] == mixer.max_iter).all()
+    top, classes = got.logits.topk(k).indices.tolist(), got.classes.tolist()
+    assert got.solved.tolist() == [sorted(a) == sorted(b) for a, b in zip(top, classes)]
+    assert (got.steps >= 1).all() and (got.steps <= mixer.max_iter).all()
+    assert (got.steps[~got.solved] == mixer.max_iter).all()
 
 
 def test_the_check_comes_after_an_update_and_stops_a_set_at_once():
     means = lambda x: x.mean((2, 3))  # a class for each channel
     flat = 5 * torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4)
-    sets = torch.stack([flat[[0, 1]], flat[[2, 2]], flat[[0, 1]]])
+    sets = torch.stack([flat[[0, 1]], flat[[2, 2]], flat[[0, 1]]])  # the second is never solved, and no error
     got = SuperMix(means, mask_size=4, max_iter=7).solve(sets, torch.tensor([[0.6, 0.4]] * 3))
-    assert is_solved(means(sets.mean(1)), got.classes).tolist() == [True, False, True]  # the flat average would do, but is no mix
-    assert got.steps.tolist() == [1, 7, 1] and got.solved.tolist() == [True, False, True]  # one class twice is never solved
+    assert is_solved(means(sets.mean(1)), got.classes).tolist() == [True, False, True]  # the flat average would do
+    assert got.steps.tolist() == [1, 7, 1] and got.solved.tolist() == [True, False, True]
 
 
 def test_sets_neither_know_each_other_nor_when_they_were_begun():
@@ -221,7 +229,8 @@ def test_sets_neither_know_each_other_nor_when_they_were_begun():
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
 def test_permuting_the_sources_permutes_the_masks(k):
-    images, lam, order = F.interpolate(random(8, 5, 3, 4, 4), size=20)[None, :k], random(9, 1, k).softmax(1), torch.arange(k).roll(1)
+    images, lam = F.interpolate(random(8, 5, 3, 4, 4), size=20)[None, :k], random(9, 1, k).softmax(1)
+    order = torch.arange(k).roll(1)
     solver = SuperMix(oracle_teacher, k, max_iter=5)
     a, b = solver.solve(images, lam), solver.solve(images[:, order], lam[:, order])
     close(b.masks, a.masks[:, order])
@@ -235,8 +244,8 @@ def test_it_stands_where_torchvisions_mixup_stands(k, teacher, digits, seeded):
     images, labels = digits.test[:24]
     mixer = SuperMix(teacher, k=k, max_iter=1)
     mixed, targets = mixer(images, labels, generator=seeded())
-    theirs = v2.MixUp(num_classes=10)(images, labels)
-    assert (mixed.shape, mixed.dtype, targets.shape, targets.dtype) == (theirs[0].shape, theirs[0].dtype, theirs[1].shape, theirs[1].dtype)
+    for ours, theirs in zip((mixed, targets), v2.MixUp(num_classes=10)(images, labels)):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     draw = mixer.draw(images, generator=seeded())
     with torch.no_grad(): classes = teacher(images).argmax(1)[draw.partners]
     assert torch.equal(classes, draw.classes) and all(len(set(row)) == k for row in classes.tolist())
@@ -257,7 +266,8 @@ def test_a_student_trains_from_a_loader_that_mixes(workers, labelled, teacher, d
     student = create("resnet8", 10).train()
     before = [p.clone() for p in student.parameters()]
     optimiser, batches = torch.optim.SGD(student.parameters(), lr=0.1), 0
-    for images, targets in DataLoader(samples, batch_size=24, num_workers=workers, collate_fn=SuperMix(teacher, k=3, max_iter=2)):
+    mixer = SuperMix(teacher, k=3, max_iter=2)
+    for images, targets in DataLoader(samples, batch_size=24, num_workers=workers, collate_fn=mixer):
         assert images.shape == (24, 3, 32, 32) and (targets > 0).sum(1).tolist() == [3] * 24
         F.cross_entropy(student(images), targets).backward()
         optimiser.step()
@@ -270,10 +280,10 @@ def test_a_student_trains_from_a_loader_that_mixes(workers, labelled, teacher, d
 
 TEACHERS = {
     "torchvision's resnet18": lambda: torchvision.models.resnet18(num_classes=7),
-    "torchvision's googlenet, which gives three logits in training": lambda: torchvision.models.googlenet(num_classes=7, init_weights=False),
+    # it gives a tuple of three in training mode, in which it is made
+    "torchvision's googlenet": lambda: torchvision.models.googlenet(num_classes=7, init_weights=False),
     "timm's vision transformer": lambda: timm.create_model("test_vit", num_classes=7, img_size=(64, 48)),
     "timm's convnext": lambda: timm.create_model("test_convnext", num_classes=7),
-
     "a function of one": lambda: (lambda x, net=create("wrn_16_1", 7).eval(): net(x)),
 }
 
@@ -281,8 +291,9 @@ TEACHERS = {
 @pytest.mark.parametrize("name", TEACHERS)
 def test_other_peoples_networks(name, photos):
     torch.manual_seed(0)
-    sources = torch.stack([v2.functional.resize(torch.from_numpy(p).movedim(-1, 0), [64, 48]) for p in photos.values()]) / 128 - 1
-    got = SuperMix(TEACHERS[name](), k=3, mask_size=5, max_iter=3).solve(sources[torch.tensor([[0, 1, 2], [3, 0, 1]])], torch.full((2, 3), 1 / 3))
+    small = [v2.functional.resize(torch.from_numpy(p).movedim(-1, 0), [64, 48]) / 128 - 1 for p in photos.values()]
+    sets = torch.stack(small)[torch.tensor([[0, 1, 2], [3, 0, 1]])]
+    got = SuperMix(TEACHERS[name](), k=3, mask_size=5, max_iter=3).solve(sets, torch.full((2, 3), 1 / 3))
     assert got.images.shape == (2, 3, 64, 48) and got.logits.shape == (2, 7)
     assert (got.theta.flatten(1) != 0).any(1).all() and torch.isfinite(got.theta).all()  # its gradient came through
 
@@ -304,16 +315,22 @@ class Student(nn.Sequential):
                 "gradients": [None if p.grad is None else p.grad.tolist() for p in self.parameters()]}
 
 
-@pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
-def test_the_teacher_is_left_as_it_was_wherever_it_is_called(context, digits):
-    network, lam = Student(), torch.full((8, 2), 0.5)
-    before, plain = network.state(), SuperMix(network.eval(), max_iter=2).solve(digits.test[:16][0].view(8, 2, 3, 32, 32), lam)
-    network = Student()
-    with context():
-        got = SuperMix(network, max_iter=2).solve(digits.test[:16][0].view(8, 2, 3, 32, 32), lam.clone())
+CONTEXTS = {"plain": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
+            "autocast": partial(torch.autocast, "cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_teacher_is_left_as_it_was_wherever_it_is_called(name, digits):
+    with CONTEXTS[name]():
+        sets, lam = digits.test[:8][0].view(4, 2, 3, 32, 32), torch.full((4, 2), 0.5)  # made in the context, too
+        with torch.inference_mode(False): network = Student()
+        before = network.state()
+        got = SuperMix(network, max_iter=2).solve(sets, lam)
         assert not got.images.requires_grad
     assert network.state() == before
-    if not isinstance(context, partial): assert torch.equal(got.theta, plain.theta) and torch.equal(got.images, plain.images)
+    if name == "autocast": return
+    plain = SuperMix(network.eval(), max_iter=2).solve(sets.clone(), lam.clone())
+    assert torch.equal(got.theta, plain.theta) and torch.equal(got.images, plain.images)
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
@@ -330,7 +347,8 @@ def test_the_teacher_is_left_as_it_was_after_an_error(fails_at, digits):
     assert network.calls > fails_at and network.state() == before
 
 
-@pytest.mark.parametrize("device, dtype", [("cpu", torch.bfloat16), ("cpu", torch.float16), ("cuda", torch.bfloat16), ("cuda", torch.float16)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_rounds_the_network_but_not_the_solver(device, dtype, teacher, digits):
     if device == "cuda" and not torch.cuda.is_available(): pytest.skip("needs a GPU")
     network = create("resnet20", 10).to(device)
@@ -348,12 +366,14 @@ def test_autocast_rounds_the_network_but_not_the_solver(device, dtype, teacher, 
 @pytest.mark.parametrize("generators_device", ["cpu", "cuda", None])
 def test_a_gpu_gives_what_the_cpu_gives(generators_device, seeded):
     _, sets, lam, solver = oracle_problem("k=2 size=32 w=8 sigma=1")
-    here, there = solver(max_iter=6).solve(sets, lam), solver(max_iter=6).solve(sets.cuda(), lam)  # weights may stay on the CPU
+    here = solver(max_iter=6).solve(sets, lam)
+    there = solver(max_iter=6).solve(sets.cuda(), lam)  # the weights may stay on the CPU
     close(there.theta.cpu(), here.theta)
     assert there.images.device.type == "cuda" and there.steps.tolist() == here.steps.tolist()
     generator = seeded(0, generators_device) if generators_device else None
     mixed, targets = solver(max_iter=6)(sets[:, 0].cuda(), generator=generator)
-    assert mixed.device.type == targets.device.type == "cuda" and mixed.shape == (6, 3, 32, 32) and targets.shape == (6, 10)
+    assert (mixed.device.type, mixed.shape) == ("cuda", (6, 3, 32, 32))
+    assert (targets.device.type, targets.shape) == ("cuda", (6, 10))
 
 
 # ---- bad input says what was expected and what came
@@ -369,31 +389,40 @@ BAD = {
     "no updates": (lambda t, s, lam: SuperMix(t, max_iter=0), "Expected max_iter of 1 or more, got 0"),
     "sigma": (lambda t, s, lam: SuperMix(t, sigma=-1.0), "Expected sigma of 0 or more, got -1.0"),
     "lambda_s": (lambda t, s, lam: SuperMix(t, lambda_s=float("nan")), "Expected lambda_s of 0 or more, got nan"),
-    "alpha": (lambda t, s, lam: SuperMix(t, alpha=0), "Expected alpha above 0, got 0"),
+    "alpha": (lambda t, s, lam: SuperMix(t, alpha=0), "alpha above 0.* got 0"),
     "endless alpha": (lambda t, s, lam: SuperMix(t, alpha=float("inf")), "alpha.* got inf"),
     "no teacher": (lambda t, s, lam: SuperMix("resnet20"), "Expected a teacher that maps images to logits, got str"),
     "other k": (lambda t, s, lam: SuperMix(t, k=3).solve(s, lam), "Expected sets of k = 3 images, got 2"),
-    "rank": (lambda t, s, lam: SuperMix(t).solve(s[0], lam), r"Expected images \(B, k, C, H, W\), got shape \(2, 3, 32, 32\)"),
+    "rank": (lambda t, s, lam: SuperMix(t).solve(s[0], lam),
+             r"Expected images \(B, k, C, H, W\), got shape \(2, 3, 32, 32\)"),
     "bytes": (lambda t, s, lam: SuperMix(t).solve(s.byte(), lam), "Expected normalised float images, got torch.uint8"),
-    "an array": (lambda t, s, lam: SuperMix(t).solve(s.numpy(), lam), r"Expected a tensor of images \(B, k, C, H, W\), got ndarray"),
-    "NaN": (lambda t, s, lam: SuperMix(t).solve(s.log(), lam), r"Expected finite images, got NaN or infinity in 4 of 4: at index \[0, 1, 2, 3\]"),
+    "an array": (lambda t, s, lam: SuperMix(t).solve(s.numpy(), lam),
+                 r"Expected a tensor of images \(B, k, C, H, W\), got ndarray"),
+    "NaN": (lambda t, s, lam: SuperMix(t).solve(s.log(), lam),
+            r"Expected finite images, got NaN or infinity in 4 of 4: at index \[0, 1, 2, 3\]"),
     "no sets": (lambda t, s, lam: SuperMix(t).solve(s[:0], lam[:0]), r"\(0, 2, 3, 32, 32\)|[Ee]mpty|at least (1|one)"),
     "a large mask": (lambda t, s, lam: SuperMix(t, mask_size=31).solve(s[..., :30], lam), "got mask_size 31 for 32×30"),
     "lam's sum": (lambda t, s, lam: SuperMix(t).solve(s, lam * 1.1), r"sum to 1, got sums \[1.1"),
-    "lam below 0": (lambda t, s, lam: SuperMix(t).solve(s, lam * 2 - torch.tensor([1.0, 0.0]) + torch.tensor([-0.25, 0.25])), r"0 or more .* smallest -"),
+    "lam below 0": (lambda t, s, lam: SuperMix(t).solve(s, lam + torch.tensor([1.0, -1.0])),
+                    r"0 or more .* smallest -"),
     "lam is NaN": (lambda t, s, lam: SuperMix(t).solve(s, lam * float("nan")), r"sum to 1, got sums \[nan"),
     "lam's shape": (lambda t, s, lam: SuperMix(t).solve(s, lam[:3]), r"Expected lam \(4, 2\), .* got \(3, 2\)"),
     "lam in a list": (lambda t, s, lam: SuperMix(t).solve(s, lam.tolist()), r"Expected lam \(4, 2\)"),
-    "theta's shape": (lambda t, s, lam: SuperMix(t).solve(s, lam, torch.zeros(4, 2, 4, 4)), r"Expected theta \(4, 2, 8, 8\), got \(4, 2, 4, 4\)"),
+    "theta's shape": (lambda t, s, lam: SuperMix(t).solve(s, lam, torch.zeros(4, 2, 4, 4)),
+                      r"Expected theta \(4, 2, 8, 8\), got \(4, 2, 4, 4\)"),
     "theta is NaN": (lambda t, s, lam: SuperMix(t).solve(s, lam, torch.full((4, 2, 8, 8), float("nan"))), "theta"),
     "theta in a list": (lambda t, s, lam: SuperMix(t).solve(s, lam, [0]), "Expected theta"),
-    "infinite logits": (lambda t, s, lam: SuperMix(nets(lambda x: x / 0)).solve(s, lam), "Expected finite logits, got NaN or infinity"),
+    "infinite logits": (lambda t, s, lam: SuperMix(nets(lambda x: x / 0)).solve(s, lam),
+                        "Expected finite logits, got NaN or infinity"),
     "maps": (lambda t, s, lam: SuperMix(lambda x: x).solve(s, lam), r"logits \(8, N\), got \(8, 3, 32, 32\)"),
     "a tuple": (lambda t, s, lam: SuperMix(lambda x: (x,)).solve(s, lam), r"logits \(8, N\), got tuple"),
-    "one logit": (lambda t, s, lam: SuperMix(lambda x: x.flatten(1)[:, :1]).solve(s, lam), "at least k = 2 classes, got 1"),
+    "one logit": (lambda t, s, lam: SuperMix(lambda x: x.flatten(1)[:, :1]).solve(s, lam),
+                  "at least k = 2 classes, got 1"),
     "no gradient": (lambda t, s, lam: SuperMix(nets(torch.detach)).solve(s, lam), "[Gg]radient|differentiable|detach"),
-    "one class": (lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)), "at least k = 2 different classes in the batch, got 1 .* among 5"),
-    "soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(4)), r"class indices \(4,\), .* got torch.float32 \(4, 4\)"),
+    "one class": (lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)),
+                  "at least k = 2 different classes in the batch, got 1 .* among 5"),
+    "soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(4)),
+                    r"class indices \(4,\), .* got torch.float32 \(4, 4\)"),
     "an empty list": (lambda t, s, lam: SuperMix(t)([]), "[Ee]mpty|at least|0 images"),
 }
 

@@ -1,0 +1,66 @@
+"""The paper's numbers, and the switch that changes only what it lists."""
+
+from dataclasses import FrozenInstanceError, asdict, fields
+from inspect import signature
+
+import pytest
+from supermix.data import DATA_SETS
+from supermix.mixing import SuperMix
+from supermix.recipes import CIFAR100, DEMO, IMAGENET, METHODS, TEACHERS, Mixing, Training, change, differences
+from supermix.zoo import names
+
+RECIPES = {"CIFAR100": CIFAR100, "IMAGENET": IMAGENET, "DEMO": DEMO}
+
+
+@pytest.mark.parametrize("recipe, training, mixing", [
+    (CIFAR100, dict(epochs=600, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, decay=0.1,
+                    milestones=(200, 300, 400, 500), warmup=0),
+     dict(k=2, mask_size=8, sigma=1, lambda_s=25, alpha=3, max_iter=50)),
+    (IMAGENET, dict(epochs=100, batch_size=256, lr=0.025, momentum=0.9, weight_decay=1e-4, milestones=(30, 60, 90),
+                    decay=0.1, warmup=0),
+     dict(k=2, mask_size=16, sigma=2, lambda_s=25, alpha=3, max_iter=50)),
+], ids=["CIFAR100", "IMAGENET"])
+def test_the_papers_numbers(recipe, training, mixing):
+    assert training.items() <= asdict(recipe.training).items() and asdict(recipe.mixing) == mixing
+    assert CIFAR100.mixes == 500_000
+
+
+def test_the_papers_kd():
+    assert (METHODS["kd"].ce, METHODS["kd"].kd, METHODS["kd"].tau) == (0.1, 0.9, 4.0)  # λ_KD = 0.9, τ = 4
+
+
+def test_a_mixing_recipe_is_what_the_mixer_takes():
+    takes = {name: p.default for name, p in signature(SuperMix).parameters.items() if name != "teacher"}
+    assert takes == asdict(Mixing())
+
+
+@pytest.mark.parametrize("name, scale", [(name, scale) for name, recipe in RECIPES.items() for scale in recipe.scales])
+def test_a_scale_changes_what_it_lists_and_nothing_else(name, scale):
+    recipe, other = RECIPES[name], RECIPES[name].at(scale)
+    changed = {field: new for field, (_, new) in differences(recipe, other).items()}
+    assert changed == recipe.scales[scale]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_things_that_exist(name):
+    recipe = RECIPES[name]
+    assert recipe.data in {*DATA_SETS, "auto"} and {recipe.teacher, recipe.student} <= set(names())
+
+
+def test_teachers_are_of_data_sets(): assert set(TEACHERS) <= set(DATA_SETS)
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda: CIFAR100.at("papr"), "Unknown scale 'papr'. Did you mean 'paper'"),
+    (lambda: change(CIFAR100, {"training.epoch": 1}), "Unknown field of Training 'epoch'. Did you mean 'epochs'"),
+    (lambda: change(CIFAR100, {"trainin.epochs": 1}), "Unknown field of Recipe 'trainin'. Did you mean 'training'"),
+    (lambda: change(CIFAR100, {"mixes.epochs": 1}), "'epochs'"),
+])
+def test_an_unknown_scale_or_field(act, message):
+    with pytest.raises(ValueError, match=message): act()
+
+
+@pytest.mark.parametrize("record", [CIFAR100, Training(), Mixing(), METHODS["kd"]], ids=lambda r: type(r).__name__)
+def test_nobody_rewrites_a_recipe(record):
+    for field in fields(record):
+        with pytest.raises(FrozenInstanceError): setattr(record, field.name, None)

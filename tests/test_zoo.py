@@ -1,0 +1,159 @@
+"""Networks against the benchmark's numbers, files that keep them, predictions, and the shipped teachers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from supermix.training import accuracy
+from supermix.zoo import create, load, names, predict, pretrained, save, shipped, table
+from torch import nn
+
+# As published: the paper's supplement, the CRD benchmark, torchvision
+PARAMETERS = {
+    "wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564, "resnet56": 861_620,
+    "resnet32": 472_756, "resnet20": 278_324, "resnet50": 23_705_252, "resnet32x4": 7_433_860, "resnet8x4": 1_233_540,
+    "vgg13": 9_462_180, "vgg8": 3_965_028, "mobilenetv2": 812_836, "shufflenetv1": 949_258, "shufflenetv2": 1_355_528,
+    "wrn_40_2a": 2_258_084, "wrn_28_10a": 36_546_980, "shake_26_2x96d": 26_366_404,
+    "imagenet_resnet34": 21_797_672, "imagenet_resnet18": 11_689_512, "imagenet_resnet50": 25_557_032,
+}
+ORACLE = json.loads((Path(__file__).parent / "data" / "crd_networks.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(): return {row.name: row for row in table()}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name in PARAMETERS])
+def test_the_published_parameter_counts(name, rows): assert rows[name].parameters == PARAMETERS[name]
+
+
+def fill(shapes):
+    "Weights from seeds, as the oracle's were."
+    for i, (key, shape) in enumerate(shapes):
+        g = torch.Generator().manual_seed(i)
+        kind = key.rsplit(".", 1)[-1]
+        if kind == "num_batches_tracked": yield torch.tensor(0)
+        elif kind == "running_var": yield 0.5 + torch.rand(shape, generator=g, dtype=torch.float64)
+        elif kind in ("running_mean", "bias"): yield 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
+        elif len(shape) == 1: yield 0.25 + 0.5 * torch.rand(shape, generator=g, dtype=torch.float64)
+        else: yield torch.randn(shape, generator=g, dtype=torch.float64) * (2 / torch.Size(shape[1:]).numel()) ** 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name in ORACLE])
+def test_the_benchmarks_features_and_logits(name, rows):
+    want, network = ORACLE[name], create(name).double().eval()
+    assert [list(t.shape) for t in network.state_dict().values()] == [shape for _, shape in want["state_dict"]]
+    network.load_state_dict(dict(zip(network.state_dict(), fill(want["state_dict"]), strict=True)))
+    probe = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1234), dtype=torch.float64)
+    with torch.no_grad(): features, logits = network.features(probe), network(probe)
+    assert [list(f.shape[1:]) for f in features] == want["features"] == [list(s) for s in rows[name].stages]
+    ours = torch.cat([torch.stack([f.mean() for f in features]), logits[0, :8], logits[1, -4:]])
+    theirs = want["feature_means"] + want["logits_row0_first8"] + want["logits_row1_last4"]
+    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+def test_a_network_takes_any_size_and_gives_any_number_of_classes(name, size):
+    network, x = create(name, num_classes=3).eval(), torch.randn(2, 3, *size)
+    assert network(x).shape == (2, 3)
+    torch.testing.assert_close(network(x), network.head(network.features(x)[-1]))
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda: create("resnet21"), "Unknown network 'resnet21'. Did you mean .*'resnet20'"),
+    (lambda: pretrained("digit"), "Unknown shipped teacher 'digit'. Did you mean 'digits'"),
+    (lambda: save(nn.Linear(1, 1), "never.safetensors"), "made by `create` .* got Linear without a registered name"),
+    (lambda: predict(create("resnet8"), torch.zeros(3, 32, 32)), "a network that knows its data"),
+])
+def test_unknown_names_and_networks(act, message):
+    with pytest.raises(ValueError, match=message): act()
+
+
+@pytest.fixture
+def saved(digits, tmp_path):
+    torch.manual_seed(0)
+    network = create("resnet8", 10)
+    network.info = digits.info
+    network(torch.randn(4, 3, 32, 32))  # the statistics of batch norm are kept, too
+    return network.eval(), save(network, tmp_path / "net.safetensors", note="never trained", accuracy=9.5)
+
+
+def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
+    network, path = saved
+    again = load(path)
+    assert not again.training and again.info == digits.info
+    assert (again.card["note"], again.card["accuracy"]) == ("never trained", 9.5)
+    torch.testing.assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
+    assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
+
+
+def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
+    network, _ = saved
+    pixels, floats = digits.test.fetch(torch.arange(3)), digits.test[:3][0]
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    pictures[0].save(tmp_path / "first.png")
+    want = predict(network.train(), floats)
+    assert network.training
+    with torch.no_grad(): torch.testing.assert_close(want.probabilities, network.eval()(floats).softmax(1))
+    assert torch.equal(want.classes, want.probabilities.argmax(1))
+    assert want.labels == [digits.info.classes[c] for c in want.classes]
+    first = tmp_path / "first.png"
+    for images in (pixels, pictures, [first, *pixels[1:]], [str(first), pictures[1], floats[2]]):
+        torch.testing.assert_close(predict(network, images).probabilities, want.probabilities)
+    assert predict(network, Image.new("L", (50, 90))).probabilities.shape == (1, 10)  # grey, and of another size
+
+
+@pytest.mark.parametrize("images, message", [
+    (torch.zeros(1, 28, 28), r"\(3, H, W\) .* got Tensor \(1, 28, 28\)"), (torch.zeros(3, 4), r"got Tensor \(3, 4\)"),
+    (7, "got int"), ("no-such.png", "no-such.png"), (Path(__file__), "test_zoo.py cannot be read as an image"),
+    ([], "[Ee]mpty|at least|0 images"), (torch.full((3, 32, 32), float("nan")), "NaN"),
+])
+def test_what_is_no_image(images, message, saved):
+    with pytest.raises((ValueError, FileNotFoundError), match=message): predict(saved[0], images)
+
+
+def rewrite(path, card=None, drop=(), add=()):
+    "Write a network's file again with another card or other tensors."
+    content = path.read_bytes()
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    card = {**json.loads(header["__metadata__"]["card"]), **(card or {})}
+    tensors = {**{k: v for k, v in from_safetensors(content).items() if k not in drop}, **dict(add)}
+    card = {k: v for k, v in card.items() if v is not None}
+    path.write_bytes(to_safetensors(tensors, {"card": json.dumps(card)}))
+
+
+DAMAGE = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "net.safetensors is not a whole safetensors"),
+    "no card": (lambda path: path.write_bytes(to_safetensors({"a": torch.zeros(1)})), "net.safetensors has no card"),
+    "other network": (lambda path: rewrite(path, {"network": "resnet9"}), "Unknown network 'resnet9'"),
+    "other classes": (lambda path: rewrite(path, {"num_classes": 100}), "net.safetensors"),
+    "no classes": (lambda path: rewrite(path, {"num_classes": None}), "net.safetensors"),
+    "a tensor less": (lambda path: rewrite(path, drop=["head.bias"]), "net.safetensors.*head.bias"),
+    "a tensor more": (lambda path: rewrite(path, add=[("tail", torch.zeros(1))]), "net.safetensors.*tail"),
+    "other data": (lambda path: rewrite(path, {"info": {"name": "digits"}}), "net.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_named(case, saved):
+    damage, message = DAMAGE[case]
+    damage(saved[1])
+    with pytest.raises(ValueError, match=f"(?s){message}"): load(saved[1])
+
+
+def test_a_shipped_teacher_is_as_good_as_its_card_says(teacher, digits):
+    assert "digits" in shipped() and teacher.info == digits.info and not teacher.training
+    # one image of 500 may fall differently on another processor
+    assert accuracy(teacher, digits.test) == pytest.approx(teacher.card["test_accuracy"], abs=0.21)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_card_tells_how_its_teacher_was_trained(name):
+    card = pretrained(name).card
+    assert {"network", "data", "test_accuracy", "recipe", "sha256"} <= set(card)
+    assert card["data"] == name and card["test_accuracy"] > 85
