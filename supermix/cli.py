@@ -21,6 +21,3 @@ def main(args: list[str] | None = None) -> None:
     try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="supermix", args=args, description="SuperMix: mixed images that a teacher asks for.")
     except (ValueError, FileNotFoundError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped.")
-
-# %% ../nbs/90_cli.ipynb #2a9f8057
-if __name__ == "__main__": main()

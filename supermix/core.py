@@ -98,5 +98,6 @@ def progress(items=None,          # what to go through; may be left out where `t
              unit: str = "it",    # what is counted
              delay: float = 1.0,  # seconds before the bar appears
              **kwargs):           # anything else that tqdm takes
-    "A tqdm progress bar that appears only where the work takes longer than `delay` seconds."
-    return tqdm(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True, **kwargs)
+    "A tqdm progress bar that appears only where the work takes longer than `delay` seconds; TQDM_DISABLE=1 silences it."
+    silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return tqdm(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True, **{"disable": silent, **kwargs})

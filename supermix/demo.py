@@ -45,10 +45,13 @@ def students(num_classes: int, mixes) -> dict:  # {name: (method, mixer)}
     }
 
 # %% ../nbs/50_demo.ipynb #ba28e6aa
-def demo(scale: Literal["demo", "smoke"] = "demo",  # smoke: the same in seconds, on digits
-         out: Path = Path("out/demo"),              # the folder for the picture, the table and the best student
-         ) -> list[Row]:
-    "Make SuperMix images with a small teacher, distil six students, print one table and write a picture of the mixes."
+def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo")) -> list[Row]:
+    """Make SuperMix images with a small teacher, distil six students, print one table and write a picture of the mixes.
+
+    Args:
+        scale: smoke: the same within seconds, on digits and with hardly any training
+        out: the folder for the picture, the numbers and the students
+    """
     recipe, start = DEMO.at(scale), time.perf_counter()
     data = load_data(recipe.data)
     info, images = data.info, data.train.subset(recipe.train_images)

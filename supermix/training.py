@@ -99,12 +99,15 @@ def train(network: nn.Module,                 # is trained in place
     return history
 
 # %% ../nbs/20_training.ipynb #7110dbb7
-def make_teacher(data: str,                    # a data set of `recipes.TEACHERS`
-                 out: Path = Path("out/teachers"),  # the folder for the weights and their card
-                 network: str = "resnet20",    # a network of the zoo
-                 root: Path | None = None,     # a folder in which to look for the data first
-                 ) -> Path:                    # the file of weights
-    "Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash."
+def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20", root: Path | None = None) -> Path:
+    """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
+
+    Args:
+        data: a data set that has a teacher's recipe: fashion_mnist or digits
+        out: the folder for the weights and their card
+        network: a network of the zoo
+        root: a folder in which to look for the data first
+    """
     recipe, source = lookup(TEACHERS, data, "teacher's data set"), load_data(data, root)
     torch.manual_seed(recipe.seed)
     teacher = create(network, num_classes=len(source.info.classes))

@@ -4,6 +4,7 @@ house.py check     export into a copy and compare: package and README must be wh
 house.py execute   run every notebook (or those named) from a clean kernel and save its outputs
 house.py readme    write README.md from nbs/index.ipynb
 """
+import os
 import re
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def execute(names):
     "Run notebooks from a clean kernel and save them with their outputs, cleaned."
     for path in notebooks(names):
         print(path.relative_to(ROOT), flush=True)
-        subprocess.run([BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--inplace", path], check=True)
+        command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--inplace", path]
+        subprocess.run(command, check=True, env={**os.environ, "TQDM_DISABLE": "1"})  # a progress bar is nothing to keep
     subprocess.run([BIN / "nbdev_clean"], cwd=ROOT, check=True)
 
 
