@@ -122,11 +122,11 @@ IMAGENET = Recipe(
 # %% ../nbs/02_recipes.ipynb #b97c6244
 DEMO = Recipe(
     data="auto", teacher="resnet20", student="resnet8", train_images=1000,
-    training=Training(epochs=12, batch_size=64, lr=0.1, milestones=(8, 11)),
-    mixing=Mixing(max_iter=15), mixes=1500,
+    training=Training(epochs=9, batch_size=16, lr=0.05, milestones=(6, 8)),
+    mixing=Mixing(max_iter=15), mixes=1200,
     scales={
         "demo": {},
-        "smoke": {"data": "digits", "train_images": 200, "mixes": 64, "training.epochs": 2, "training.milestones": (1,)},
+        "smoke": {"data": "digits", "train_images": 200, "mixes": 64, "training.epochs": 1, "training.milestones": ()},
     })
 
 # %% ../nbs/02_recipes.ipynb #91c8a960

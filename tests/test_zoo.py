@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from supermix.training import accuracy
-from supermix.zoo import create, load, names, predict, pretrained, save, shipped, table
+from supermix.zoo import as_batch, create, load, names, predict, pretrained, save, shipped, table
 from torch import nn
 
 # As published: the paper's supplement, the CRD benchmark, torchvision
@@ -92,6 +92,11 @@ def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
     assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
 
 
+def test_a_network_that_was_never_trained_has_no_data(tmp_path):
+    network = load(save(create("wrn_16_1", 3), tmp_path / "net.safetensors"))
+    assert (network.name, network.num_classes, network.info) == ("wrn_16_1", 3, None)
+
+
 def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
     network, _ = saved
     pixels, floats = digits.test.fetch(torch.arange(3)), digits.test[:3][0]
@@ -103,9 +108,9 @@ def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
     assert torch.equal(want.classes, want.probabilities.argmax(1))
     assert want.labels == [digits.info.classes[c] for c in want.classes]
     first = tmp_path / "first.png"
+    assert as_batch([Image.new("L", (50, 90)), first], digits.info).shape == (2, 3, 32, 32)  # grey, and of another size
     for images in (pixels, pictures, [first, *pixels[1:]], [str(first), pictures[1], floats[2]]):
         torch.testing.assert_close(predict(network, images).probabilities, want.probabilities)
-    assert predict(network, Image.new("L", (50, 90))).probabilities.shape == (1, 10)  # grey, and of another size
 
 
 @pytest.mark.parametrize("images, message", [

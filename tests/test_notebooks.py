@@ -1,0 +1,52 @@
+"""The rules of the house: names, order, and outputs that were kept."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if not any(s.startswith((".", "_")) for s in p.parts))
+
+
+def code(path):
+    "The code cells of a notebook."
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+
+
+def module(path):
+    "What a notebook's name says it exports: 13_models.wrn.ipynb is models.wrn."
+    return path.stem.partition("_")[2]
+
+
+NUMBERS = {module(path): int(path.name[:2]) for path in CHAPTERS}
+
+
+def test_numbers_are_unique(): assert len(set(NUMBERS.values())) == len(CHAPTERS) > 10
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_notebook_is_what_its_name_says(path):
+    text = "\n".join("".join(cell["source"]) for cell in code(path))
+    exported = re.findall(r"^#\| default_exp (\S+)", text, re.MULTILINE)
+    assert exported == [module(path)]
+    assert (ROOT / "supermix" / f"{exported[0].replace('.', '/')}.py").is_file()
+    imported = re.findall(r"^\s*from supermix\.([\w.]+) import", text, re.MULTILINE)
+    later = [name for name in imported if NUMBERS[name] >= NUMBERS[module(path)]]
+    assert not later, f"{path.name} imports from later chapters: {later}"
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
+def test_outputs_are_kept(path):
+    cells = code(path)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs, "a reader on the web sees nothing: run `make notebooks`"
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert max(len(cell["source"]) for cell in cells) <= 45
+    assert path.stat().st_size < 3_000_000
+
+
+def test_every_module_has_its_notebook():
+    modules = {".".join(p.relative_to(ROOT / "supermix").with_suffix("").parts) for p in (ROOT / "supermix").rglob("*.py")}
+    assert {m for m in modules if not m.split(".")[-1].startswith("_")} == set(NUMBERS)
