@@ -71,7 +71,7 @@ def load_tensors(path: str | Path,                      # a file that `save_tens
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {}).get("card", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, card
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}).") from error
 
 # %% ../nbs/00_core.ipynb #8412d787

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'Images', 'ArrayImages',
-           'FolderImages', 'sample_boxes', 'open_image', 'image_size', 'Data', 'load_digits', 'read_idx',
+           'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data', 'load_digits', 'read_idx',
            'data_folders', 'find_fashion', 'load_fashion_mnist', 'PlainUnpickler', 'read_cifar', 'load_cifar100',
            'load_imagenet', 'load_data']
 
@@ -14,14 +14,17 @@ import io
 import os
 import pickle
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 
 from .core import lookup
@@ -81,9 +84,10 @@ class Images(torch.utils.data.Dataset):
     def __len__(self): return len(self.labels)
 
     def __getitem__(self, which):
-        "One index gives (3, H, W) and a number; a list, tensor or slice gives (B, 3, H, W) and labels (B,)."
+        "One index gives (3, H, W) and a number; a list, slice, tensor or mask gives (B, 3, H, W) and labels (B,)."
         if isinstance(which, slice): which = range(*which.indices(len(self)))
-        indices = torch.as_tensor(which, dtype=torch.int64)
+        indices = torch.as_tensor(which)
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
         images, labels = self.info.normalize(self.fetch(indices.reshape(-1))), self.labels[indices.reshape(-1)]
         return (images, labels) if indices.ndim else (images[0], int(labels[0]))
 
@@ -211,20 +215,22 @@ def sample_boxes(sizes: torch.Tensor,         # int64 (B, 2): height and width o
     return torch.cat([top, left, h, w], dim=1).long()
 
 # %% ../nbs/01_data.ipynb #13eabb13
-def open_image(path) -> Image.Image:
-    "The image as RGB; a file that is missing or broken is an error that names it."
+@contextmanager
+def opened(path):
+    "The Pillow image in a file; whatever goes wrong with it is a ValueError that names the file."
     try:
-        with Image.open(path) as image: return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        with Image.open(path) as image: yield image
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"{path} cannot be read as an image ({error}). Is the data set only half downloaded?") from error
+
+def open_image(path) -> Image.Image:
+    "The image as RGB."
+    with opened(path) as image: return image.convert("RGB")
 
 # %% ../nbs/01_data.ipynb #2b5df212
 def image_size(path) -> tuple[int, int]:  # height, width
     "The size of an image, from its header alone."
-    try:
-        with Image.open(path) as image: return image.height, image.width
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}). Is the data set only half downloaded?") from error
+    with opened(path) as image: return image.height, image.width
 
 # %% ../nbs/01_data.ipynb #f58248e7
 @dataclass(frozen=True)
@@ -259,12 +265,12 @@ def read_idx(path: str | Path) -> torch.Tensor:  # uint8, of the shape that the 
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dims}I", content[4:4 + 4 * dims])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an idx file ({error}). Delete it and fetch it again.") from error
     if (zero, kind) != (0, 8): raise ValueError(f"{path} is not an idx file of bytes: it starts with {content[:4].hex()}.")
     values = content[4 + 4 * dims:]
-    if len(values) != np.prod(shape):
-        raise ValueError(f"{path} should hold {np.prod(shape):,} bytes {shape} but has {len(values):,}: it is only half "
+    if len(values) != prod(shape):
+        raise ValueError(f"{path} should hold {prod(shape):,} bytes {shape} but has {len(values):,}: it is only half "
                          "downloaded. Delete it and fetch it again.")
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(shape)
 
@@ -309,6 +315,8 @@ def load_fashion_mnist(root=None, download: bool = True) -> Data:
         raise FileNotFoundError(f"Fashion-MNIST is in none of {', '.join(map(str, data_folders(root)))}.")
     info = Info("fashion_mnist", FASHION_CLASSES, 32, (0.2860,) * 3, (0.3530,) * 3)
     pixels, labels = [read_idx(f) for f in files[::2]], [read_idx(f) for f in files[1::2]]
+    for file, p in zip(files[::2], pixels):
+        if p.shape[1:] != (28, 28): raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. Delete it and fetch it again.")
     split = [ArrayImages(info, F.pad(p, (2, 2, 2, 2))[:, None], l) for p, l in zip(pixels, labels)]
     return Data(info, *split, str(files[0].parent))
 
@@ -323,13 +331,17 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
 
 # %% ../nbs/01_data.ipynb #d5e7f5e6
-def read_cifar(path: str | Path) -> dict:
-    "One file of the python version of CIFAR-100: a dictionary of arrays and lists."
+def read_cifar(path: str | Path, *keys: str) -> list:
+    "The entries `keys` of one file of the python version of CIFAR-100."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: CIFAR-100 is not there, or only half downloaded.")
-    try: return PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    try: content = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({error}). Delete it and fetch it again.") from error
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        got = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{path} should hold {' and '.join(keys)}, got {got}. Is it of CIFAR-100, and of its python version?")
+    return [content[key] for key in keys]
 
 # %% ../nbs/01_data.ipynb #10895221
 def load_cifar100(root=None, download: bool = True) -> Data:
@@ -344,15 +356,17 @@ def load_cifar100(root=None, download: bool = True) -> Data:
             raise FileNotFoundError(f"CIFAR-100 is in none of the data folders, and its download failed ({error}).") from error
         folder = target / "cifar-100-python"
     if folder is None: raise FileNotFoundError(f"There is no {' or '.join(map(str, folders))}.")
-    classes = tuple(read_cifar(folder / "meta")["fine_label_names"])
+    classes = tuple(read_cifar(folder / "meta", "fine_label_names")[0])
     info = Info("cifar100", classes, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     split = []
     for name in ("train", "test"):
-        batch = read_cifar(folder / name)
-        data, labels = np.asarray(batch["data"]), torch.tensor(batch["fine_labels"])
+        data, labels = read_cifar(folder / name, "data", "fine_labels")
+        data, labels = np.asarray(data), torch.tensor(labels)
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or len(data) != len(labels):
             raise ValueError(f"{folder / name} should hold rows of 3,072 bytes and a label for each, got {data.dtype} "
                              f"{data.shape} and {len(labels)} labels. Delete it and fetch it again.")
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise ValueError(f"{folder / name} should hold labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}.")
         split.append(ArrayImages(info, torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels))
     return Data(info, *split, str(folder))
 

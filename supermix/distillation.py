@@ -8,7 +8,7 @@ __all__ = ['Mixes', 'make_mixes', 'Distillation', 'distill']
 # %% ../nbs/41_distillation.ipynb #b2e448b5
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ def make_mixes(mixer: SuperMix,
                batch_size: int = 128, # sets that are solved together
                ) -> Mixes:
     "Make `count` SuperMix images from random views of `images`."
+    if count < 1: raise ValueError(f"Expected a count of 1 or more mixed images, got {count}.")
     generator, made, tried, start = torch.Generator().manual_seed(seed), [], 0, time.perf_counter()
     with progress(title="mixing", total=count, unit="image") as bar:
         while (missing := count - sum(map(len, made))) > 0:
@@ -83,14 +84,17 @@ class Distillation:
         return self.mixer(images, labels, generator=self.generator)[0]
 
     def __call__(self, student, images, labels):
-        terms, n = self.terms, len(images)
-        both = images
+        terms, n, both = self.terms, len(images), images
+        if isinstance(self.mixer, Mixer) and n < self.mixer.k: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)  # a short last batch
         if terms.mixes: both = to_device(torch.cat([images, self.mixed_batch(images, labels)]), student)
         ours = student(both).float()
         theirs = torch.zeros_like(ours)
         if terms.teaches:
             asked = both if terms.kd else both[n:]
-            with torch.no_grad(): theirs[-len(asked):] = self.teacher(asked).float()
+            with torch.no_grad(): seen = self.teacher(asked).float()
+            if seen.shape[1] != ours.shape[1]:
+                raise ValueError(f"Expected a student and a teacher of the same classes, got {ours.shape[1]} and {seen.shape[1]}.")
+            theirs[-len(asked):] = seen
         return student_loss(terms, ours[:n], labels, theirs[:n], ours[n:], theirs[n:])
 
 # %% ../nbs/41_distillation.ipynb #19fdb848

@@ -90,6 +90,7 @@ class Mixer:
 def as_pair(images, labels=None):
     "A batch and its labels (or None), from whatever a mixer may be called with; anything else is an error."
     if labels is None and isinstance(images, (list, tuple)):
+        if not len(images): raise ValueError("Expected at least one sample, got an empty list.")
         is_pair = len(images) == 2 and isinstance(images[0], torch.Tensor) and images[0].ndim == 4
         images = images if is_pair else default_collate(images)
         images, labels = images if isinstance(images, (list, tuple)) else (images, None)
@@ -106,6 +107,7 @@ def check_images(images, dims: str = "B, C, H, W") -> None:
     "Raise a ValueError unless `images` is a float tensor with these dimensions and finite values."
     if not isinstance(images, torch.Tensor): raise ValueError(f"Expected a tensor of images ({dims}), got {type(images).__name__}.")
     if images.ndim != dims.count(",") + 1: raise ValueError(f"Expected images ({dims}), got shape {tuple(images.shape)}.")
+    if not len(images): raise ValueError(f"Expected at least one of images ({dims}), got shape {tuple(images.shape)}.")
     if not images.is_floating_point(): raise ValueError(f"Expected normalised float images, got {images.dtype}.")
     if not torch.isfinite(images).all():
         bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -125,12 +127,15 @@ class MixUp(Mixer):
                  num_classes: int,            # length of the soft labels
                  alpha: float | None = None,  # λ ~ Beta(alpha, alpha); None: always ½, as in the SuperMix paper's comparison
                  ):
+        if alpha is not None and not 0 < alpha < float("inf"): raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
         self.num_classes, self.alpha = num_classes, alpha
 
     def choose_masks(self, sets, draw, generator=None): return constant_masks(draw.lam, sets.shape[-2:])
 
     def draw(self, images, labels, generator=None):
         if labels is None: raise ValueError("Expected labels as class indices: this mixer has no teacher that could tell the classes.")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, got {labels.min()} to {labels.max()}.")
         partners = draw_partners(torch.arange(len(images), device=images.device), self.k, generator)  # any other images
         return Draw(partners, labels[partners], self.draw_lam(len(images), generator).to(images.device), self.num_classes)
 

@@ -92,6 +92,7 @@ def change(recipe, changes: dict):  # {"training.epochs": 1, "mixes": 64}
     for name, value in changes.items():
         first, _, rest = name.partition(".")
         lookup({f.name: f for f in fields(recipe)}, first, f"field of {type(recipe).__name__}")
+        if rest and not is_dataclass(getattr(recipe, first)): raise ValueError(f"{first!r} is a plain value: there is no {rest!r} in it.")
         recipe = replace(recipe, **{first: change(getattr(recipe, first), {rest: value}) if rest else value})
     return recipe
 

@@ -15,7 +15,7 @@ def gaussian_kernel(sigma: float,  # standard deviation, in cells; 0 gives the s
     "The taps of a Gaussian filter of size 5σ."
     if not 0 <= sigma < float("inf"): raise ValueError(f"Expected sigma of 0 or more, got {sigma}.")
     t = torch.arange(-int(5 * sigma / 2), int(5 * sigma / 2) + 1, dtype=torch.float64)
-    taps = torch.exp(-t ** 2 / (2 * sigma ** 2)) if sigma else torch.ones(1, dtype=torch.float64)
+    taps = torch.exp(-(t / sigma) ** 2 / 2) if sigma else torch.ones(1, dtype=torch.float64)
     return (taps / taps.sum()).to(device, dtype)
 
 # %% ../nbs/32_smoothing.ipynb #cc83084a

@@ -9,7 +9,7 @@ __all__ = ['accuracy', 'to_device', 'label_objective', 'History', 'train', 'make
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def train(network: nn.Module,                 # is trained in place
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
                     loss = objective(network, to_device(x, network), labels.to(device))
                 losses.append(loss.item())
-                if not losses[-1] == losses[-1]:
+                if not isfinite(losses[-1]):
                     raise FloatingPointError(f"The loss is {losses[-1]} at epoch {epoch + 1}, batch {step + 1} of {steps}: "
                                              "try a lower learning rate.")
                 optimiser.zero_grad(set_to_none=True)

@@ -19,11 +19,12 @@ from torch import nn
 from torchvision.transforms.v2 import functional as VF
 
 from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
-from .data import Info
-from .models import resnet, wrn
+from .data import Info, open_image
+from .models.resnet import NETWORKS as RESNETS
+from .models.wrn import NETWORKS as WRNS
 
 # %% ../nbs/19_zoo.ipynb #ac39603e
-NETWORKS = resnet.NETWORKS | wrn.NETWORKS
+NETWORKS = RESNETS | WRNS
 
 def names() -> list[str]:
     "The names that `create` knows."
@@ -76,10 +77,13 @@ def load(path: str | Path,    # a file that `save` wrote
     "Load a network that was saved."
     tensors, card = load_tensors(path)
     if "network" not in card: raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
-    network = create(card["network"], card["num_classes"])
-    network.load_state_dict(tensors)
+    try:
+        network = create(card["network"], card["num_classes"])
+        network.load_state_dict(tensors)
+        if "info" in card: network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the network of its card: {error}") from error
     network.card = card
-    if "info" in card: network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #e8369eb3
@@ -87,14 +91,18 @@ def as_batch(images,      # a path, a Pillow image, uint8 (3, H, W) or (B, 3, H,
              info: Info,  # of the data that the network was trained on
              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
     "Images of any kind as one normalised batch."
-    if isinstance(images, (list, tuple)): return torch.cat([as_batch(image, info) for image in images])
-    if isinstance(images, (str, Path)): images = Image.open(images)
+    if isinstance(images, (list, tuple)):
+        if not len(images): raise ValueError("Expected at least one image, got an empty list.")
+        return torch.cat([as_batch(image, info) for image in images])
+    if isinstance(images, (str, Path)): images = open_image(images)
     if isinstance(images, Image.Image): images = VF.pil_to_tensor(images.convert("RGB"))
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""
         raise ValueError(f"Expected images (3, H, W) or (B, 3, H, W), paths or Pillow images, got {type(images).__name__} {shape}.")
     if images.ndim == 3: images = images[None]
-    if images.is_floating_point(): return images
+    if images.is_floating_point():
+        if not torch.isfinite(images).all(): raise ValueError("Expected finite images, got NaN or infinity.")
+        return images
     return info.normalize(images if images.shape[-2:] == (info.size,) * 2 else VF.resize(images, [info.size] * 2))
 
 # %% ../nbs/19_zoo.ipynb #2adfcbb6

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.distillation import Distillation, Mixes, distill, make_mixes
+from supermix.distillation import Distillation, distill, make_mixes
 from supermix.losses import kd_loss
 from supermix.mixers import CutMix, MixUp
 from supermix.mixing import SuperMix
-from supermix.recipes import METHODS, Terms, Training
+from supermix.recipes import METHODS, Training
 from supermix.training import accuracy, train
 from supermix.zoo import create
 
@@ -109,7 +109,7 @@ def test_what_does_not_fit_together(case, teacher, few, mixes):
 
 @pytest.mark.slow
 def test_a_teacher_helps(teacher, digits):
-    images, reached = digits.train.subset(100), {}
+    images, reached = digits.train.subset(200), {}
     mixes = make_mixes(SuperMix(teacher), images, 400)
     for method in ("alone", "soft"):
         reached[method] = []
@@ -117,6 +117,6 @@ def test_a_teacher_helps(teacher, digits):
             torch.manual_seed(seed)
             student = create("resnet8", 10)
             source = mixes if METHODS[method].mixes else None
-            distill(teacher, student, images, method, source, Training(epochs=10, batch_size=32, milestones=(8,)))
+            distill(teacher, student, images, method, source, Training(epochs=40, batch_size=32, milestones=(25, 35)))
             reached[method].append(accuracy(student, digits.test))
     assert sum(reached["soft"]) > sum(reached["alone"])

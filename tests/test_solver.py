@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.masks import masks_from_theta, mix, soft_labels
+from supermix.masks import mix, soft_labels
 from supermix.mixing import SuperMix, is_solved, newton_step, objective
 from supermix.zoo import create
 from torch import nn

@@ -4,6 +4,7 @@ house.py check     export into a copy and compare: package and README must be wh
 house.py execute   run every notebook (or those named) from a clean kernel and save its outputs
 house.py readme    write README.md from nbs/index.ipynb
 """
+import json
 import os
 import re
 import subprocess
@@ -25,8 +26,10 @@ def notebooks(names=()):
 
 def readme_text():
     "nbs/index.ipynb as Markdown, with its links as seen from the repository's top."
-    command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdout", ROOT / "nbs" / "index.ipynb"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
+    index["metadata"]["language_info"] = {"name": "python"}  # nbdev_clean takes it out; the fences name it
+    command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdin", "--stdout"]
+    text = subprocess.run(command, input=json.dumps(index), check=True, capture_output=True, text=True).stdout
     return re.sub(r"\]\((?=images/|\d\d_|runs/)", "](nbs/", text).strip() + "\n"
 
 
@@ -46,8 +49,8 @@ def check():
             if module.name not in ("__init__.py", "_modidx.py"): module.unlink()
         subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
         subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True)
-        stale = [f"supermix/{n}" for n in differing(dircmp(ROOT / "supermix", copy / "supermix", ignore=["__pycache__"]))]
-        stale += [f"nbs/{n}" for n in differing(dircmp(ROOT / "nbs", copy / "nbs", ignore=["__pycache__"]))]
+        stale = [f"supermix/{n}" for n in differing(dircmp(ROOT / "supermix", copy / "supermix", ignore=["__pycache__", "out", ".ipynb_checkpoints"]))]
+        stale += [f"nbs/{n}" for n in differing(dircmp(ROOT / "nbs", copy / "nbs", ignore=["__pycache__", "out", ".ipynb_checkpoints"]))]
     if stale: sys.exit("Not what the notebooks say: " + ", ".join(stale) + "\nRun nbdev_export and nbdev_clean, and commit.")
     if (ROOT / "README.md").read_text() != readme_text(): sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
     print("The package and the README are what the notebooks say.")
