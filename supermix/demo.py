@@ -60,7 +60,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
           f"{teacher.card['test_accuracy']} % on the test images\nmixing   {recipe.mixing}", flush=True)
     mixer = SuperMix(teacher, **asdict(recipe.mixing))
     picture = draw_picture(mixer, images, Path(out) / "mixes.png")
-    mixes = make_mixes(mixer, images, recipe.mixes, seed=recipe.training.seed)
+    mixes = make_mixes(mixer, images, recipe.mixes, seed=recipe.training.seed, pad=recipe.mixed_pad)
     print(f"mixes    {mixes}", flush=True)
     rows = []
     for name, (method, source) in students(len(info.classes), mixes).items():

@@ -29,16 +29,17 @@ class Mixes:
     info: object          # of the data set they were made from
     tried: int            # sets that were begun; the rest was not solved
     seconds: float        # what it took
+    pad: int = 2          # pixels by which a random crop may be off, in each direction
 
     def __len__(self): return len(self.images)
 
-    def sample(self, n: int, generator, pad: int = 2):  # -> (n, 3, H, W)
+    def sample(self, n: int, generator):  # -> (n, 3, H, W)
         "Random mixed images under random views."
         which = torch.randint(len(self), (n,), generator=generator)
-        crop = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
+        crop = torch.randint(0, 2 * self.pad + 1, (n, 2), generator=generator)
         flip = (torch.rand(n, generator=generator) < 0.5) & self.info.flip
         black = self.info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8)).flatten()
-        return crop_flip(self.images[which], Views(crop, flip), pad, black)
+        return crop_flip(self.images[which], Views(crop, flip), self.pad, black)
 
     def __repr__(self):
         return f"Mixes({len(self):,} images, {len(self) / self.tried:.0%} of {self.tried:,} sets solved, {len(self) / self.seconds:.0f} images/s)"
@@ -49,6 +50,7 @@ def make_mixes(mixer: SuperMix,
                count: int,            # solved sets that are wanted
                seed: int = 0,         # of all draws
                batch_size: int = 128, # sets that are solved together
+               pad: int = 2,          # random crops of the mixed images in training may be off by this many pixels
                ) -> Mixes:
     "Make `count` SuperMix images from random views of `images`."
     if count < 1: raise ValueError(f"Expected a count of 1 or more mixed images, got {count}.")
@@ -65,7 +67,7 @@ def make_mixes(mixer: SuperMix,
                 raise RuntimeError(f"None of {tried} sets was solved in {mixer.max_iter} updates: is the teacher trained, and are images and teacher normalised alike?")
             bar.update(len(made[-1]))
             bar.set_postfix(solved=f"{mixed.solved.float().mean():.0%}")
-    return Mixes(torch.cat(made), images.info, tried, time.perf_counter() - start)
+    return Mixes(torch.cat(made), images.info, tried, time.perf_counter() - start, pad)
 
 # %% ../nbs/41_distillation.ipynb #9b13e5ad
 class Distillation:
