@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+.NOTPARALLEL:
 .PHONY: help demo test test-slow notebooks export readme data clean
 
 help:  ## what there is to make
@@ -31,10 +32,11 @@ export: $(VENV)/.dev  ## notebooks to package
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/house.py readme
 
-data:  # Fashion-MNIST from Debian, where that is possible and nobody has it; without it the demo takes digits
+data:  # Fashion-MNIST from Debian, where nobody has it yet and we may install it; else load_data sees to it
 	@[ -d /usr/share/datasets/fashion-mnist ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \
-	  || { echo "Fetching Fashion-MNIST (30 MB) from Debian"; apt-get update -qq; apt-get install -qq -y dataset-fashion-mnist; } \
-	  > /dev/null 2>&1 || echo "Fashion-MNIST is not to be had from Debian; going on without"
+	  || { echo "Fetching Fashion-MNIST (30 MB) from Debian"; \
+	       { apt-get update -qq && apt-get install -qq -y dataset-fashion-mnist; } > /dev/null 2>&1 || echo "It is not to be had there"; }
+	@$(BIN)/python -c "from supermix import load_data; print('Data:', load_data())"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) 2> /dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y python3-venv \

@@ -69,7 +69,9 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
         history = distill(teacher, student, images, method, source, recipe.training, title=name)
         rows.append(Row(name, accuracy(student, data.test), history.speed))
         save(student, Path(out) / f"{name.lower().replace(' + ', '_').replace(' ', '_')}.safetensors", accuracy=rows[-1].accuracy)
-    report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows], "seconds": round(time.perf_counter() - start, 1)}
+    report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows],
+              "seconds": round(time.perf_counter() - start, 1), "command": f"supermix demo --scale {scale}",
+              "torch": torch.__version__, "device": f"CPU, {torch.get_num_threads()} threads"}
     write_atomic(Path(out) / "result.json", json.dumps(report, indent=1, default=str).encode())
     print("\n" + as_table(rows) + f"\n\n{report['seconds']:.0f} seconds; picture {picture}, students and numbers beside it")
     return rows
@@ -83,8 +85,7 @@ def as_table(rows: list[Row]) -> str:
 # %% ../nbs/50_demo.ipynb #05b1ec3b
 def draw_picture(mixer: SuperMix, images, path: Path, rows: int = 5) -> Path:
     "Write a picture of some sets: sources, masks and mixed images."
-    import matplotlib
-    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
     generator = torch.Generator().manual_seed(1)
     x, _ = images[torch.randperm(len(images), generator=generator)[:16]]
     draw = mixer.draw(x, generator=generator)
@@ -95,4 +96,5 @@ def draw_picture(mixer: SuperMix, images, path: Path, rows: int = 5) -> Path:
     figure = show_mixes(images.info, x[draw.partners][order], mixed.masks[order], titles)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
     return path

@@ -1,9 +1,12 @@
 """The README's snippets, run as they stand."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from supermix.demo import Row, as_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -28,3 +31,8 @@ def test_both_commands_are_on_the_first_screen():
 def test_every_link_within_the_repository_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links and all((Path(__file__).parent.parent / link).exists() for link in links), links
+
+
+def test_the_table_is_the_one_that_was_measured():
+    rows = json.loads((Path(__file__).parent.parent / "results" / "demo.json").read_text())["rows"]
+    assert as_table([Row(**row) for row in rows]) in README
