@@ -60,7 +60,7 @@ def make_mixes(mixer: SuperMix,
             which = torch.randint(len(images), (batch_size,), generator=generator)
             x = to_device(images.info.normalize(images.fetch(which, images.draw(which, generator))), mixer.teacher)
             draw = mixer.draw(x, generator=generator)
-            mixed = mixer.solve(x[draw.partners], draw.lam)
+            mixed = mixer.solve(x[draw.partners], draw.lam, draw=draw)
             tried += batch_size
             made.append(mixed.images[mixed.solved][:missing].cpu())
             if tried >= 10 * batch_size and not any(map(len, made)):

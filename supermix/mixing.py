@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'is_solved', 'Mixed', 'check_sets', 'start_from', 'check_settings', 'ask', 'see',
-           'iterate', 'SuperMix']
+           'classes_of', 'iterate', 'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
 from dataclasses import dataclass
@@ -122,6 +122,11 @@ def see(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> 
     "The teacher's checked logits, in evaluation mode and without gradients."
     with evaluating(teacher), torch.no_grad(): return ask(teacher, images, k)
 
+def classes_of(teacher, sets):  # (B, k, C, H, W) -> int64 (B, k), and their number N
+    "The teacher's class of each source."
+    logits = see(teacher, sets.flatten(0, 1), sets.shape[1])
+    return logits.argmax(1).view(sets.shape[:2]), logits.shape[1]
+
 # %% ../nbs/33_mixing.ipynb #684d0d2e
 def iterate(ask,                     # images (B, C, H, W) -> the teacher's logits (B, N)
             sets: torch.Tensor,      # (B, k, C, H, W)
@@ -169,6 +174,7 @@ class SuperMix(Mixer):
               sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
               lam: torch.Tensor,   # (B, k): the wanted shares, rows summing to 1
               theta: torch.Tensor | None = None,  # (B, k, w, w) to start from; None: 0
+              draw: Draw | None = None,           # what the teacher said of the sources; None: it is asked
               ) -> Mixed:
         "Find the masks for exactly these sets and weights; an unsolved set comes back with its last iterate."
         check_sets(sets, lam, self.k, self.mask_size)
@@ -176,9 +182,8 @@ class SuperMix(Mixer):
             sets = sets.clone() if sets.is_inference() else sets.detach()
             theta = start_from(theta, (len(sets), self.k, self.mask_size, self.mask_size), sets)
             lam = lam.to(theta)
-            seen = see(self.teacher, sets.flatten(0, 1), self.k)
-            classes = seen.argmax(1).view(len(sets), self.k)
-            target = soft_labels(classes, lam, seen.shape[1])
+            classes, N = classes_of(self.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
+            target = soft_labels(classes, lam, N)
             ask_teacher = lambda x: ask(self.teacher, x, self.k)
             logits, steps, solved = iterate(ask_teacher, sets, target, classes, theta, self.lambda_s, self.sigma, self.max_iter)
         masks = masks_from_theta(theta, sets.shape[-2:])
@@ -190,6 +195,6 @@ class SuperMix(Mixer):
         partners = draw_partners(classes, self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device), logits.shape[1])
 
-    def choose_masks(self, sets, draw, generator=None): return self.solve(sets, draw.lam).masks
+    def choose_masks(self, sets, draw, generator=None): return self.solve(sets, draw.lam, draw=draw).masks
 
     def weights(self, masks, draw): return draw.lam
