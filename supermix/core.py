@@ -26,9 +26,10 @@ def lookup(table: dict,        # what there is, by name
            ):                  # `table[name]`
     "The entry of `table` under `name`; an unknown name raises a `ValueError` that shows the nearest ones."
     if name in table: return table[name]
-    near = get_close_matches(str(name), list(table), n=3, cutoff=0.5)
+    known = [str(key) for key in table if key != ""]
+    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(table)}.")
+    raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")
 
 # %% ../nbs/00_core.ipynb #c6ee483a
 def write_atomic(path: str | Path, # where the file shall appear

@@ -41,8 +41,7 @@ def test_a_scale_changes_what_it_lists_and_nothing_else(name, scale):
     assert changed == recipe.scales[scale]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xfail(
-    name == "IMAGENET", strict=True, reason="torchvision's ResNets are not in the zoo yet")) for name in RECIPES])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_names_things_that_exist(name):
     recipe = RECIPES[name]
     assert recipe.data in {*DATA_SETS, "auto"} and {recipe.teacher, recipe.student} <= set(names())

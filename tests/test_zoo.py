@@ -1,6 +1,7 @@
 """Networks against the benchmark's numbers, files that keep them, predictions, and the shipped teachers."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
+from supermix.models.shakeshake import ShakeShake
 from supermix.training import accuracy
-from supermix.zoo import as_batch, create, load, names, predict, pretrained, save, shipped, table
+from supermix.zoo import as_batch, crd_keys, create, load, load_crd, names, predict, pretrained, save, shipped, table
 from torch import nn
 
 # As published: the paper's supplement, the CRD benchmark, torchvision
@@ -17,7 +19,7 @@ PARAMETERS = {
     "wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564, "resnet56": 861_620,
     "resnet32": 472_756, "resnet20": 278_324, "resnet50": 23_705_252, "resnet32x4": 7_433_860, "resnet8x4": 1_233_540,
     "vgg13": 9_462_180, "vgg8": 3_965_028, "mobilenetv2": 812_836, "shufflenetv1": 949_258, "shufflenetv2": 1_355_528,
-    "wrn_40_2a": 2_258_084, "wrn_28_10a": 36_546_980, "shake_26_2x96d": 26_366_404,
+    "wrn_40_2a": 2_258_084, "wrn_28_10a": 36_546_980, "shakeshake26_2x96d": 26_366_404,
     "imagenet_resnet34": 21_797_672, "imagenet_resnet18": 11_689_512, "imagenet_resnet50": 25_557_032,
 }
 ORACLE = json.loads((Path(__file__).parent / "data" / "crd_networks.json").read_text())
@@ -27,8 +29,21 @@ ORACLE = json.loads((Path(__file__).parent / "data" / "crd_networks.json").read_
 def rows(): return {row.name: row for row in table()}
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name in PARAMETERS])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_the_published_parameter_counts(name, rows): assert rows[name].parameters == PARAMETERS[name]
+
+
+def test_a_row_says_name_stages_cost_and_paper(rows):
+    "The cost against a count by hand: output elements times weights of one output."
+    for name in ("resnet20", "vgg8", "mobilenetv2", "shufflenetv1"):
+        network, cost = create(name).eval(), 0
+        def count(module, args, output):
+            nonlocal cost
+            cost += output.numel() * module.weight[0].numel()
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)): module.register_forward_hook(count)
+        with torch.no_grad(): network(torch.zeros(1, 3, 32, 32))
+        assert rows[name].multiply_adds == cost and "arXiv" in rows[name].paper and f"{rows[name].parameters:,}" in str(rows[name])
 
 
 def fill(shapes):
@@ -43,11 +58,16 @@ def fill(shapes):
         else: yield torch.randn(shape, generator=g, dtype=torch.float64) * (2 / torch.Size(shape[1:]).numel()) ** 0.5
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name in ORACLE])
+def benchmark_state(name):
+    "The benchmark's state dictionary of a network, filled from seeds."
+    shapes = ORACLE[name]["state_dict"]
+    return dict(zip([key for key, _ in shapes], fill(shapes), strict=True))
+
+
+@pytest.mark.parametrize("name", ORACLE)
 def test_the_benchmarks_features_and_logits(name, rows):
-    want, network = ORACLE[name], create(name).double().eval()
-    assert [list(t.shape) for t in network.state_dict().values()] == [shape for _, shape in want["state_dict"]]
-    network.load_state_dict(dict(zip(network.state_dict(), fill(want["state_dict"]), strict=True)))
+    want, network = ORACLE[name], load_crd(create(name).double(), benchmark_state(name))
+    assert list(crd_keys(network).values()) == [key for key, _ in want["state_dict"]] and not network.training
     probe = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1234), dtype=torch.float64)
     with torch.no_grad(): features, logits = network.features(probe), network(probe)
     assert [list(f.shape[1:]) for f in features] == want["features"] == [list(s) for s in rows[name].stages]
@@ -56,12 +76,48 @@ def test_the_benchmarks_features_and_logits(name, rows):
     torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"epoch": 240, "model": s, "best_acc": torch.tensor(1.0), "opt": Namespace(a=1)},
+                                  lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])
+def test_a_benchmark_file(wrap, tmp_path):
+    state = benchmark_state("vgg8")
+    torch.save(wrap(state), tmp_path / "vgg8.pth")
+    network = load_crd(create("vgg8"), tmp_path / "vgg8.pth")
+    assert torch.equal(network.head.weight, state["classifier.weight"].float())
+    assert torch.equal(network.stages[3][1][1].running_var, state["block4.1.running_var"].float())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("layer2.0.bn1.bias"), "resnet20: missing: layer2.0.bn1.bias"),
+    (lambda s: s.update({"tail.weight": torch.zeros(1)}), "not expected: tail.weight"),
+    (lambda s: s.update({"fc.weight": torch.zeros(10, 64)}), r"fc.weight: expected \(100, 64\), got \(10, 64\)"),
+    (lambda s: s.update(note="hello"), "expected a dictionary of tensors"),
+])
+def test_a_wrong_benchmark_state_is_named_and_changes_nothing(change, message):
+    state, network = benchmark_state("resnet20"), create("resnet20")
+    change(state)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(ValueError, match=message): load_crd(network, state)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_benchmark_file_that_would_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self): return (Path.touch, (tmp_path / "ran",))
+    torch.save({"model": benchmark_state("resnet20"), "opt": Bomb()}, tmp_path / "bad.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:1000])
+    for name in ("bad.pth", "short.pth"):
+        with pytest.raises(ValueError, match=f"{name} is not a file of weights that can be read safely"): load_crd(create("resnet20"), tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="Unknown family of the CRD benchmark 'ShakeShake'"): load_crd(nn.Module.__new__(ShakeShake), {})
+
+
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "imagenet_resnet18"])
 def test_a_network_takes_any_size_and_gives_any_number_of_classes(name, size):
     network, x = create(name, num_classes=3).eval(), torch.randn(2, 3, *size)
     assert network(x).shape == (2, 3)
-    torch.testing.assert_close(network(x), network.head(network.features(x)[-1]))
+    head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    torch.testing.assert_close(network(x), head(network.features(x)[-1]))
 
 
 @pytest.mark.parametrize("act, message", [

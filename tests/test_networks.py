@@ -1,0 +1,211 @@
+"""What every network of the registry must do: gradients, features, pre-activations, layouts, precisions, sizes, compilation."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from supermix.models.blocks import draw_network
+from supermix.models.hooked import Hooked, imagenet_resnet
+from supermix.models.mobilenetv2 import MobileNetV2
+from supermix.models.resnet import BottleneckResNet, ResNet
+from supermix.models.shakeshake import ShakeBlock, ShakeShake, shake
+from supermix.models.shufflenetv1 import ShuffleNetV1
+from supermix.models.shufflenetv2 import ShuffleNetV2
+from supermix.models.vgg import VGG
+from supermix.models.wrn import WRN
+from supermix.zoo import create, names
+from torch import nn
+
+SMALL = {  # a family each, small enough to run often
+    "resnet": lambda: ResNet(10, depth=8), "bottleneck": lambda: BottleneckResNet(10, (1, 2), (8, 16, 32)), "wrn": lambda: WRN(10, 10, 1),
+    "vgg": lambda: VGG(10, widths=(8, 8, 16, 16, 16)), "mobilenetv2": lambda: MobileNetV2(10, 0.25, 64),
+    "shufflenetv1": lambda: ShuffleNetV1(10, (60, 120), (2, 2)), "shufflenetv2": lambda: ShuffleNetV2(10, (16, 32), (2, 2), 32),
+    "shakeshake": lambda: ShakeShake(10, 8, 8), "imagenet_resnet": lambda: imagenet_resnet(10),
+    "timm": lambda: Hooked(timm.create_model("regnetx_002", num_classes=10, zero_init_last=False), "stem", ["s1", "s2", "s3", "s4"], "head.fc"),
+}
+LINEAR_ENDS = {"mobilenetv2", "shakeshake"}  # nothing of a ReLU stands at a stage's end
+LARGE = {"wrn_28_10a", "shakeshake26_2x96d", "resnet50", "resnet32x4", "imagenet_resnet34", "imagenet_resnet50", "imagenet_resnet18"}
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+@pytest.fixture(params=SMALL)
+def family(request): return request.param
+
+
+@pytest.fixture
+def network(family):
+    "A network of the family, with averages of norms that fit: as if trained."
+    net = SMALL[family]()
+    for _ in range(3): net(torch.randn(16, 3, 32, 32))
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_parameter_of_every_network_gets_a_gradient(name):
+    network = create(name)
+    size = 32 if name not in LARGE else 16
+    network(torch.randn(4, 3, size, size)).square().mean().backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+    network.eval()  # a bias in front of a norm has a gradient of 0 in training, and another one here
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d): module.reset_running_stats()
+    network.zero_grad()
+    F.cross_entropy(network(torch.randn(4, 3, size, size)) / 1e3, torch.arange(4)).backward()
+    assert [n for n, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_layout_and_precision_leave_the_logits(name):
+    network, size = create(name, 10), 32 if name not in LARGE else 16
+    for _ in range(2): network(torch.randn(8, 3, size, size))  # averages of norms as after training
+    network, x = network.eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        want = network(x)
+        with torch.autocast("cpu", torch.bfloat16): rough = network(x)
+        laid_out = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert (laid_out - want).norm() <= 1e-4 * want.norm()
+    assert rough.dtype == torch.bfloat16 and (rough.float() - want).norm() <= 0.1 * want.norm()
+
+
+def test_features_are_one_contract(network, family):
+    x = torch.randn(3, 3, 32, 40)
+    with torch.no_grad(): features, logits = network.features(x), network(x)
+    assert all(f.ndim == 4 and len(f) == 3 for f in features[:-1]) and features[-1].ndim == 2
+    assert len(features) == 2 + len([name for name in network.parts() if name.startswith("stage")])
+    head = network.parts()["head"]
+    torch.testing.assert_close(head(features[-1]), logits)
+    assert sum(p.numel() for part in network.parts().values() for p in part.parameters()) == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_preactivations_come_before_the_relu(network, family, training):
+    if family == "shakeshake" and training: pytest.skip("two passes are shaken differently")
+    network.train(training)
+    x, twin = torch.randn(3, 3, 32, 32), copy.deepcopy(network)
+    with torch.no_grad(): features, before = network.features(x), twin.preactivations(x)
+    torch.testing.assert_close(before[0], features[0])
+    torch.testing.assert_close(before[-1], features[-1])
+    torch.testing.assert_close(twin.state_dict(), network.state_dict())  # the norms' averages moved once, as in one pass
+    for u, h in zip(before[1:-1], features[1:-1], strict=True):
+        assert u.shape == h.shape and (u < 0).any()
+        if family in LINEAR_ENDS: torch.testing.assert_close(u, h)
+        elif family != "wrn": torch.testing.assert_close(u.relu(), h)
+
+
+def test_the_pre_activation_of_a_wide_network_is_its_next_norm():
+    network, heard = SMALL["wrn"]().eval(), []
+    for norm in [network.stages[1][0].norm1, network.stages[2][0].norm1, network.neck[0]]:
+        norm.register_forward_hook(lambda m, args, output: heard.append(output.clone()))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): before = network.preactivations(x)
+    for want, u in zip(heard, before[1:-1], strict=True): torch.testing.assert_close(u, want)
+
+
+def test_gradients_reach_features(network, family):
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    for f in network.features(x): assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
+    for f in network.preactivations(x): assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda: ResNet(depth=21), "6n \\+ 2"), (lambda: WRN(depth=20), "6n \\+ 4"), (lambda: ShakeShake(depth=20, width=4), None),
+    (lambda: ShakeShake(depth=21), "6n \\+ 2"), (lambda: VGG(depth=9), "Unknown depth 9"), (lambda: imagenet_resnet(depth=20), "Unknown depth 20"),
+    (lambda: VGG(10)(torch.zeros(1, 3, 4, 40)), r"VGG expected images \(B, 3, H, W\) of at least 8×8 pixels, got \(1, 3, 4, 40\)"),
+    (lambda: ResNet(10, 8)(torch.zeros(1, 1, 28, 28)), r"ResNet expected images \(B, 3, H, W\), got \(1, 1, 28, 28\)"),
+    (lambda: ResNet(10, 8).features(torch.zeros(3, 28, 28)), r"got \(3, 28, 28\)"),
+    (lambda: Hooked(torchvision.models.resnet18(), "maxpool", ["layer"], "fc"), "Unknown module of ResNet 'layer'"),
+])
+def test_what_cannot_be_built_or_seen(act, message):
+    if message is None: return act()
+    with pytest.raises(ValueError, match=message): act()
+
+
+def test_a_layer_that_is_changed_in_place_is_found_out():
+    wrong = Hooked(torchvision.models.resnet18(num_classes=3), "bn1", ["layer1"], "fc").eval()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode(), pytest.raises(ValueError, match="'bn1' is changed in place"): wrong.features(torch.randn(1, 3, 32, 32))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrong.modules())
+
+
+def test_a_drawing_of_every_family(network, family):
+    figure = draw_network(network)
+    text = " ".join(t.get_text() for t in figure.axes[0].texts)
+    assert "stage 2" in text and f"{sum(p.numel() for p in network.parameters()):,}" in figure.axes[0].get_title()
+    figure.clear()
+
+
+# Shake-Shake
+
+def test_shaking_takes_its_value_from_alpha_and_its_gradient_from_beta():
+    a, b = (torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    alpha, beta = torch.rand(2, 4, 1, 1, 1, dtype=torch.float64)
+    y, weights = shake(a, b, alpha, beta), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(y, alpha * a + (1 - alpha) * b)
+    da, db = torch.autograd.grad((y * weights).sum(), (a, b))
+    torch.testing.assert_close(da, beta * weights)
+    torch.testing.assert_close(db, (1 - beta) * weights)
+    assert (da - alpha * weights).abs().max() > 0.05
+
+
+def test_a_block_draws_per_image_and_not_in_evaluation():
+    block, x = ShakeBlock(4, 4), torch.randn(1, 4, 5, 5).expand(64, -1, -1, -1)
+    block.eval().training = True
+    with torch.no_grad():
+        shares = ((block(x) - x - block.second(x)) / (block.first(x) - block.second(x))).median(3).values.median(2).values.median(1).values
+        assert len(shares.unique()) == 64 and shares.min() > -1e-3 and shares.max() < 1 + 1e-3 and 0.35 < shares.mean() < 0.65
+        block.training = False
+        torch.testing.assert_close(block(x), x + (block.first(x) + block.second(x)) / 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_shaking_under_autocast(device):
+    network, x = ShakeShake(10, 8, 8).to(device), torch.randn(8, 3, 32, 32, device=device)
+    with torch.autocast(device, torch.bfloat16): loss = F.cross_entropy(network(x).float(), torch.arange(8, device=device))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from supermix.models.shakeshake import ShakeShake
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+network = DistributedDataParallel(ShakeShake(10, 8, 4))
+torch.manual_seed(1 + dist.get_rank())
+for _ in range(2):
+    with torch.autocast("cpu", torch.bfloat16): loss = network(torch.randn(4, 3, 16, 16)).float().square().mean()
+    network.zero_grad()
+    loss.backward()
+gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
+both = [torch.zeros_like(gradient) for _ in range(2)]
+dist.all_gather(both, gradient)
+assert torch.equal(*both) and gradient.abs().sum() > 0
+dist.destroy_process_group()
+"""
+
+
+def test_shaking_in_two_processes(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "worker.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
+def test_compiled_networks_give_the_same(network, family):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): want, got = network(x), torch.compile(network)(x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
