@@ -44,7 +44,7 @@ class Info:
     def normalize(self, pixels):       # uint8 (..., 3, H, W)
         "Bytes to float32 with mean 0 and standard deviation 1 a channel, over the data set."
         mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return (pixels.float() / 255 - mean) / std
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def denormalize(self, images):     # floats (..., 3, H, W), normalised
         "Back to floats in 0 … 1, for pictures."
@@ -69,11 +69,9 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
     fill = torch.as_tensor(fill, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
     framed = fill.expand(B, C, H + 2 * pad, W + 2 * pad).clone()
     framed[..., pad:pad + H, pad:pad + W] = images
-    rows = views.crop[:, 0, None] + torch.arange(H, device=images.device)
-    cols = views.crop[:, 1, None] + torch.arange(W, device=images.device)
-    cols = torch.where(views.flip[:, None], cols.flip(1), cols)
-    each = torch.arange(B, device=images.device)
-    return framed[each[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # a view (B, C, 2·pad + 1, 2·pad + 1, H, W) of all windows: nothing is copied yet
+    cut = windows[torch.arange(B, device=images.device), :, views.crop[:, 0], views.crop[:, 1]]
+    return torch.where(views.flip[:, None, None, None], cut.flip(-1), cut)
 
 # %% ../nbs/01_data.ipynb #dc149008
 class Images(torch.utils.data.Dataset):

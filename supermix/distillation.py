@@ -19,6 +19,7 @@ from .losses import student_loss
 from .mixers import Mixer
 from .mixing import SuperMix
 from .recipes import METHODS, Terms, Training
+from .store import MixedDataset
 from .training import History, to_device, train
 
 # %% ../nbs/41_distillation.ipynb #885b24f2
@@ -60,7 +61,7 @@ def make_mixes(mixer: SuperMix,
             which = torch.randint(len(images), (batch_size,), generator=generator)
             x = to_device(images.info.normalize(images.fetch(which, images.draw(which, generator))), mixer.teacher)
             draw = mixer.draw(x, generator=generator)
-            mixed = mixer.solve(x[draw.partners], draw.lam, draw=draw)
+            mixed = mixer.solve(x[draw.partners], draw.lam, mixer.first_theta(draw.lam, x.shape[-2:], generator), draw)
             tried += batch_size
             made.append(mixed.images[mixed.solved][:missing].cpu())
             if tried >= 10 * batch_size and not any(map(len, made)):
@@ -75,14 +76,14 @@ class Distillation:
     def __init__(self,
                  teacher,                          # images to logits; None where no term asks for it
                  terms: Terms,                     # the weights of the loss's terms
-                 mixer: Mixer | Mixes | None,      # where mixed images come from, if a term asks for them
+                 mixer: Mixer | Mixes | MixedDataset | None,      # where mixed images come from, if a term asks for them
                  generator: torch.Generator,       # of all draws
                  ):
         self.teacher, self.terms, self.mixer, self.generator = teacher, terms, mixer, generator
 
     def mixed_batch(self, images, labels):  # (B, 3, H, W) -> (B, 3, H, W)
         "As many mixed images: from the stock, or mixed from this batch."
-        if isinstance(self.mixer, Mixes): return self.mixer.sample(len(images), self.generator).to(images.device)
+        if isinstance(self.mixer, (Mixes, MixedDataset)): return self.mixer.sample(len(images), self.generator).to(images.device)
         return self.mixer(images, labels, generator=self.generator)[0]
 
     def __call__(self, student, images, labels):
@@ -104,7 +105,7 @@ def distill(teacher,                              # images to logits; None for t
             student: nn.Module,                   # is trained in place
             images: Images,                       # natural images with labels
             method: str | Terms = "soft",         # a name of `METHODS`, or weights of your own
-            mixer: Mixer | Mixes | None = None,   # where mixed images come from
+            mixer: Mixer | Mixes | MixedDataset | None = None,   # where mixed images come from
             recipe: Training = Training(),        # the numbers of the training
             title: str = "",                      # what the progress bar is called
             ) -> History:                         # its images/s count natural and mixed images

@@ -36,3 +36,11 @@ def test_every_link_within_the_repository_leads_somewhere():
 def test_the_table_is_the_one_that_was_measured():
     rows = json.loads((Path(__file__).parent.parent / "results" / "demo.json").read_text())["rows"]
     assert as_table([Row(**row) for row in rows]) in README
+
+
+def test_the_engines_table_is_the_one_that_was_measured():
+    report = json.loads((Path(__file__).parent.parent / "results" / "engine.json").read_text())
+    for k, result in report["races"].items():
+        for way, name in (("plain", "plain way"), ("engine", "engine")):
+            w, ratio = result[way], result["ratio"] if way == "engine" else 1
+            assert f"| k = {k}, {name} | {w['images/s']:.1f} | {ratio:.1f} | {100 * w['solved']:.1f} % |" in README

@@ -1,0 +1,205 @@
+"""The engine: folded norms, draws by number, slots, and the race against the plain way."""
+
+import json
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from supermix.data import load_data
+from supermix.engine import BLOCK, PASSES, Engine, Found, decode, draw_block, encode, fold_norms, plain_way, race, rounded
+from supermix.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
+from supermix.mixing import SuperMix, is_solved
+from supermix.recipes import FAST, Mixing
+from supermix.zoo import create, names, pretrained
+from torch import nn
+
+QUICK = Mixing(**FAST)
+
+
+def solve(teacher, images, mixing=QUICK, blocks=1, slots=128, seed=0, first=0):
+    engine = Engine(teacher, images[:2][0], mixing, slots)
+    found = list(engine.run(draw_block(images, engine.see, mixing, seed, first + b) for b in range(blocks)))
+    found = Found(*map(torch.cat, zip(*found)))
+    return engine, Found(*(t[found.index.argsort()] for t in found))
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n not in ("wrn_28_10a", "shakeshake26_2x96d", "imagenet_resnet50", "imagenet_resnet34", "resnet50")])
+def test_folding_leaves_the_logits(name):
+    torch.manual_seed(0)
+    network = create(name, 10)
+    for _ in range(3): network(torch.randn(16, 3, 32, 32))
+    state, x = {k: v.clone() for k, v in network.state_dict().items()}, torch.randn(3, 3, 32, 32)
+    folded = fold_norms(network, x)
+    assert network.training and not folded.training
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+    count = lambda n: sum(type(m) is nn.BatchNorm2d for m in n.modules())
+    assert count(folded) <= count(network) / 2
+    with torch.no_grad(): torch.testing.assert_close(folded(x), network.eval()(x), rtol=1e-3, atol=1e-3 * network(x).abs().max().item())
+
+
+def test_a_norm_that_cannot_be_folded_is_left_alone():
+    class Twice(nn.Module):
+        "One convolution with two norms: folding either would be wrong for the other."
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.head((self.a(y) + self.b(y)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    network, x = Twice(), torch.randn(4, 3, 8, 8)
+    for _ in range(3): network(x)
+    folded = fold_norms(network, x)
+    with torch.no_grad(): torch.testing.assert_close(folded(x), network.eval()(x))
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_regions_have_their_areas_and_sparsity(k):
+    g = torch.Generator().manual_seed(k)
+    lam = torch._sample_dirichlet(torch.full((200, k), 3.0), generator=g)
+    theta = regions(lam, 8, 6.28 * torch.rand(200, generator=g), 0.06, (32, 32))
+    masks = masks_from_theta(theta, (32, 32))
+    assert (areas(masks) - lam).abs().amax(1).mean() < 0.05
+    assert 0.045 < sparsity(masks).mean() < 0.075
+
+
+def test_holding_the_sparsity():
+    theta = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for target in (0.03, 0.06, 0.1):
+        held = hold_sparsity(theta, target, (32, 32), rounds=6)
+        torch.testing.assert_close(sparsity(masks_from_theta(held, (32, 32))).mean(), torch.tensor(target), atol=3e-3, rtol=0)
+        assert torch.equal(held.amax(1), torch.full((50, 8, 8), REST)) and torch.equal(held.argmax(1), theta.argmax(1))
+    shifted = hold_sparsity(theta + torch.randn(50, 1, 8, 8), 0.06, (32, 32))      # what all sources share does not matter
+    torch.testing.assert_close(shifted, hold_sparsity(theta, 0.06, (32, 32)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_code_is_a_rounding_that_stays(held):
+    theta = hold_sparsity(torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 0.06, (32, 32))
+    code = encode(theta, held)
+    assert code.dtype == torch.float16 and code.shape[1] == (2 if held else 3)
+    once = rounded(theta, held)
+    assert torch.equal(rounded(once, held), once) and torch.equal(decode(encode(once, held), held), once)
+    torch.testing.assert_close(once, theta, atol=0.05, rtol=2e-3)
+    assert torch.isfinite(rounded(theta * 1e6, held)).all()
+
+
+def test_draws_depend_on_seed_and_number_alone(teacher, digits):
+    a = draw_block(digits.train, teacher, QUICK, 0, 5)
+    torch.manual_seed(99)
+    torch.rand(7)
+    b = draw_block(digits.train, teacher, QUICK, 0, 5)
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and a.index.tolist() == list(range(5 * BLOCK, 6 * BLOCK))
+    for other in (draw_block(digits.train, teacher, QUICK, 0, 6), draw_block(digits.train, teacher, QUICK, 1, 5)):
+        assert not torch.equal(a.sources, other.sources) and not torch.equal(a.lam, other.lam)
+    three = draw_block(digits.train, teacher, replace(QUICK, k=3), 0, 0)
+    assert all(len(set(row)) == 3 for row in three.classes.tolist())
+    torch.testing.assert_close(three.lam.sum(1), torch.ones(BLOCK))
+
+
+@pytest.mark.parametrize("mixing", [QUICK, Mixing(max_iter=12), replace(QUICK, k=3)], ids=["fast", "paper", "three"])
+def test_what_is_stored_is_what_the_teacher_approved(mixing, teacher, digits):
+    engine, found = solve(teacher, digits.train, mixing)
+    sets = draw_block(digits.train, engine.see, mixing, 0, 0)
+    assert engine.tried == BLOCK and 0.3 * BLOCK < len(found.index) < BLOCK and (found.steps >= 1).all() and (found.steps <= mixing.max_iter).all()
+    rows = found.index
+    for name in ("sources", "crop", "flip", "lam", "classes"): assert torch.equal(getattr(found, name), getattr(sets, name)[rows])
+    images = mix(sets.images[rows], masks_from_theta(decode(found.code, mixing.hold is not None), (32, 32)))
+    with torch.no_grad(): logits = engine.ask(images)
+    torch.testing.assert_close(logits, found.logits, rtol=1e-4, atol=1e-4)
+    assert is_solved(found.logits, found.classes).all()
+
+
+def test_the_papers_update_is_chapter_33s(teacher, digits):
+    "In one batch, before rounding can tell: the first update of both."
+    mixing = Mixing(max_iter=1)
+    engine, found = solve(teacher, digits.train, mixing)
+    sets = draw_block(digits.train, engine.see, mixing, 0, 0)
+    mixed = SuperMix(teacher, max_iter=1).solve(sets.images, sets.lam)
+    assert abs(len(found.index) - int(mixed.solved.sum())) <= 2
+    both = found.index[mixed.solved[found.index]]
+    mine = {int(i): row for i, row in zip(found.index, found.code.float())}
+    torch.testing.assert_close(torch.stack([mine[int(i)] for i in both]), mixed.theta[both], rtol=5e-3, atol=5e-3)
+
+
+def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
+    engine, found = solve(teacher, digits.train, slots=48, blocks=3)
+    assert engine.tried == 3 * BLOCK and len(found.index.unique()) == len(found.index) == engine.solved_after.sum()
+    other, again = solve(teacher, digits.train, slots=48, blocks=3)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bytes
+
+
+def test_slot_counts_agree_nearly(teacher, digits):
+    few, many = (solve(teacher, digits.train, slots=slots, blocks=2)[1] for slots in (32, 128))
+    common = torch.isin(few.index, many.index).float().mean()
+    assert common > 0.93 and abs(len(few.index) - len(many.index)) < 0.08 * len(many.index)
+
+
+def test_any_callable_and_bad_ones(teacher, digits):
+    x, _ = digits.train[:2]
+    engine = Engine(lambda images: teacher.eval()(images), x, QUICK)
+    assert len(list(engine.run([draw_block(digits.train, engine.see, QUICK, 0, 0)])))
+    assert list(engine.run([])) == []
+    with pytest.raises(ValueError, match="1 or more slots, got 0"): Engine(teacher, x, QUICK, slots=0)
+    with pytest.raises(ValueError, match="Expected the teacher to give logits"): list(Engine(lambda i: i, x, QUICK).run([draw_block(digits.train, teacher, QUICK, 0, 0)]))
+    with pytest.raises(ValueError, match="hold between 0 and 0.25"): SuperMix(teacher, hold=0.5)
+    with pytest.raises(ValueError, match="Did you mean 'regions'"): SuperMix(teacher, hold=0.06, start="region")
+    with pytest.raises(ValueError, match="sparsity to hold for start='regions'"): SuperMix(teacher, start="regions")
+
+
+def test_memory_does_not_grow_with_the_images(teacher, digits):
+    "Python's own allocations, which hold every tensor's object: as many after 6 blocks as after 2."
+    engine = Engine(teacher, digits.train[:2][0], QUICK, 64)
+    def peak(blocks):
+        tracemalloc.start()
+        for _ in engine.run(draw_block(digits.train, engine.see, QUICK, 0, b) for b in range(blocks)): pass
+        high = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return high
+    peak(1)
+    assert peak(6) < 1.5 * peak(2) + 100_000
+
+
+def test_the_plain_way_solves_what_chapter_33_solves(teacher, digits):
+    mixing = Mixing(max_iter=4)
+    sets = draw_block(digits.train, teacher.eval(), mixing, 0, 0)
+    theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, mixing)
+    mixed = SuperMix(teacher, max_iter=4).solve(sets.images, sets.lam)
+    assert (solved == mixed.solved).float().mean() > 0.95
+    same = solved & mixed.solved
+    torch.testing.assert_close(masks_from_theta(theta, (32, 32))[same].mean(), mixed.masks[same].mean(), atol=0.02, rtol=0)
+    with torch.no_grad(): torch.testing.assert_close(teacher(mix(sets.images, masks_from_theta(theta, (32, 32))))[solved], logits[solved], rtol=1e-3, atol=1e-3)
+
+
+def test_the_kept_race():
+    "What `supermix race` measured is what the chapter claims."
+    report = json.loads((Path(__file__).parent.parent / "results" / "engine.json").read_text())
+    for k, least in (("2", 15), ("3", 10)):
+        result = report["races"][k]
+        plain, ours = result["plain"], result["engine"]
+        assert result["ratio"] >= least and ours["solved"] >= plain["solved"] and ours["m(1-m)"] <= 0.065
+        assert ours["KL, where both solve"] <= plain["KL, where both solve"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k, least", [(2, 15), (3, 10)])
+def test_the_race(k, least):
+    "The issue of speed itself, measured here and now."
+    torch.set_num_threads(2)
+    images = load_data("fashion_mnist").train
+    result = race(pretrained("fashion_mnist"), images, Mixing(**FAST, k=k), rounds=2)
+    torch.set_num_threads(1)
+    assert result["ratio"] >= least and result["engine"]["solved"] >= result["plain"]["solved"] - 0.01
+    assert result["engine"]["m(1-m)"] <= 0.065 and result["share of time in passes"] >= 0.88
+    assert result["engine"]["KL, where both solve"] <= result["plain"]["KL, where both solve"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(teacher, digits):
+    engine, found = solve(teacher.cuda(), digits.train, blocks=2)
+    teacher.cpu()
+    assert len(found.index) > BLOCK and engine.clock[PASSES] > 0

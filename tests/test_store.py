@@ -1,0 +1,182 @@
+"""Stores of mixed images: exact, small, guarded; and what is made of them."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from supermix.data import FolderImages, Info
+from supermix.distillation import distill
+from supermix.engine import Engine, draw_block
+from supermix.generate import generate
+from supermix.masks import mix, sparsity
+from supermix.mixing import is_solved
+from supermix.quality import plot_quality, quality, show_extremes, total_variation
+from supermix.recipes import FAST, Generation, Mixing, Training
+from supermix.store import MixedDataset, Store, export_images, fingerprint, unpack_logits, weights_hash
+from supermix.zoo import create
+from torch.utils.data import DataLoader
+
+RECIPE = Generation(data="digits", count=300, shard=256, mixing=Mixing(**FAST))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return generate(RECIPE, tmp_path_factory.mktemp("store") / "mixes").folder
+
+
+@pytest.fixture(scope="module")
+def mixed(folder, digits): return MixedDataset(folder, digits.train)
+
+
+def test_a_store_is_what_the_solver_saw(mixed, teacher, digits):
+    assert len(mixed) == 300 and "300 mixed images of digits" in repr(mixed)
+    batch = mixed.batch(range(300))
+    engine = Engine(teacher, digits.train[:2][0], RECIPE.mixing)
+    with torch.no_grad(): logits = engine.ask(batch.images)
+    torch.testing.assert_close(logits, batch.logits, rtol=2e-3, atol=2e-2)
+    assert is_solved(batch.logits, batch.classes).all()
+    assert torch.equal(batch.images, mix(batch.sets, batch.masks)) and sparsity(batch.masks).mean() < 0.075
+    drawn = draw_block(digits.train, engine.see, RECIPE.mixing, 0, 0)
+    first = mixed.small["index"][:50].long()
+    assert torch.equal(batch.sets[:50], drawn.images[first]) and torch.equal(batch.lam[:50], drawn.lam[first])
+    torch.testing.assert_close(batch.target.sum(1), torch.ones(300))
+
+
+@pytest.mark.parametrize("size", [1, 7, 128])
+def test_an_image_does_not_depend_on_its_batch(mixed, size):
+    rows = torch.randperm(300, generator=torch.Generator().manual_seed(size))[:size]
+    assert torch.equal(mixed.batch(rows).images, torch.cat([mixed.batch([r]).images for r in rows.tolist()]))
+
+
+def test_as_a_dataset(mixed):
+    image, soft = mixed[3]
+    assert image.shape == (3, 32, 32) and torch.equal(image, mixed.batch([3]).images[0])
+    assert soft.shape == (10,) and soft.sum().item() == pytest.approx(1)
+    images, softs = next(iter(DataLoader(mixed, batch_size=16)))
+    assert torch.equal(images, mixed[:16][0]) and torch.equal(softs, mixed[:16][1])
+    for rows in ([300], [-1], [0, 999]):
+        with pytest.raises(IndexError, match="rows from 0 to 299"): mixed.batch(rows)
+    a, b = (mixed.sample(20, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (20, 3, 32, 32)
+
+
+def test_a_student_learns_from_a_store(mixed, teacher, digits):
+    torch.manual_seed(0)
+    student = create("resnet8", 10)
+    history = distill(teacher, student, digits.train.subset(100), "soft", mixed, Training(epochs=1, batch_size=25, milestones=()))
+    assert history.images == 200
+
+
+def test_the_store_is_small(mixed, folder, tmp_path):
+    out = export_images(mixed, tmp_path / "pictures")
+    files = sorted(out.rglob("*.png"))
+    assert len(files) == 300 and {f.parent.name for f in files} <= set("0123456789")
+    pictures = sum(f.stat().st_size for f in files) / 300
+    store = sum(f.stat().st_size for f in folder.iterdir()) / mixed.starts[-1]
+    assert pictures > 5 * store
+    with open(out / "labels.csv") as file: rows = list(csv.DictReader(file))
+    assert len(rows) == 300 and abs(float(rows[7]["lambda_1"]) + float(rows[7]["lambda_2"]) - 1) < 1e-3
+    batch = mixed.batch([7])
+    assert rows[7]["class_1"] == str(batch.classes[0, 0].item()) and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0]
+    pixels = torch.tensor(list(Image.open(out / rows[7]["file"]).getdata())).view(32, 32, 3).permute(2, 0, 1) / 255
+    assert (pixels - mixed.info.denormalize(batch.images[0])).abs().max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(ValueError, match="not empty"): export_images(mixed, out)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: (f / "manifest.json").unlink(), "is not a store of mixed images"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda f: (f / "00001.safetensors").unlink(), "00001.safetensors is missing"),
+    (lambda f: (f / "00000.safetensors").write_bytes((f / "00000.safetensors").read_bytes()[:-5]), "00000.safetensors was changed"),
+    (lambda f: (f / "00001.safetensors").write_bytes((f / "00000.safetensors").read_bytes()), "00001.safetensors was changed"),
+    (lambda f: (f / "manifest.json").write_text(json.dumps({k: v for k, v in json.loads((f / "manifest.json").read_text()).items() if k != "shards"})), "is not finished"),
+])
+def test_a_spoilt_store_is_named(spoil, message, folder, digits, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    spoil(tmp_path / "copy")
+    with pytest.raises((ValueError, FileNotFoundError), match=message): MixedDataset(tmp_path / "copy", digits.train)
+
+
+def test_other_data_is_an_error(folder, digits):
+    with pytest.raises(ValueError, match=r"made from digits \(1,297 images, \w+\), not from digits \(500 images"): MixedDataset(folder, digits.test)
+    changed = digits.train.subset(1297)
+    changed.labels = changed.labels.clone()
+    changed.labels[0] = (changed.labels[0] + 1) % 10
+    assert fingerprint(changed) != fingerprint(digits.train.subset(1297))
+
+
+def test_logits_from_the_largest():
+    logits = 4 * torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    best = logits.topk(10)
+    again = unpack_logits(best.values, best.indices, logits.logsumexp(1), 100)
+    torch.testing.assert_close(again.logsumexp(1), logits.logsumexp(1))
+    torch.testing.assert_close(again.gather(1, best.indices), best.values)
+    rest = again.softmax(1).scatter(1, best.indices, 0)
+    torch.testing.assert_close(rest.sum(1), logits.softmax(1).scatter(1, best.indices, 0).sum(1), atol=1e-5, rtol=1e-3)
+    whole = logits.topk(100)
+    assert torch.equal(unpack_logits(whole.values, whole.indices, logits.logsumexp(1), 100), logits)
+
+
+def test_hashes(teacher):
+    before = weights_hash(teacher)
+    other = create("resnet20", 10)
+    other.load_state_dict(teacher.state_dict())
+    assert weights_hash(other) == before
+    other.head.bias.data[0] += 1e-6
+    assert weights_hash(other) != before
+
+
+def test_files_as_sources(photos, tmp_path):
+    "Image files as sources: boxes are stored, and give the same images again."
+    for name, photo in photos.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3): Image.fromarray(photo[i * 20:, i * 30:]).save(tmp_path / "data" / name / f"{i}.jpg", quality=95)
+    files = sorted((tmp_path / "data").rglob("*.jpg"))
+    info = Info("photos", tuple(photos), 64, (0.5,) * 3, (0.5,) * 3)
+    images = FolderImages(info, files, torch.tensor([list(photos).index(f.parent.name) for f in files]))
+    torch.manual_seed(0)
+    teacher = create("vgg8", num_classes=4).train()
+    optimiser = torch.optim.SGD(teacher.parameters(), lr=0.01, momentum=0.9)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        which = torch.randint(len(images), (16,), generator=g)
+        loss = torch.nn.functional.cross_entropy(teacher(info.normalize(images.fetch(which, images.draw(which, g)))), images.labels[which])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    recipe = replace(RECIPE, count=20, shard=128)
+    mixed = MixedDataset(generate(recipe, tmp_path / "mixes", images, teacher.eval()).folder, images)
+    batch = mixed.batch(range(20))
+    assert mixed.small["crop"].shape[2] == 4 and batch.images.shape == (20, 3, 64, 64)
+    engine = Engine(teacher, images[:2][0], recipe.mixing)
+    with torch.no_grad(): torch.testing.assert_close(engine.ask(batch.images), batch.logits, rtol=5e-3, atol=5e-2)
+
+
+def test_quality(mixed, teacher):
+    report = quality(mixed, teacher, limit=200)
+    assert len(report.kl) == 200 and 0.5 < report.solved[-1] <= 1 and report.solved[0] == 0 and sorted(report.solved) == report.solved
+    batch = mixed.batch(range(200))
+    torch.testing.assert_close(report.kl, (batch.target * (batch.target.clamp_min(1e-30).log() - batch.logits.log_softmax(1))).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(report.areas.sum(1), torch.ones(200))
+    torch.testing.assert_close(report.second, report.teacher, atol=1e-2, rtol=1e-1)  # here the second network is the teacher itself
+    for text in ("KL(ŷ ‖ p)", "second sees of the least", "|area − λ|"): assert text in str(report)
+    plot_quality({"a": report}).clear()
+    show_extremes(mixed, report, 1).clear()
+
+
+def test_total_variation():
+    masks = torch.zeros(1, 1, 4, 4)
+    masks[..., 2:] = 1
+    assert total_variation(masks).item() == pytest.approx(1 / 3)
+    assert total_variation(torch.rand(1, 1, 1, 1).expand(1, 2, 5, 5)).item() == 0
+
+
+def test_a_folder_of_another_run(folder, tmp_path):
+    with pytest.raises(ValueError, match="made otherwise .*recipe"): generate(replace(RECIPE, seed=1), folder)
+    assert Store(folder).manifest()["images"] == 300
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    generate(RECIPE, folder)  # finished: nothing is to do
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
