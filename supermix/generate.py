@@ -23,7 +23,7 @@ from .core import progress
 from .data import Images, load_data
 from .engine import BLOCK, Engine, Found, draw_block
 from .recipes import Generation
-from .store import Store
+from .store import Store, finish
 from .zoo import create, load, names, pretrained
 
 # %% ../nbs/36_generate.ipynb #d662df43
@@ -92,7 +92,7 @@ def generate(recipe: Generation = Generation(),
                     break
             else: time.sleep(0.2)
         tell(bar, store.counts(), recipe.count)
-    with patiently(store.folder / "manifest"): store.finish(recipe.count)
+    with patiently(store.folder / "manifest"): finish(store, recipe.count)
     return store
 
 # %% ../nbs/36_generate.ipynb #51a79e96

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'hinge', 'advance', 'is_solved', 'Mixed', 'check_sets', 'start_from', 'check_settings',
-           'ask', 'see', 'classes_of', 'iterate', 'SuperMix']
+           'ask', 'see', 'classes_of', 'iterate', 'solve', 'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
 from dataclasses import dataclass
@@ -180,6 +180,21 @@ def iterate(ask,                     # images (B, C, H, W) -> the teacher's logi
     return logits, steps, solved
 
 # %% ../nbs/33_mixing.ipynb #db123582
+def solve(mixer, sets, lam, theta, draw) -> Mixed:
+    "What `SuperMix.solve` does."
+    check_sets(sets, lam, mixer.k, mixer.mask_size)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(mixer.teacher):
+        sets = sets.clone() if sets.is_inference() else sets.detach()
+        theta = start_from(theta, (len(sets), mixer.k, mixer.mask_size, mixer.mask_size), sets)
+        lam = lam.to(theta)
+        classes, N = classes_of(mixer.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
+        target = soft_labels(classes, lam, N)
+        ask_teacher = lambda x: ask(mixer.teacher, x, mixer.k)
+        logits, steps, solved = iterate(ask_teacher, sets, target, classes, theta, mixer.lambda_s, mixer.sigma, mixer.max_iter, mixer.step, mixer.hold, mixer.margin)
+    masks = masks_from_theta(theta, sets.shape[-2:])
+    return Mixed(mix(sets, masks), masks, theta, lam, classes, logits, steps, solved)
+
+# %% ../nbs/33_mixing.ipynb #6e5b43e6
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
     def __init__(self,
@@ -206,17 +221,7 @@ class SuperMix(Mixer):
               draw: Draw | None = None,           # what the teacher said of the sources; None: it is asked
               ) -> Mixed:
         "Find the masks for exactly these sets and weights; an unsolved set comes back with its last iterate."
-        check_sets(sets, lam, self.k, self.mask_size)
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.teacher):
-            sets = sets.clone() if sets.is_inference() else sets.detach()
-            theta = start_from(theta, (len(sets), self.k, self.mask_size, self.mask_size), sets)
-            lam = lam.to(theta)
-            classes, N = classes_of(self.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
-            target = soft_labels(classes, lam, N)
-            ask_teacher = lambda x: ask(self.teacher, x, self.k)
-            logits, steps, solved = iterate(ask_teacher, sets, target, classes, theta, self.lambda_s, self.sigma, self.max_iter, self.step, self.hold, self.margin)
-        masks = masks_from_theta(theta, sets.shape[-2:])
-        return Mixed(mix(sets, masks), masks, theta, lam, classes, logits, steps, solved)
+        return solve(self, sets, lam, theta, draw)
 
     def draw(self, images, labels=None, generator=None):
         logits = see(self.teacher, images, self.k)
