@@ -19,6 +19,7 @@ from supermix.recipes import FAST, Generation, Mixing, Training
 from supermix.store import MixedDataset, Store, export_images, fingerprint, unpack_logits, weights_hash
 from supermix.zoo import create
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as VF
 
 RECIPE = Generation(data="digits", count=300, shard=256, mixing=Mixing(**FAST))
 
@@ -81,7 +82,7 @@ def test_the_store_is_small(mixed, folder, tmp_path):
     assert len(rows) == 300 and abs(float(rows[7]["lambda_1"]) + float(rows[7]["lambda_2"]) - 1) < 1e-3
     batch = mixed.batch([7])
     assert rows[7]["class_1"] == str(batch.classes[0, 0].item()) and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0]
-    pixels = torch.tensor(list(Image.open(out / rows[7]["file"]).getdata())).view(32, 32, 3).permute(2, 0, 1) / 255
+    pixels = VF.pil_to_tensor(Image.open(out / rows[7]["file"])) / 255
     assert (pixels - mixed.info.denormalize(batch.images[0])).abs().max() <= 0.5 / 255 + 1e-6
     with pytest.raises(ValueError, match="not empty"): export_images(mixed, out)
 
