@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .core import evaluating, lookup, progress
-from .data import Images, Views, crop_flip
+from .data import Images
 from .losses import student_loss
 from .mixers import Mixer
 from .mixing import SuperMix
 from .recipes import METHODS, Terms, Training
-from .store import MixedDataset
+from .store import MixedDataset, seen_anew
 from .training import History, to_device, train
 
 # %% ../nbs/41_distillation.ipynb #885b24f2
@@ -36,11 +36,7 @@ class Mixes:
 
     def sample(self, n: int, generator):  # -> (n, 3, H, W)
         "Random mixed images under random views."
-        which = torch.randint(len(self), (n,), generator=generator)
-        crop = torch.randint(0, 2 * self.pad + 1, (n, 2), generator=generator)
-        flip = (torch.rand(n, generator=generator) < 0.5) & self.info.flip
-        black = self.info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8)).flatten()
-        return crop_flip(self.images[which], Views(crop, flip), self.pad, black)
+        return seen_anew(self.images[torch.randint(len(self), (n,), generator=generator)], self.info, self.pad, generator)
 
     def __repr__(self):
         return f"Mixes({len(self):,} images, {len(self) / self.tried:.0%} of {self.tried:,} sets solved, {len(self) / self.seconds:.0f} images/s)"

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .core import evaluating, progress, write_atomic
-from .data import Images, Views
+from .core import progress, write_atomic
+from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
 from .mixing import advance, ask, hinge, is_solved, objective
@@ -289,9 +289,9 @@ class Engine:
             self.tried += int(free.sum())
             self.solved_after += torch.bincount(found.steps, minlength=len(self.solved_after))
             if len(found.index): yield found
-            since, drawn = time.perf_counter(), self.clock.get(DRAWS, 0.0)
+            since, booked = time.perf_counter(), sum(self.clock.values())
             slots.fill(free)
-            self.clock.book(UPDATES, since + self.clock.get(DRAWS, 0.0) - drawn)
+            self.clock.book(UPDATES, since + sum(self.clock.values()) - booked)  # less what drawing has booked
             going = len(slots.theta) > 0
 
 # %% ../nbs/34_engine.ipynb #4e353dd3

@@ -7,9 +7,10 @@ __all__ = ['NETWORKS', 'ShuffleUnit', 'ShuffleNetV1']
 
 # %% ../../nbs/15_models.shufflenetv1.ipynb #489fc3aa
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .blocks import Block, ConvNorm, Network, channel_shuffle, global_pool, stack
+from .blocks import Block, ConvNorm, Network, global_pool, stack
 
 # %% ../../nbs/15_models.shufflenetv1.ipynb #c8b9756b
 class ShuffleUnit(Block):
@@ -29,7 +30,7 @@ class ShuffleUnit(Block):
         self.shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
 
     def before_relu(self, x):
-        y = self.c(self.b(channel_shuffle(self.a(x), self.groups)))
+        y = self.c(self.b(F.channel_shuffle(self.a(x), self.groups)))
         return torch.cat([y, self.shortcut(x)], 1) if isinstance(self.shortcut, nn.AvgPool2d) else y + self.shortcut(x)
 
 # %% ../../nbs/15_models.shufflenetv1.ipynb #a103dd72

@@ -7,9 +7,10 @@ __all__ = ['NETWORKS', 'SplitUnit', 'ShuffleNetV2']
 
 # %% ../../nbs/16_models.shufflenetv2.ipynb #01dec4b1
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .blocks import Block, ConvNorm, Network, channel_shuffle, global_pool, stack
+from .blocks import Block, ConvNorm, Network, global_pool, stack
 
 # %% ../../nbs/16_models.shufflenetv2.ipynb #3cebb5ce
 class SplitUnit(Block):
@@ -30,7 +31,7 @@ class SplitUnit(Block):
 
     def before_relu(self, x):
         a, b = x.chunk(2, 1) if isinstance(self.left, nn.Identity) else (x, x)
-        return channel_shuffle(torch.cat([self.left(a), self.right(b)], 1), 2)
+        return F.channel_shuffle(torch.cat([self.left(a), self.right(b)], 1), 2)
 
 # %% ../../nbs/16_models.shufflenetv2.ipynb #2f07bc6b
 class ShuffleNetV2(Network):
