@@ -193,13 +193,13 @@ def test_the_command_line():
 def test_two_processes_are_nearly_twice_as_fast(tmp_path):
     "One thread each, shards of Fashion-MNIST; kept in results/scaling.json. Times are the processes' own, without starting Python."
     def took(name, n):
-        options = ["--data", "fashion_mnist", "--count", "3000", "--shard", "256"]
+        options = ["--data", "fashion_mnist", "--count", "8000", "--shard", "256"]
         running = [start(tmp_path / f"{name}", *options) for _ in range(n)]
         said = [process.communicate()[0] for process in running]
         return max(float(text.rsplit(" ", 2)[-2]) for text in said)
     rounds = [(took(f"one{i}", 1), took(f"two{i}", 2)) for i in range(2)]
     speedup = sum(a for a, _ in rounds) / sum(b for _, b in rounds)
-    result = {"images": 3000, "seconds with one process": [a for a, _ in rounds], "with two": [b for _, b in rounds], "speedup": speedup,
+    result = {"images": 8000, "seconds with one process": [a for a, _ in rounds], "with two": [b for _, b in rounds], "speedup": speedup,
               "command": "pytest tests/test_generate.py --slow -k twice"}
     (ROOT / "results" / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     assert speedup >= 1.8
