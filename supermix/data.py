@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 
-from .core import lookup
+from .core import lookup, seeded
 
 # %% ../nbs/01_data.ipynb #ae4963a9
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Views:
     "Where each image of a batch is cropped, and whether it is mirrored."
     crop: torch.Tensor  # int64 (B, 2): top and left, in pixels of the framed image; or (B, 4): top, left, height, width in the file's
     flip: torch.Tensor  # bool (B,)
+
+    def __getitem__(self, rows): return Views(self.crop[rows], self.flip[rows])
 
 # %% ../nbs/01_data.ipynb #8327ac3c
 def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
@@ -98,22 +100,37 @@ class Images(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def batches(self,
-                batch_size: int,                           # images a batch; the last one may be smaller
-                generator: torch.Generator | None = None,  # with one: shuffled and augmented; without: in order and plain
-                ):                                         # yields images (B, 3, H, W), labels (B,), indices (B,)
+                batch_size: int,          # images a batch; the last one may be smaller
+                seed: int | None = None,  # with one: shuffled and augmented; without: in order and plain
+                epoch: int = 0,           # each has an order and views of its own
+                start: int = 0,           # number of the first batch that is given
+                share: tuple[int, int] = (0, 1),  # (which, of how many) part of each batch; a batch of fewer images goes to all
+                ):                        # yields images (B, 3, H, W), labels (B,), indices (B,)
         "Once through all images."
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for indices in order.split(batch_size):
-            views = None if generator is None else self.draw(indices, generator)
+        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=seeded(seed, "order", epoch))
+        for number, indices in enumerate(order.split(batch_size)[start:], start):
+            views = None if seed is None else self.draw(indices, seeded(seed, "views", epoch, number))
+            if len(indices) >= share[1] > 1:
+                mine = torch.arange(len(indices)).tensor_split(share[1])[share[0]]
+                indices, views = indices[mine], views if views is None else views[mine]
             yield self.info.normalize(self.fetch(indices, views)), self.labels[indices], indices
 
-    def subset(self, n: int, seed: int = 0):
-        "A random `n` of the images, as evenly over the classes as it goes; the same for the same seed."
+    def evenly(self, n: int, seed: int = 0):  # int64 (len(self),)
+        "All indices in a random order, the first `n` of which are as evenly over the classes as it goes."
         if not 0 < n <= len(self): raise ValueError(f"Expected 1 to {len(self)} images of {self.info.name}, got {n}.")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         onehot = F.one_hot(self.labels[order].cpu(), len(self.info.classes))
         place = (onehot.cumsum(0) * onehot).sum(1)  # the how-manieth of its class
-        return self._take(order[place.argsort(stable=True)[:n]].sort().values)
+        return order[place.argsort(stable=True)]
+
+    def subset(self, n: int, seed: int = 0):
+        "A random `n` of the images, as evenly over the classes as it goes; the same for the same seed."
+        return self._take(self.evenly(n, seed)[:n].sort().values)
+
+    def split(self, n: int, seed: int = 0):  # two `Images`
+        "The same `n` images, and all others."
+        order = self.evenly(n, seed)
+        return self._take(order[:n].sort().values), self._take(order[n:].sort().values)
 
     def __repr__(self): return f"{type(self).__name__}({self.info.name}: {len(self):,} images, {len(self.info.classes)} classes)"
 
@@ -178,9 +195,9 @@ class FolderImages(Images):
         flip = torch.rand(len(indices), generator=generator) < 0.5
         return Views(sample_boxes(sizes, generator), flip & self.info.flip)
 
-    def batches(self, batch_size, generator=None):
+    def batches(self, *args, **kwargs):
         with ThreadPoolExecutor(1) as ahead:  # the next batch is decoded while the caller works on this one
-            rest = super().batches(batch_size, generator)
+            rest = super().batches(*args, **kwargs)
             coming = ahead.submit(next, rest, None)
             while (batch := coming.result()) is not None:
                 coming = ahead.submit(next, rest, None)

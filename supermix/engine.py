@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PASSES', 'DRAWS', 'UPDATES', 'RACES', 'SEARCHES', 'plain_way', 'norms_behind', 'fold_pairs', 'fold_norms',
-           'Sets', 'seeded', 'draw_block', 'Found', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock',
-           'work_on', 'Engine', 'race', 'figures', 'trade_off', 'races']
+           'Sets', 'draw_block', 'Found', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock', 'work_on',
+           'Engine', 'race', 'figures', 'trade_off', 'races']
 
 # %% ../nbs/34_engine.ipynb #557d80bb
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .core import progress, write_atomic
+from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
@@ -107,11 +106,6 @@ class Sets(NamedTuple):
     angle: torch.Tensor    # float32 (n,): of the first partition
     classes: torch.Tensor  # int64 (n, k): the teacher's classes
     images: torch.Tensor   # float32 (n, k, C, H, W)
-
-def seeded(*names) -> torch.Generator:
-    "A generator for a place: `seeded(seed, 'block', 3)`."
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # %% ../nbs/34_engine.ipynb #99d43cf6
 def draw_block(images: Images,  # the sources

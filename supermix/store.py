@@ -22,7 +22,7 @@ from torch import nn
 from .core import file_hash, load_tensors, progress, save_tensors, write_atomic
 from .data import ArrayImages, Images, Views, crop_flip
 from .engine import Found, decode
-from .masks import masks_from_theta, mix, soft_labels
+from .masks import areas, masks_from_theta, mix, soft_labels
 from .recipes import Generation
 
 # %% ../nbs/35_store.ipynb #0d275388
@@ -65,7 +65,7 @@ def weights_hash(network: nn.Module) -> str:  # 16 hexadecimal digits
 def origin(recipe: Generation, images: Images, teacher: nn.Module) -> dict:
     "What every byte of a store depends on."
     return {"format": 1, "recipe": asdict(recipe), "data": {"name": images.info.name, "images": len(images), "fingerprint": fingerprint(images)},
-            "teacher": {"name": getattr(teacher, "name", type(teacher).__name__), "weights": weights_hash(teacher)}}
+            "teacher": {"name": getattr(teacher, "name", type(teacher).__name__), "weights": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}}
 
 # %% ../nbs/35_store.ipynb #0188b617
 class Store:
@@ -140,6 +140,11 @@ class MixedBatch(NamedTuple):
         "ŷ of equation (2), (B, N)."
         return soft_labels(self.classes, self.lam, self.logits.shape[1])
 
+    @property
+    def area(self) -> torch.Tensor:
+        "The same with the areas that the sources hold instead of λ, (B, N)."
+        return soft_labels(self.classes, areas(self.masks), self.logits.shape[1])
+
 # %% ../nbs/35_store.ipynb #74bee323
 def check_store(store: Store, images: Images, hashes: bool = True) -> dict:
     "The manifest of a finished store; an error that says what is wrong with it, or that it was made from other images."
@@ -210,9 +215,10 @@ class MixedDataset(torch.utils.data.Dataset):
         image, soft = mixed.images, mixed.logits.softmax(1)
         return (image, soft) if isinstance(row, slice) or getattr(row, "__len__", None) else (image[0], soft[0])
 
-    def sample(self, n: int, generator) -> torch.Tensor:  # (n, C, H, W)
-        "Random mixed images under random views, as a student gets them."
-        return seen_anew(self.batch(torch.randint(len(self), (n,), generator=generator)).images, self.info, self.pad, generator)
+    def sample(self, n: int, generator):  # (n, C, H, W), MixedBatch
+        "Random mixed images under random views, as a student gets them, and what is known of them."
+        batch = self.batch(torch.randint(len(self), (n,), generator=generator))
+        return seen_anew(batch.images, self.info, self.pad, generator), batch
 
     def __repr__(self):
         sets = sum(entry["sets"] for entry in self.manifest["shards"])

@@ -124,7 +124,7 @@ def test_imagenet(imagenet, tmp_path):
 
 def test_random_views_of_photographs(imagenet, seeded):
     train = load_imagenet(imagenet).train
-    (a, labels, where), = train.batches(4, seeded())
+    (a, labels, where), = train.batches(4, seed=0)
     assert a.shape == (4, 3, 224, 224) and torch.equal(labels, train.labels[where])
     views = train.draw(torch.zeros(200, dtype=torch.int64), seeded())  # of the first photograph, 200×150
     top, left, h, w = views.crop.T
@@ -180,7 +180,7 @@ def test_a_broken_image_is_named(case, imagenet, seeded):
     train = load_imagenet(imagenet).train
     path = Path(train.files[2])
     IMAGE_DAMAGE[case](path)
-    for read in (lambda: train[2], lambda: list(train.batches(1, seeded()))):  # the second one in another thread
+    for read in (lambda: train[2], lambda: list(train.batches(1, seed=0))):  # the second one in another thread
         with pytest.raises(ValueError, match=f"{path.name} cannot be read as an image"): read()
 
 
@@ -277,14 +277,27 @@ def images(request):
     return ArrayImages(info, pixels, torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2]))
 
 
-def test_the_same_seed_gives_the_same_batches(images, seeded):
-    def one_pass(seed): return [torch.cat(parts) for parts in zip(*images.batches(2, seeded(seed)))]
+def test_the_same_seed_gives_the_same_batches(images):
+    def one_pass(seed): return [torch.cat(parts) for parts in zip(*images.batches(2, seed))]
     first, other = one_pass(0), one_pass(1)
     images.workers = 1  # however many threads decode
     again = one_pass(0)
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
     assert first[2].sort().values.tolist() == list(range(len(images)))  # each image once, with its label
     assert torch.equal(first[1], images.labels[first[2]])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_pass_begun_late_and_shared_holds_the_same(world, start, images):
+    whole = [torch.cat(parts) for parts in zip(*images.batches(4, 3, epoch=2, start=start))]
+    ranks = [list(images.batches(4, 3, epoch=2, start=start, share=(rank, world))) for rank in range(world)]
+    alike = [[batch[2].tolist() for batch in rank] for rank in ranks]
+    together = [batches[0] if len(batches[0][2]) == 1 else [torch.cat(t) for t in zip(*batches)] for batches in zip(*ranks)]
+    assert all(torch.equal(torch.cat(a), b) for a, b in zip(zip(*together), whole)) and len(alike) == world
+    full = [torch.cat(parts) for parts in zip(*images.batches(4, 3, epoch=2))]
+    assert all(torch.equal(a, b[4 * start:]) for a, b in zip(whole, full))
+    assert not torch.equal(full[2], torch.cat([i for _, _, i in images.batches(4, 3, epoch=1)]))
 
 
 def test_plain_batches_are_the_images_in_order(images):
@@ -314,6 +327,10 @@ def test_a_subset_is_even_over_the_classes_and_the_same_each_time(digits):
     assert sorted(few.labels.bincount().tolist()) == [4] * 5 + [5] * 5
     assert torch.equal(few.pixels, digits.train.subset(45).pixels)
     assert not torch.equal(few.pixels, digits.train.subset(45, seed=1).pixels)
+    first, rest = digits.train.split(45)
+    assert torch.equal(first.pixels, few.pixels) and len(rest) == len(digits.train) - 45
+    assert torch.equal(torch.cat([first.labels, rest.labels]).bincount(), digits.train.labels.bincount())
+    assert (first.pixels.sum((1, 2, 3)).sum() + rest.pixels.sum((1, 2, 3)).sum()) == digits.train.pixels.sum()
 
 
 @pytest.mark.parametrize("pixels, labels, message", [
