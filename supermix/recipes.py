@@ -163,7 +163,7 @@ IMAGENET = Recipe(
 DEMO = Recipe(
     data="auto", teacher="resnet20", student="resnet8", train_images=1000,
     training=Training(epochs=9, batch_size=16, lr=0.05, milestones=(6, 8)),
-    mixing=Mixing(max_iter=15), mixes=1200,
+    mixing=Mixing(**FAST), mixes=5000,
     scales={
         "demo": {},
         "smoke": {"data": "digits", "train_images": 200, "mixes": 64, "training.epochs": 1, "training.milestones": ()},
