@@ -5,13 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.distillation import Distillation, distill, make_mixes
-from supermix.losses import kd_loss
-from supermix.mixers import CutMix, MixUp
+from supermix.contrast import TERMS
+from supermix.core import seeded as place
+from supermix.data import Data
+from supermix.distillation import MIXERS, Distillation, distill, make_mixes
+from supermix.losses import LOGIT_LOSSES, see
+from supermix.masks import areas, soft_labels
+from supermix.mixers import MixUp
 from supermix.mixing import SuperMix
-from supermix.recipes import METHODS, Training
-from supermix.training import accuracy, train
+from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
+from supermix.training import Batch, accuracy, train
 from supermix.zoo import create
+from torch import nn
 
 SHORT = Training(epochs=1, batch_size=16, milestones=())
 
@@ -21,16 +26,30 @@ def few(digits): return digits.train.subset(40)
 
 
 @pytest.fixture(scope="module")
-def mixes(teacher, few): return make_mixes(SuperMix(teacher, max_iter=10), few, 30, batch_size=24)
+def mixes(teacher, few): return make_mixes(teacher, few, 60)
+
+
+def batch_of(images, n=16, seed=0):
+    x, y = images[:n]
+    return Batch(x, y, torch.arange(n), place(seed))
 
 
 def test_a_stock_of_mixes_is_solved_and_counted(teacher, mixes, few):
-    assert mixes.images.shape == (30, 3, 32, 32) and len(mixes) == 30 and mixes.tried % 24 == 0 and mixes.tried >= 30
-    with torch.no_grad(): top = teacher(mixes.images).softmax(1).topk(2).values
-    assert (top.sum(1) > 0.5).float().mean() > 0.8  # the teacher sees two classes, and little else
-    again, other = (make_mixes(SuperMix(teacher, max_iter=10), few, 30, seed, batch_size=24) for seed in (0, 1))
-    assert torch.equal(mixes.images, again.images) and not torch.equal(mixes.images, other.images)
-    assert f"30 images, {30 / mixes.tried:.0%} of {mixes.tried} sets" in repr(mixes)
+    everything = mixes.batch(range(60))
+    assert everything.images.shape == (60, 3, 32, 32) and len(mixes) == 60
+    with torch.no_grad(): top = teacher(everything.images).topk(2).indices.sort(1).values
+    assert torch.equal(top, everything.classes.sort(1).values)
+    again, other = (make_mixes(teacher, few, 60, seed=seed).batch(range(60)).images for seed in (0, 1))
+    assert torch.equal(everything.images, again) and not torch.equal(everything.images, other)
+
+
+def test_a_stock_in_a_folder_is_found_again(teacher, few, tmp_path):
+    first = make_mixes(teacher, few, 60, folder=tmp_path / "mixes")
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "mixes").glob("*.safetensors")}
+    again = make_mixes(teacher, few, 60, folder=tmp_path / "mixes")
+    assert torch.equal(first.batch([3]).images, again.batch([3]).images)
+    assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "mixes").glob("*.safetensors")}
+    with pytest.raises(ValueError, match="made otherwise"): make_mixes(teacher, few, 60, seed=1, folder=tmp_path / "mixes")
 
 
 def test_sets_that_are_never_solved_end_in_an_error(few):
@@ -38,34 +57,66 @@ def test_sets_that_are_never_solved_end_in_an_error(few):
         side = x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3))
         return torch.stack([side, -side, torch.zeros_like(side)], 1)
 
-    with pytest.raises(RuntimeError, match="None of 160 sets was solved in 2 updates"):
-        make_mixes(SuperMix(in_between, max_iter=2), few, 4, batch_size=16)
+    with pytest.raises(ValueError, match="None of 128 sets was solved in 2 updates"):
+        make_mixes(in_between, few, 4, Mixing(max_iter=2))
 
 
 @pytest.mark.parametrize("pad", [0, 2])
 def test_a_sample_is_a_window_of_a_mix(pad, mixes, seeded):
-    mixes = replace(mixes, pad=pad)
-    views = mixes.sample(50, seeded())
+    mixes.pad = pad
+    views, known = mixes.sample(50, seeded())
     black = mixes.info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
-    framed = black.expand(30, 3, 32 + 2 * pad, 32 + 2 * pad).clone()
-    framed[..., pad:pad + 32, pad:pad + 32] = mixes.images
-    # all that there are; digits are never mirrored
-    windows = framed.unfold(2, 32, 1).unfold(3, 32, 1).movedim(1, 3).reshape(-1, 3, 32, 32)
-    assert views.shape == (50, 3, 32, 32) and all((windows == view).flatten(1).all(1).any() for view in views)
-    assert torch.equal(views, mixes.sample(50, seeded()))
-    assert not torch.equal(views, mixes.sample(50, seeded(1)))
+    framed = black.expand(50, 3, 32 + 2 * pad, 32 + 2 * pad).clone()
+    framed[..., pad:pad + 32, pad:pad + 32] = known.images
+    windows = framed.unfold(2, 32, 1).unfold(3, 32, 1).movedim(1, 3).reshape(50, -1, 3, 32, 32)  # all there are; digits are never mirrored
+    assert views.shape == (50, 3, 32, 32) and all((w == view).flatten(1).all(1).any() for w, view in zip(windows, views))
+    assert torch.equal(views, mixes.sample(50, seeded())[0]) and not torch.equal(views, mixes.sample(50, seeded(1))[0])
+    mixes.pad = 2
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "alone"])
-def test_the_loss_of_a_step(method, teacher, few, mixes, seeded):
+SOFT = {"alone": Terms(ce=1.0, mixed_ce=1.0), "kd": Terms(ce=0.1, kd=0.9, mixed_kd=0.9)}
+
+
+@pytest.mark.parametrize("method", [name for name, terms in METHODS.items() if not terms.features])
+def test_the_loss_of_a_step(method, teacher, few, mixes):
     torch.manual_seed(0)
-    student, terms = create("resnet8", 10).eval(), METHODS[method]
-    (images, labels), mixed = few[:16], mixes.sample(16, seeded())
-    ours = Distillation(teacher, terms, mixes, seeded())(student, images, labels)
-    zs, zt, ms, mt = student(images), teacher(images), student(mixed), teacher(mixed)
-    theirs = terms.ce * F.cross_entropy(zs, labels) + terms.kd * kd_loss(zs, zt)
-    if terms.mixes: theirs += terms.mixed_ce * F.cross_entropy(ms, mt.argmax(1)) + terms.mixed_kd * kd_loss(ms, mt)
+    student, terms = create("resnet8", 10).eval(), METHODS[method].mixed()
+    batch, mixed = batch_of(few), mixes.sample(16, place(0))[0]
+    ours = Distillation(teacher, terms, mixes, student, few)(student, batch)
+    zs, zt, ms, mt = student(batch.images), teacher(batch.images), student(mixed), teacher(mixed)
+    D = LOGIT_LOSSES[terms.logits]
+    theirs = terms.ce * F.cross_entropy(zs, batch.labels) + terms.kd * D(zs, zt, batch.labels, 4.0)
+    theirs += terms.mixed_ce * F.cross_entropy(ms, mt.argmax(1)) + terms.mixed_kd * D(ms, mt, mt.argmax(1), 4.0)
+    assert terms.mixes and terms == SOFT.get(method, terms)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", ["teacher", "softmax", "lam", "area"])
+def test_what_label_a_mixed_image_gets(label, teacher, few, mixes):
+    torch.manual_seed(0)
+    student, batch = create("resnet8", 10).eval(), batch_of(few)
+    mixed, known = mixes.sample(16, place(0))
+    with torch.no_grad(): mt = teacher(mixed)
+    wanted = {"teacher": mt.argmax(1), "softmax": mt.softmax(1), "lam": soft_labels(known.classes, known.lam, 10),
+              "area": soft_labels(known.classes, areas(known.masks), 10)}[label]
+    ours = Distillation(teacher, Terms(mixed_ce=1.0, label=label), mixes, student, few)(student, batch)
+    torch.testing.assert_close(ours, F.cross_entropy(student(mixed), wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("mixer", [None, "mixup"])
+def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few):
+    torch.manual_seed(0)
+    student, terms = create("resnet8", 10).eval(), METHODS[name]
+    if mixer: terms = terms.mixed()
+    objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few).eval()
+    if not objective.features[name].later: return
+    batch = batch_of(few)
+    with torch.no_grad(): ours, without = (obj(student, batch._replace(generator=place(0))) for obj in (objective, Distillation(teacher, replace(terms, features=()), objective.mixer, student, few)))
+    g = place(0)
+    if mixer: MixUp(10)(batch.images, batch.labels, generator=g)  # what is drawn for the mixes comes first
+    with torch.no_grad(): term = objective.features[name](see(student, batch.images), see(teacher, batch.images), batch.labels, batch.indices, g)
+    torch.testing.assert_close(ours, without + dict(terms.features)[name] * term, rtol=1e-3, atol=1e-4)
 
 
 def test_a_student_alone_is_trained_by_its_labels(few):
@@ -77,30 +128,58 @@ def test_a_student_alone_is_trained_by_its_labels(few):
     assert all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in networks), strict=True))
 
 
-@pytest.mark.parametrize("source", ["mixes", "SuperMix", "MixUp", "CutMix"])
-def test_mixed_images_come_from_a_stock_or_a_mixer(source, teacher, few, mixes):
-    mixers = {"mixes": mixes, "SuperMix": SuperMix(teacher, max_iter=2), "MixUp": MixUp(10), "CutMix": CutMix(10)}
+@pytest.mark.parametrize("source", ["mixes", "an object", *MIXERS])
+def test_mixed_images_come_from_a_stock_a_mixer_or_a_name(source, teacher, digits, mixes, few):
+    mixer = {"mixes": mixes, "an object": SuperMix(teacher, **{**FAST, "max_iter": 2})}.get(source, source)
     student = create("resnet8", 10)
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    history = distill(teacher.train(), student, few, "soft", mixers[source], SHORT)
+    history = distill(teacher.train(), student, few, "kd", mixer, SHORT, mixes=50)
     assert all(part.training for part in teacher.modules())  # as it was given; but it answered in evaluation mode,
     teacher.eval()
     assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())  # for no statistics have moved
-    assert history.images == 2 * len(few) and not student.training and all(p.grad is None for p in teacher.parameters())
+    assert history.images == len(few) and history.test is None and not student.training and all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_data_set_with_test_images_is_told_their_accuracy(teacher, digits, few):
+    student = create("resnet8", 10)
+    history = distill(teacher, student, Data(digits.info, few, digits.test, "here"), recipe=SHORT)
+    assert history.test == accuracy(student, digits.test)
 
 
 def test_any_number_of_images_can_be_mixed_within_the_batch(teacher, digits):
     images = digits.train.subset(33)  # the last batch is a single image
-    distill(teacher, create("resnet8", 10), images, "hard", MixUp(10), SHORT)
+    distill(teacher, create("resnet8", 10), images, "alone", "mixup", SHORT)
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
+def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher, few):
+    torch.manual_seed(0)
+    student, seen = create("resnet8", 10), []
+
+    class Watched(Distillation):
+        def begin(self, network, epoch):
+            super().begin(network, epoch)
+            own = {id(p) for p in self.features[name].first_parameters(network)}
+            everything = [*network.parameters(), *self.features.parameters()]
+            seen.append((self.first, all(p.requires_grad == (id(p) in own) for p in everything), all(p.requires_grad for p in network.parameters())))
+
+    recipe = Training(epochs=3, batch_size=20, lr=0.01, milestones=())
+    history = train(student, few, recipe, Watched(teacher, METHODS[name], None, student, few, first_stage=1))
+    assert [first for first, _, _ in seen] == [True, False, False] and seen[0][1] and seen[1][2] and seen[2][2]
+    assert len(history.rows) == 3 and history.images == 3 * len(few)
 
 
 MISFITS = {
-    "no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "hard"), "'hard' needs mixed images"),
-    "an idle mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", m), "'kd' has no term for mixed"),
-    "no teacher": (lambda t, few, m: distill(None, create("resnet8", 10), few, "kd"), "'kd' needs a teacher"),
-    "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "sofd", m), "'sofd'. Did you mean 'soft'"),
+    "no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_kd=1.0)), "give a mixer"),
+    "no teacher": (lambda t, few, m: distill(None, create("resnet8", 10), few, "kd"), "needs a teacher, got None"),
+    "no teacher for mixes": (lambda t, few, m: distill(None, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="lam"), "supermix"), "needs a teacher, got None"),
+    "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m), "'fitnets'. Did you mean 'fitnet'"),
+    "mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"), "Unknown mixer 'mixupp'. Did you mean 'mixup'"),
+    "label": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m), "label of mixed images 'arae'. Did you mean 'area'"),
     "classes": (lambda t, few, m: distill(t, create("resnet8", 12), few, "kd", recipe=SHORT), "12.* 10|10.* 12"),
-    "no mixes": (lambda t, few, m: make_mixes(SuperMix(t), few, 0), "Expected .*got 0"),
+    "a teacher of too few classes": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), create("resnet8", 10), few), "at least the 10 classes of digits, got 5"),
+    "no mixes": (lambda t, few, m: make_mixes(t, few, 0), "Expected .*got.* 0"),
+    "no features": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"), "teacher with `features` for 'crd', got Sequential: wrap it in .*Hooked"),
 }
 
 
@@ -113,13 +192,12 @@ def test_what_does_not_fit_together(case, teacher, few, mixes):
 @pytest.mark.slow
 def test_a_teacher_helps(teacher, digits):
     images, reached = digits.train.subset(200), {}
-    mixes = make_mixes(SuperMix(teacher), images, 400)
-    for method in ("alone", "soft"):
+    mixes = make_mixes(teacher, images, 400)
+    for method, mixer in (("alone", None), ("kd", mixes)):
         reached[method] = []
         for seed in range(3):
             torch.manual_seed(seed)
             student = create("resnet8", 10)
-            source = mixes if METHODS[method].mixes else None
-            distill(teacher, student, images, method, source, Training(epochs=40, batch_size=32, milestones=(25, 35)))
+            distill(teacher, student, images, method, mixer, Training(epochs=40, batch_size=32, milestones=(25, 35)))
             reached[method].append(accuracy(student, digits.test))
-    assert sum(reached["soft"]) > sum(reached["alone"])
+    assert sum(reached["kd"]) > sum(reached["alone"])

@@ -61,14 +61,14 @@ def test_as_a_dataset(mixed):
     for rows in ([300], [-1], [0, 999]):
         with pytest.raises(IndexError, match="rows from 0 to 299"): mixed.batch(rows)
     a, b = (mixed.sample(20, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert torch.equal(a, b) and a.shape == (20, 3, 32, 32)
+    assert torch.equal(a[0], b[0]) and a[0].shape == a[1].images.shape == (20, 3, 32, 32)
 
 
 def test_a_student_learns_from_a_store(mixed, teacher, digits):
     torch.manual_seed(0)
     student = create("resnet8", 10)
-    history = distill(teacher, student, digits.train.subset(100), "soft", mixed, Training(epochs=1, batch_size=25, milestones=()))
-    assert history.images == 200
+    history = distill(teacher, student, digits.train.subset(100), "kd", mixed, Training(epochs=1, batch_size=25, milestones=()))
+    assert history.images == 100 and history.loss[0] > 0
 
 
 def test_the_store_is_small(mixed, folder, tmp_path):

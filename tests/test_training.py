@@ -2,14 +2,19 @@
 
 import copy
 import os
+import random
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.core import file_hash
+from supermix.checkpoints import checkpoints, load_checkpoint
+from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
+from supermix.logs import read_log
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training import accuracy, train
 from supermix.zoo import create
@@ -34,17 +39,17 @@ def test_the_warm_up_rises_in_a_line_and_then_changes_nothing():
     assert all(warm.lr_at(e) == cold.lr_at(e) for e in range(5, 600))
 
 
-def test_the_loop_is_torchs_sgd(digits, seeded):
+def test_the_loop_is_torchs_sgd(digits):
     torch.manual_seed(0)
     ours, images = create("resnet8", 10), digits.train.subset(40)
     theirs = copy.deepcopy(ours).to(memory_format=torch.channels_last)
     recipe = Training(epochs=3, batch_size=16, lr=0.05, milestones=(1, 2), decay=0.5, weight_decay=0.01, seed=5)
     history = train(ours, images, recipe)
     optimiser = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    schedule, generator, losses = torch.optim.lr_scheduler.MultiStepLR(optimiser, (1, 2), 0.5), seeded(5), []
-    for _ in range(3):
+    schedule, losses = torch.optim.lr_scheduler.MultiStepLR(optimiser, (1, 2), 0.5), []
+    for epoch in range(3):
         losses.append([])
-        for x, y, _ in images.batches(16, generator):
+        for x, y, _ in images.batches(16, 5, epoch):
             loss = F.cross_entropy(theirs(x.to(memory_format=torch.channels_last)), y)
             losses[-1].append(loss.item())
             optimiser.zero_grad()
@@ -53,7 +58,8 @@ def test_the_loop_is_torchs_sgd(digits, seeded):
         schedule.step()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-5)
     assert history.loss == pytest.approx([sum(epoch) / 3 for epoch in losses], rel=1e-3)
-    assert history.lr == pytest.approx([0.05, 0.025, 0.0125])
+    assert [row["lr"] for row in history.rows] == pytest.approx([0.05, 0.025, 0.0125])
+    assert [row["step"] for row in history.rows] == [3, 6, 9] and [row["epoch"] for row in history.rows] == [1, 2, 3]
     assert history.images == 120 and history.speed > 0 and "3 epochs" in repr(history)
     assert not any(part.training for part in ours.modules()) and ours.info == images.info
 
@@ -62,15 +68,14 @@ SCRIPT = """
 import sys, torch
 from supermix.data import load_digits
 from supermix.distillation import distill, make_mixes
-from supermix.mixing import SuperMix
 from supermix.recipes import Training
 from supermix.zoo import create, pretrained, save
 torch.set_num_threads(1)
 images, teacher = load_digits().train.subset(48), pretrained("digits")
-mixes = make_mixes(SuperMix(teacher, max_iter=8), images, 24, batch_size=32)
+mixes = make_mixes(teacher, images, 24)
 torch.manual_seed(0)
 student = create("resnet8", 10)
-distill(teacher, student, images, "soft", mixes, Training(epochs=2, batch_size=16, milestones=(1,)))
+distill(teacher, student, images, "crd_kd", mixes, Training(epochs=2, batch_size=16, milestones=(1,)))
 save(student, sys.argv[1])
 """
 
@@ -87,16 +92,166 @@ def test_two_processes_make_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_training(value, digits):
+def test_a_loss_that_is_no_number_stops_the_training(value, digits, tmp_path):
     network, seen = create("resnet8", 10), []
 
-    def objective(net, images, labels):
-        seen.append(len(images))
-        return F.cross_entropy(net(images), labels) * (value if len(seen) == 3 else 1)
+    def objective(net, batch):
+        seen.append(len(batch.images))
+        return F.cross_entropy(net(batch.images), batch.labels) * (value if len(seen) == 3 else 1)
 
-    with pytest.raises(FloatingPointError, match=f"The loss is {value} at epoch 2, batch 1 of 2"):
-        train(network, digits.train.subset(20), Training(epochs=5, batch_size=16), objective)
+    with pytest.raises(FloatingPointError, match=rf"The loss is {value} at update 3 \(epoch 2, batch 1 of 2\).*checkpoint is .*step-000000002"):
+        train(network, digits.train.subset(20), Training(epochs=5, batch_size=16), objective, folder=tmp_path)
     assert all(torch.isfinite(t).all() for t in network.state_dict().values())  # the bad step was not made
+    assert load_checkpoint(checkpoints(tmp_path)[-1])["position"] == [1, 0, 2]
+
+
+class Learning(nn.Module):
+    "An objective with a weight, a memory and draws of its own; its memory counts how often each image was seen."
+    def __init__(self, n):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.zeros(n))
+
+    def forward(self, network, batch):
+        self.seen[batch.indices] += 1
+        noise = torch.rand(len(batch.images), generator=batch.generator) + 0.1 * torch.rand(len(batch.images))  # its own, and torch's
+        return (F.cross_entropy(network(batch.images) * self.scale, batch.labels, reduction="none") * noise).mean()
+
+
+RECIPE = Training(epochs=4, batch_size=16, lr=0.05, milestones=(2,), seed=3)
+
+
+def whole(images, folder=None, objective=None, recipe=RECIPE, **options):
+    torch.manual_seed(1)
+    network, objective = create("resnet8", 10), objective or Learning(len(images))
+    history = train(network, images, recipe, objective, folder=folder, **options)
+    return {**network.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}, history
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+class Stopped(Exception): pass
+
+
+class Stopping(Learning):
+    "The same, but it stops at an update, as a machine that goes down."
+    def __init__(self, n, at): super().__init__(n); self.left = at
+
+    def forward(self, network, batch):
+        self.left -= 1
+        if self.left < 0: raise Stopped
+        return super().forward(network, batch)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 11])  # three updates an epoch: within epochs and between them
+def test_stopped_and_resumed_it_ends_with_the_same_bits(at, digits, tmp_path):
+    images = digits.train.subset(40)
+    expected, history = whole(images)
+    with pytest.raises(Stopped): whole(images, tmp_path, Stopping(40, at), minutes=0)
+    ended, resumed = whole(images, tmp_path, minutes=0)
+    assert same(ended, expected) and ended["objective.seen"].tolist() == [4] * 40
+    assert resumed.loss == history.loss and resumed.images == history.images == 160
+    assert [row["epoch"] for row in read_log(tmp_path / "log.csv")] == [1, 2, 3, 4]
+    assert len(checkpoints(tmp_path)) == 2
+    again, _ = whole(images, tmp_path)  # finished: nothing is trained any more
+    assert same(again, expected)
+
+
+SCRIPT_OF_A_RUN = """
+import sys, torch
+from supermix.data import load_digits
+from supermix.recipes import Training
+from supermix.training import train
+from supermix.zoo import create, save
+torch.set_num_threads(1)
+torch.manual_seed(0)
+network = create("resnet8", 10)
+train(network, load_digits().train.subset(400), Training(epochs=6, batch_size=32, milestones=(3,)), folder=sys.argv[1], minutes=0.0005)
+save(network, sys.argv[2])
+"""
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    def start(folder): return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder, tmp_path / f"{folder}.safetensors"], stderr=subprocess.DEVNULL)
+    assert start("whole").wait() == 0
+    chance, kills = random.Random(0), 0
+    while kills < 2:
+        before = [p.name for p in checkpoints(tmp_path / "killed")]
+        process = start("killed")
+        while [p.name for p in checkpoints(tmp_path / "killed")] == before and process.poll() is None: time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        if process.poll() is not None: break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills > 0 and start("killed").wait() == 0
+    assert file_hash(tmp_path / "killed.safetensors") == file_hash(tmp_path / "whole.safetensors")
+
+
+def test_a_run_with_another_recipe_is_not_resumed(digits, tmp_path):
+    images = digits.train.subset(40)
+    whole(images, tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe: lr \(0.05 there, 0.1 now\), seed \(3 there, 4 now\)"):
+        whole(images, tmp_path, recipe=replace(RECIPE, lr=0.1, seed=4))
+
+
+def test_images_that_are_held_out_are_never_trained_on(digits, tmp_path):
+    objective = Learning(100)
+    _, history = whole(digits.train.subset(100), tmp_path, objective, replace(RECIPE, held_out=30), test=digits.test)
+    assert objective.seen.tolist() == [4] * 70 + [0] * 30 and history.images == 280
+    held = [row["held_out"] for row in history.rows]
+    assert history.best == (1 + held.index(max(held)), max(held)) and len(held) == 4
+    assert read_log(tmp_path / "log.csv")[-1]["held_out"] == pytest.approx(held[-1])
+    assert "held-out images in epoch" in repr(history) and f"{history.test:.2f} % of the test images" in repr(history)
+
+
+def test_tensorboard_reads_what_was_logged(digits, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, history = whole(digits.train.subset(40), tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(row["epoch"], pytest.approx(row["loss"])) for row in history.rows]
+
+
+def test_compiled_it_learns_the_same(digits):
+    def losses(compile):
+        torch.manual_seed(1)
+        return train(create("resnet8", 10), digits.train.subset(64), replace(RECIPE, epochs=2, compile=compile)).loss
+    assert losses(True) == pytest.approx(losses(False), rel=1e-3)
+
+
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+from supermix.data import load_digits
+from supermix.recipes import Training
+from supermix.distillation import distill
+from supermix.training import join, world
+from supermix.zoo import create, pretrained, save
+join("cpu")
+torch.manual_seed(0)
+student = create("resnet8", 10)
+for m in student.modules():
+    if isinstance(m, torch.nn.BatchNorm2d): m.eval(); m.train = lambda mode=True: None   # statistics are each process's own: without them all is equal
+history = distill(pretrained("digits"), student, load_digits().train.subset(70), sys.argv[2], None,
+                  Training(epochs=2, batch_size=32, lr=0.01, milestones=(1,)), folder=sys.argv[1] + "-run")
+if world()[0] == 0: save(student, sys.argv[1], loss=history.loss, seen=history.images)
+if dist.is_initialized(): dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("method", ["kd", "crd_kd"])
+def test_two_processes_make_the_updates_of_one(method, tmp_path):
+    def go(name, *launcher):
+        command = [sys.executable, *launcher, tmp_path / "script.py", tmp_path / name, method]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return load_tensors(tmp_path / name)
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    (one, card), (two, other) = go("one"), go("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert card["seen"] == other["seen"] == 140
+    if method == "kd": torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)  # CRD draws other negatives in each process
+    assert checkpoints(f"{tmp_path / 'two'}-run")
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(digits):
