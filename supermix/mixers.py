@@ -70,6 +70,10 @@ class Mixer:
         if self.alpha is None: return torch.full((n, self.k), 1 / self.k)
         return draw_lam(n, self.k, self.alpha, generator)
 
+    def move(self, sets, masks, draw):  # (B, k, C, H, W), (B, k, H, W), Draw -> (B, k, C, H, W)
+        "The sources as they are mixed: as they are, or rearranged to suit the masks."
+        return sets
+
     def weights(self, masks, draw):  # (B, k, H, W), Draw -> (B, k)
         "The weights of the sources in the label: the areas that they hold."
         return areas(masks)
@@ -84,7 +88,7 @@ class Mixer:
         draw = self.draw(images, labels, generator)
         sets = images[draw.partners]
         masks = self.choose_masks(sets, draw, generator)
-        return mix(sets, masks), soft_labels(draw.classes, self.weights(masks, draw), draw.num_classes)
+        return mix(self.move(sets, masks, draw), masks), soft_labels(draw.classes, self.weights(masks, draw), draw.num_classes)
 
 # %% ../nbs/31_mixers.ipynb #0a559a2c
 def as_pair(images, labels=None):
