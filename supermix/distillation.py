@@ -23,6 +23,7 @@ from .generate import generate
 from .losses import Seen, see, student_loss
 from .mixers import CutMix, Mixer, MixUp
 from .mixing import see as classify
+from .puzzlemix import PuzzleMix
 from .recipes import FAST, METHODS, Generation, Mixing, Terms, Training
 from .store import MixedDataset
 from .training import Batch, History, to_device, train, world
@@ -46,6 +47,7 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
 MIXERS = {
     "mixup": lambda teacher, classes: MixUp(classes),    # λ = ½, as in the paper's comparison
     "cutmix": lambda teacher, classes: CutMix(classes),  # the same
+    "puzzlemix": lambda teacher, classes: PuzzleMix(teacher),
     "supermix": None,                                    # a stock that `make_mixes` makes
 }
 

@@ -117,6 +117,11 @@ class Seen(NamedTuple):
     features: list[torch.Tensor]  # [stem (B, c0, h0, w0), stage 1 (B, c1, h1, w1), …, pooled vector (B, width)]
     logits: torch.Tensor          # (B, N)
 
+    def full(self):
+        "The same with features of half precision as float32."
+        half = torch.bfloat16, torch.float16
+        return Seen([f.float() if f.dtype in half else f for f in self.features], self.logits)
+
 def see(network: nn.Module,    # with `features` and `parts`, as in chapters 10 and 18
         images: torch.Tensor,  # (B, 3, H, W)
         ) -> Seen:
@@ -137,6 +142,11 @@ class Term(nn.Module):
                  images: int,    # number of training images
                  ):
         super().__init__()
+
+    def __call__(self, student, teacher, *rest, **more):
+        device = student.features[-1].device.type
+        with torch.autocast(device if device != "meta" else "cpu", enabled=False):  # shapes alone (meta) know no autocast
+            return super().__call__(student.full(), teacher.full(), *rest, **more)
 
     def forward(self,
                 student: Seen,            # what the student sees in the batch

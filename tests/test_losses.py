@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
+from supermix.contrast import TERMS
 from supermix.losses import LOGIT_LOSSES, Seen, Term, dist_loss, dkd_loss, kd_loss, see, stage_pairs, standardize, std_loss, student_loss, vectors
 from supermix.recipes import METHODS, Terms
 from supermix.zoo import create
@@ -61,15 +62,22 @@ CE = F.cross_entropy
 y, ms, mt = torch.arange(8), random(3, 5, 10), random(4, 5, 10)
 hard = CE(ms, mt.argmax(1))
 EXPECTED = {
-    "alone": CE(zs, y), "kd": 0.1 * CE(zs, y) + 0.9 * KL(zs, zt), "hard": CE(zs, y) + hard,
-    "soft": 0.1 * CE(zs, y) + 0.9 * KL(zs, zt) + 0.9 * KL(ms, mt),
-    "hard_authors": 2.0 * (CE(zs, y) + hard), "soft_authors": 1.8 * (CE(zs, y) + hard) + 0.2 * KL(zs, zt),
+    ("alone", False): CE(zs, y), ("kd", False): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt), ("alone", True): CE(zs, y) + hard,
+    ("kd", True): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt) + 0.9 * KL(ms, mt), ("at", False): CE(zs, y), ("at", True): CE(zs, y) + hard,
+    ("crd_kd", True): CE(zs, y) + KL(zs, zt) + KL(ms, mt), ("std", False): 0.1 * CE(zs, y) + 0.9 * std_loss(zs, zt, 4.0),
+    ("dist", True): CE(zs, y) + dist_loss(zs, zt, 4.0) + dist_loss(ms, mt, 4.0),
+    ("dkd", True): CE(zs, y) + dkd_loss(zs, zt, y, 4.0) + dkd_loss(ms, mt, mt.argmax(1), 4.0),
+    ("authors", True): 2.0 * (CE(zs, y) + hard), ("authors_kd", True): 1.8 * (CE(zs, y) + hard) + 0.2 * KL(zs, zt),
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_terms_of_each_method(method):
-    torch.testing.assert_close(student_loss(METHODS[method], zs, y, zt, ms, mt), EXPECTED[method])
+@pytest.mark.parametrize("method, mixed", EXPECTED)
+def test_the_terms_of_each_method(method, mixed):
+    terms = METHODS[method].mixed() if mixed else METHODS[method]
+    torch.testing.assert_close(student_loss(terms, zs, y, zt, ms, mt), EXPECTED[method, mixed])
+
+
+def test_every_feature_method_has_its_term(): assert {name for terms in METHODS.values() for name, _ in terms.features} == set(TERMS)
 
 
 def test_the_temperature_of_both_kl_terms():
