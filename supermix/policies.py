@@ -13,7 +13,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -197,14 +196,16 @@ def tables(subpolicies: tuple,  # as `check_subpolicies` gives them
 def draw_ops(lines: tuple,                # the four tensors of `tables`
              n: int,                      # images
              generator: torch.Generator,
+             picks: int = 1,              # rows an image draws; it goes through one after the other
              ) -> Ops:                    # on the generator's device
     "Operations for `n` images, each with a draw of its own."
     where = generator.device
     op, probability, magnitude, signed = (t.to(where) for t in lines)
-    row = torch.randint(len(op), (n,), generator=generator, device=where)
-    kept = torch.rand((n, op.shape[1]), generator=generator, device=where) < probability[row]
-    minus = (torch.rand((n, op.shape[1]), generator=generator, device=where) < 0.5) & signed[row]
-    return Ops(op[row] * kept, magnitude[row] * kept * torch.where(minus, -1, 1))
+    row = torch.randint(len(op), (n, picks), generator=generator, device=where)
+    op, probability, magnitude, signed = (t[row].flatten(1) for t in (op, probability, magnitude, signed))
+    kept = torch.rand(op.shape, generator=generator, device=where) < probability
+    minus = (torch.rand(op.shape, generator=generator, device=where) < 0.5) & signed
+    return Ops(op * kept, magnitude * kept * torch.where(minus, -1, 1))
 
 # %% ../nbs/03_policies.ipynb #312f3c3c
 def check_later(later,      # lists of (share of the training, sub-policies)
@@ -221,19 +222,20 @@ def check_later(later,      # lists of (share of the training, sub-policies)
 # %% ../nbs/03_policies.ipynb #403663fb
 @dataclass(frozen=True)
 class Policy:
-    "Sub-policies, of which each image draws one."
+    "Sub-policies, of which each image draws one, or `picks` of them."
     name: str
     subpolicies: tuple = ()   # each a tuple of (operation, probability, level)
     space: str = "regular"    # what the strongest level means: "regular" or "wide"
     bins: int = 10            # levels are 0 … bins - 1 (AutoAugment: 10; torchvision's RandAugment and TrivialAugment: 31)
     cutout: int = 0           # side of Cutout's square after the operations, in pixels; 0: none (the papers' CIFAR recipes: 16)
     fill: int = 0             # grey of what comes from outside (torchvision: 0; AutoAugment's authors: 128)
+    picks: int = 1            # sub-policies an image draws, one after the other (RandAugment: 2)
     later: tuple = ()         # (share of the training, sub-policies): what holds from then on
     about: dict = field(default_factory=dict, compare=False, repr=False)  # where it comes from, in words
 
     def __post_init__(self):
         lookup(dict.fromkeys(SPACES), self.space, "space")
-        for name, low, high in (("bins", 2, 10_000), ("cutout", 0, 10_000), ("fill", 0, 255)):
+        for name, low, high in (("bins", 2, 10_000), ("cutout", 0, 10_000), ("fill", 0, 255), ("picks", 1, 100)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"Expected {name} to be a whole number from {low} to {high}, got {value!r}.")
@@ -247,8 +249,8 @@ class Policy:
 
     def draw(self, n: int, size: int, generator: torch.Generator) -> Ops:
         "Operations for `n` images of `size`×`size` pixels, each with its own draw."
-        idle = tables(((("Identity", 1.0, 0),),), self.space, self.bins, size)
-        ops = draw_ops(tables(self.subpolicies, self.space, self.bins, size) if self.subpolicies else idle, n, generator)
+        lines = tables(self.subpolicies or ((("Identity", 1.0, 0),),), self.space, self.bins, size)
+        ops = draw_ops(lines, n, generator, self.picks)
         hole = torch.randint(size, (n, 2), generator=generator, device=generator.device) if self.cutout else None
         return replace(ops, hole=hole)
 
@@ -258,7 +260,7 @@ class Policy:
         return images if ops.hole is None else cutout(images, ops.hole, self.cutout, colour)
 
     def __repr__(self):
-        parts = [f"{len(self.subpolicies)} sub-policies in the {self.space} space"] if self.subpolicies else ["no operations"]
+        parts = [f"{self.picks} of {len(self.subpolicies)} sub-policies, {self.space} space"] if self.subpolicies else ["no operations"]
         if self.later: parts.append(f"{len(self.later)} changes")
         return f"Policy({self.name}: {', '.join(parts + [f'Cutout {self.cutout}'] * bool(self.cutout))})"
 
@@ -269,9 +271,7 @@ def autoaugment(policy: AutoAugmentPolicy) -> Policy:
 
 def randaugment(num_ops: int = 2, level: int = 9) -> Policy:
     "RandAugment (Cubuk et al. 2020): `num_ops` operations of 14, drawn evenly, all at one level of 0 … 30."
-    if not isinstance(num_ops, int) or not 1 <= num_ops <= 4: raise ValueError(f"Expected 1 to 4 operations an image, got {num_ops!r}.")
-    return Policy("randaugment", tuple(tuple((op, 1.0, level) for op in line) for line in product(OPS[:14], repeat=num_ops)), bins=31,
-                  about={"source": "arXiv 1909.13719", "num_ops": num_ops, "level": level})
+    return Policy("randaugment", tuple(((op, 1.0, level),) for op in OPS[:14]), bins=31, picks=num_ops, about={"source": "arXiv 1909.13719"})
 
 def trivialaugment() -> Policy:
     "TrivialAugment (Müller and Hutter 2021), wide: one operation of 14 at a level of 0 … 30, both drawn evenly."
@@ -290,7 +290,7 @@ POLICIES = {
 def save_policy(policy: Policy, path: str | Path) -> Path:  # the file
     "Write a policy file, one line a sub-policy."
     def lines(subpolicies): return "[\n  " + ",\n  ".join(json.dumps(line) for line in subpolicies) + "]" if subpolicies else "[]"
-    head = {name: getattr(policy, name) for name in ("name", "about", "space", "bins", "cutout", "fill")}
+    head = {name: getattr(policy, name) for name in ("name", "about", "space", "bins", "picks", "cutout", "fill")}
     text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "subpolicies": {lines(policy.subpolicies)}'
     if policy.later: text += ',\n "later": [' + ",\n ".join(f"[{share}, {lines(phase)}]" for share, phase in policy.later) + "]"
     return write_atomic(path, (text + "\n}\n").encode())

@@ -130,6 +130,16 @@ def test_draws_follow_the_policy(seeded):
     assert not both.any()  # entries of different sub-policies never meet
 
 
+def test_several_picks(seeded):
+    policy = Policy("p", [[["Rotate", 1.0, 9], ["Equalize", 1, None]], [["Invert", 0.5, None]]], picks=3)
+    ops = policy.draw(20_000, 32, seeded())
+    assert ops.op.shape == (20_000, 6)
+    pairs = ops.op.view(-1, 3, 2)
+    first = pairs[..., 0] == OPS.index("Rotate")
+    assert ((pairs[..., 1] == OPS.index("Equalize")) == first).all()  # the entries of a sub-policy stay together
+    assert first.float().mean().item() == pytest.approx(0.5, abs=0.02) and first.all(1).float().mean().item() == pytest.approx(1 / 8, abs=0.02)
+
+
 def test_published_policies_draw_evenly(seeded):
     ops = POLICIES["randaugment"].draw(56_000, 32, seeded())
     pairs = torch.bincount(ops.op[:, 0] * 14 + ops.op[:, 1], minlength=196)
@@ -190,7 +200,7 @@ def test_at(share):
 # ---- files
 
 def test_round_trip(tmp_path):
-    for policy in (*POLICIES.values(), Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]], "wide", 12, 16, 128,
+    for policy in (*POLICIES.values(), Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]], "wide", 12, 16, 128, 3,
                                               [(0.1, []), (0.9, [[["Color", 0.25, 11]]])], {"found": "by hand", "n": 3})):
         again = load_policy(save_policy(policy, tmp_path / "deep" / "p.json"))
         assert again == policy and again.about == policy.about
@@ -240,7 +250,7 @@ def test_wrong_files(text, tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no policy file"): load_policy(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match="Did you mean 'trivialaugment'"): load_policy("trivialaugmnt")
-    with pytest.raises(ValueError, match="1 to 4 operations"): randaugment(0)
+    with pytest.raises(ValueError, match="Expected picks to be a whole number from 1 to 100, got 0"): randaugment(0)
     with pytest.raises(ValueError, match="from 0 to 30, got 31"): randaugment(2, 31)
 
 
