@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'Images', 'ArrayImages',
-           'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data', 'load_digits', 'read_idx',
-           'data_folders', 'find_fashion', 'load_fashion_mnist', 'PlainUnpickler', 'read_cifar', 'load_cifar100',
-           'load_imagenet', 'load_data']
+           'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data', 'load_digits',
+           'read_idx', 'data_folders', 'find_fashion', 'load_fashion_mnist', 'PlainUnpickler', 'read_cifar',
+           'load_cifar100', 'load_imagenet', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
 import gzip
@@ -167,6 +167,14 @@ class ArrayImages(Images):
     def _take(self, indices): return ArrayImages(self.info, self.pixels[indices], self.labels[indices])
 
 # %% ../nbs/01_data.ipynb #7b3d6cf4
+def one_ahead(batches):
+    "The same batches; the next one is made in a thread while the caller works on this one."
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = ahead.submit(next, batches, None)
+            yield batch
+
 class FolderImages(Images):
     "Image files in one folder a class, decoded when they are asked for."
     def __init__(self,
@@ -195,13 +203,7 @@ class FolderImages(Images):
         flip = torch.rand(len(indices), generator=generator) < 0.5
         return Views(sample_boxes(sizes, generator), flip & self.info.flip)
 
-    def batches(self, *args, **kwargs):
-        with ThreadPoolExecutor(1) as ahead:  # the next batch is decoded while the caller works on this one
-            rest = super().batches(*args, **kwargs)
-            coming = ahead.submit(next, rest, None)
-            while (batch := coming.result()) is not None:
-                coming = ahead.submit(next, rest, None)
-                yield batch
+    def batches(self, *args, **kwargs): return one_ahead(super().batches(*args, **kwargs))
 
     def _take(self, indices): return FolderImages(self.info, [self.files[i] for i in indices], self.labels[indices], self.workers)
 

@@ -10,7 +10,6 @@ __all__ = ['OPS', 'SIGNED', 'LEVELLED', 'SPACES', 'OPERATIONS', 'POLICIES', 'ran
 
 # %% ../nbs/03_policies.ipynb #91ca62cd
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as VF
 
 from .core import lookup, write_atomic
-from .data import FolderImages, Images, Views
+from .data import FolderImages, Images, Views, one_ahead
 
 # %% ../nbs/03_policies.ipynb #e6e78a62
 OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
@@ -123,6 +122,8 @@ class Ops:
     hole: torch.Tensor | None = None  # int64 (B, 2): row and column of the middle of Cutout's square, where there is one
 
     def __len__(self): return len(self.op)
+
+    def __getitem__(self, rows): return Ops(self.op[rows], self.magnitude[rows], None if self.hole is None else self.hole[rows])
 
     def to(self, device):
         "The same on another device."
@@ -318,16 +319,18 @@ class AugmentedViews(Views):
     "Views, and the operations of a policy that come after them."
     ops: Ops | None = None
 
+    def __getitem__(self, rows): return AugmentedViews(self.crop[rows], self.flip[rows], self.ops[rows])
+
 # %% ../nbs/03_policies.ipynb #960ebd25
 class Augmented(Images):
     "Images under a policy: every random view goes through operations of its own."
     def __init__(self,
                  images: Images,              # any; digits and photographs in files alike
                  policy: Policy,
-                 epochs: int | None = None,   # shuffled passes of a training; needed where the policy is a schedule
+                 epochs: int | None = None,   # of the training; needed where the policy is a schedule
                  ):
         if policy.later and not epochs: raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
-        self.images, self.policy, self.epochs, self.passes, self.share = images, policy, epochs or 1, 0, 0.0
+        self.images, self.policy, self.epochs, self.share = images, policy, epochs or 1, 0.0
         self.info, self.labels = images.info, images.labels
 
     def fetch(self, indices, views=None):
@@ -341,15 +344,10 @@ class Augmented(Images):
         if not policy.subpolicies and not policy.cutout: return views
         return AugmentedViews(views.crop, views.flip, policy.draw(len(indices), self.info.size, generator))
 
-    def batches(self, batch_size, generator=None):
-        if generator is not None: self.share, self.passes = self.passes % self.epochs / self.epochs, self.passes + 1
-        rest = super().batches(batch_size, generator)
-        if not isinstance(self.images, FolderImages): return (yield from rest)
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(next, rest, None)
-            while (batch := coming.result()) is not None:
-                coming = ahead.submit(next, rest, None)
-                yield batch
+    def batches(self, batch_size, seed=None, epoch=0, *args, **kwargs):
+        if seed is not None: self.share = epoch / self.epochs
+        batches = super().batches(batch_size, seed, epoch, *args, **kwargs)
+        return one_ahead(batches) if isinstance(self.images, FolderImages) else batches
 
     def to(self, device):
         "The same images and policy on another device."

@@ -160,10 +160,10 @@ def test_autoaugment_is_torchvisions_list():
 def test_the_seed_decides(digits, seeded):
     state = torch.random.get_rng_state()
     images = Augmented(digits.train.subset(100), load_policy("trivialaugment", cutout=16))
-    a, b, c = ([(x, y, i) for x, y, i in images.batches(32, seeded(s))] for s in (0, 0, 1))
+    a, b, c = ([(x, y, i) for x, y, i in images.batches(32, s)] for s in (0, 0, 1))
     assert all(torch.equal(s, t) for x, y in zip(a, b) for s, t in zip(x, y)) and not torch.equal(a[0][0], c[0][0])
     torch.manual_seed(99)
-    assert torch.equal(next(images.batches(32, seeded(0)))[0], a[0][0]), "torch's global generator matters"
+    assert torch.equal(next(images.batches(32, 0))[0], a[0][0]), "torch's global generator matters"
     torch.random.set_rng_state(state)
     views = images.draw(torch.arange(50), seeded(3))
     assert isinstance(views, AugmentedViews)
@@ -183,10 +183,10 @@ def test_a_schedule_follows_the_epochs(digits, seeded):
     policy = Policy("s", [[["Invert", 1.0, None]]], later=[(0.5, [[["Solarize", 1.0, 9]]]), (0.75, [[["Equalize", 1.0, None]]])])
     images = Augmented(digits.train.subset(20), policy, epochs=4)
     seen = []
-    for _ in range(6):
-        for _ in images.batches(10, seeded()): seen.append(OPS[images.draw(torch.arange(1), seeded()).ops.op.item()])
+    for epoch in range(4):
+        for _ in images.batches(10, 0, epoch): seen.append(OPS[images.draw(torch.arange(1), seeded()).ops.op.item()])
         list(images.batches(10))  # a plain pass is no epoch
-    assert seen[::2] == seen[1::2] == ["Invert", "Invert", "Solarize", "Equalize", "Invert", "Invert"]
+    assert seen[::2] == seen[1::2] == ["Invert", "Invert", "Solarize", "Equalize"]
     with pytest.raises(ValueError, match="is a schedule: expected the number of epochs"): Augmented(digits.train, policy)
 
 
@@ -270,7 +270,7 @@ def test_photographs_in_files(tmp_path, photos, seeded):
     plain = FolderImages(info, sorted(tmp_path.glob("*.JPEG")), torch.tensor(labels))
     images = Augmented(plain, load_policy("autoaugment_imagenet", cutout=16))
     assert torch.equal(images[:][0], plain[:][0]) and "autoaugment_imagenet" in repr(images)
-    one, two = (list(images.batches(3, seeded(5))) for _ in range(2))
+    one, two = (list(images.batches(3, 5)) for _ in range(2))
     assert [len(x) for x, _, _ in one] == [3, 1] and all(torch.equal(a[0], b[0]) for a, b in zip(one, two))
     assert torch.cat([i for _, _, i in one]).sort().values.tolist() == [0, 1, 2, 3]
     which = torch.arange(4)
@@ -280,9 +280,16 @@ def test_photographs_in_files(tmp_path, photos, seeded):
     assert len(images.subset(2)) == 2 and images.subset(2).policy == images.policy
 
 
-def test_no_policy_is_the_plain_images(digits, seeded):
+def test_processes_share_a_batch(digits):
+    images = Augmented(digits.train.subset(50), load_policy("randaugment", cutout=8))
+    whole = next(images.batches(40, 1))[0]
+    halves = [next(images.batches(40, 1, share=(rank, 2)))[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_no_policy_is_the_plain_images(digits):
     images = Augmented(digits.train, POLICIES["none"])
-    for (x, y, i), (a, b, c) in zip(images.batches(300, seeded(2)), digits.train.batches(300, seeded(2))):
+    for (x, y, i), (a, b, c) in zip(images.batches(300, 2), digits.train.batches(300, 2)):
         assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(i, c)
 
 
