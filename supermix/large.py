@@ -20,7 +20,7 @@ from .engine import PASSES, Engine, Found, decode, draw_block, figures, plain_wa
 from .recipes import FAST, Mixing
 
 # %% ../nbs/38_large.ipynb #3d93f142
-PHOTOS = ("chelsea", "coffee", "astronaut", "rocket", "hubble_deep_field", "immunohistochemistry", "retina")
+PHOTOS = ("chelsea", "coffee", "astronaut", "rocket", "motorcycle")
 
 def lite_teacher() -> nn.Module:  # images (B, 3, 224, 224) with mean and standard deviation ½ -> logits (B, 1000)
     "EfficientNet-Lite0 with its ImageNet weights, from a Python package."
@@ -38,7 +38,8 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
     from PIL import Image
     for name in PHOTOS:
         (Path(folder) / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(getattr(skimage.data, name)()).save(Path(folder) / name / "photo.jpg", quality=92)
+        pixels = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(skimage.data, name)()
+        Image.fromarray(pixels).save(Path(folder) / name / "photo.jpg", quality=92)
     info = Info("photographs", PHOTOS, 224, (0.5,) * 3, (0.5,) * 3)
     return FolderImages(info, [Path(folder) / name / "photo.jpg" for name in PHOTOS], torch.arange(len(PHOTOS)))
 
