@@ -1,0 +1,95 @@
+"""Checkpoints: whole, checked, and never code."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from supermix.checkpoints import NAME, checkpoints, digest, load_checkpoint, random_state, restore_random, save_checkpoint
+from torch import nn
+
+STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)}, "position": [3, 4, 5], "pair": (1, None),
+         "name": "naïve", "rate": 0.1, "flag": True}
+
+
+def test_what_is_kept_comes_back(tmp_path):
+    path = save_checkpoint(tmp_path / "new" / "folder", 7, STATE)
+    back = load_checkpoint(path)
+    assert back["weights"]["half"].dtype == torch.bfloat16 and torch.equal(back["weights"]["a"], STATE["weights"]["a"])
+    assert {k: v for k, v in back.items() if k != "weights"} == {k: v for k, v in STATE.items() if k != "weights"}
+    assert NAME.fullmatch(path.name)[1] == "000000007"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_stay(keep, tmp_path):
+    (tmp_path / "log.csv").write_text("epoch\n")
+    for step in (5, 10, 15, 20): save_checkpoint(tmp_path, step, {"step": step}, keep)
+    assert [load_checkpoint(p)["step"] for p in checkpoints(tmp_path)] == [5, 10, 15, 20][-keep:]
+    assert len(list(tmp_path.iterdir())) == keep + 1
+
+
+def test_any_changed_byte_is_an_error(tmp_path):
+    path = save_checkpoint(tmp_path, 1, STATE)
+    content, chance = path.read_bytes(), random.Random(0)
+    for _ in range(40):
+        at = chance.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1:])
+        with pytest.raises(ValueError, match="was changed or cut off"): load_checkpoint(path)
+    for length in (0, 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to go on"): load_checkpoint(path)
+
+
+class Trap:
+    def __init__(self, target): self.target = target
+
+    def __reduce__(self): return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("write", [lambda trap, path: path.write_bytes(pickle.dumps({"network": trap})), lambda trap, path: torch.save({"network": trap}, path)])
+def test_code_in_a_checkpoint_never_runs(write, tmp_path):
+    write(Trap(tmp_path / "ran"), tmp_path / "evil")
+    path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{digest((tmp_path / 'evil').read_bytes())}.pt")
+    with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(save_checkpoint(tmp_path, 2, {"network": nn.Linear(1, 1)}))
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    for name in ("step-1.pt", "step-000000001-xyz.pt", "model.pt"): (tmp_path / name).write_bytes(b"")
+    assert checkpoints(tmp_path) == [] == checkpoints(tmp_path / "none")
+    with pytest.raises(ValueError, match="Expected a checkpoint named"): load_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"): load_checkpoint(tmp_path / "step-000000001-0123456789abcdef.pt")
+
+
+def test_all_random_states_come_back(tmp_path):
+    def draws(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)], random.gauss(0, 1), np.random.randn()
+    np.random.randn(), random.gauss(0, 1)  # both keep half a pair back
+    path = save_checkpoint(tmp_path, 1, random_state())
+    first = draws()
+    assert draws() != first
+    restore_random(load_checkpoint(path))
+    assert draws() == first
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_whole_checkpoints(tmp_path):
+    program = f"""
+import torch
+from supermix.checkpoints import save_checkpoint
+step, state = 0, {{"big": torch.zeros(2_000_000)}}
+while True:
+    step += 1
+    save_checkpoint({str(tmp_path)!r}, step, state)
+"""
+    for wait in (0.05, 0.11, 0.23):
+        before = len(list(tmp_path.glob("step-*")))
+        process = subprocess.Popen([sys.executable, "-c", program])
+        while process.poll() is None and len(checkpoints(tmp_path)) <= min(before, 1): pass
+        with pytest.raises(subprocess.TimeoutExpired): process.wait(wait)
+        process.kill()
+        process.wait()
+        assert 1 <= len(checkpoints(tmp_path)) <= 3 and all(load_checkpoint(p)["big"].shape == (2_000_000,) for p in checkpoints(tmp_path))
