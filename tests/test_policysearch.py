@@ -29,7 +29,7 @@ def test_parts_share_nothing(digits):
     again, _ = split_images(digits.train, 300, 200, seed=1)
     assert torch.equal(a.labels, again.labels)
     assert torch.cat([a.labels, b.labels]).bincount().tolist() == [50] * 10
-    with pytest.raises(ValueError, match="Expected 1 to 1297 images of digits, got 1400"): split_images(digits.train, 1300, 100)
+    with pytest.raises(ValueError, match="Expected 1 to 1297 images, got 1400"): split_images(digits.train, 1300, 100)
 
 
 # ---- density matching
