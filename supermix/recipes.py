@@ -12,6 +12,8 @@ __all__ = ['FAST', 'METHODS', 'BENCHMARK', 'LOW', 'SMOKE', 'CIFAR100', 'IMAGENET
 # %% ../nbs/02_recipes.ipynb #ea3d6a49
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+import tyro
+
 from .core import lookup
 
 # %% ../nbs/02_recipes.ipynb #70cb5594
@@ -129,7 +131,7 @@ class Recipe:
     mixed_pad: int = 2                    # random crops of mixed images may be off by this many pixels (authors' code)
     train_images: int | None = None       # the student's natural images, and its mixes' sources; None: all (ours)
     size: int | None = None               # height and width at which networks see images in files; None: the data set's, 224 (ours)
-    scales: dict = field(default_factory=dict, repr=False)  # what `at` changes: {scale: {"training.epochs": 1, …}}
+    scales: tyro.conf.Suppress[dict] = field(default_factory=dict, repr=False)  # what `at` changes: {scale: {"training.epochs": 1, …}}; no option of a command
 
     def at(self, scale: str) -> "Recipe":
         "The recipe at another scale; `paper` (for the demo: `demo`) is the recipe itself."
