@@ -164,8 +164,8 @@ def differences(old, new, prefix: str = "") -> dict:  # {"training.epochs": (600
 
 # %% ../nbs/02_recipes.ipynb #0d818563
 SMOKE = {  # tiny networks, next to no training, the engine's quickest search (ours)
-    "teacher": "resnet14", "student": "resnet8", "training.epochs": 1, "training.milestones": (), "training.batch_size": 16, "training.first_stage": 1,
-    "teacher_training.epochs": 4, "teacher_training.milestones": (3,), "teacher_training.batch_size": 32, "mixes": 32,
+    "teacher": "resnet14", "student": "resnet8", "training.epochs": 2, "training.milestones": (1,), "training.batch_size": 16, "training.first_stage": 1,
+    "teacher_training.epochs": 8, "teacher_training.milestones": (6,), "teacher_training.batch_size": 16, "mixes": 32,
     **{f"mixing.{name}": value for name, value in FAST.items()}}
 
 CIFAR100 = Recipe(scales={

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'SIZES', 'BASES', 'CLASSIFIER_BASES', 'Base', 'Scale', 'write_cifar100', 'write_imagenet', 'miniature',
-           'open_data', 'terms_of', 'asks_teacher', 'check_row', 'short_hash', 'open_teacher', 'meet', 'open_mixer',
-           'augmented', 'result_path', 'plain', 'find_result', 'run', 'report', 'run_distillation',
+           'open_data', 'terms_of', 'asks_teacher', 'Impossible', 'check_row', 'short_hash', 'open_teacher', 'meet',
+           'open_mixer', 'augmented', 'result_path', 'plain', 'find_result', 'run', 'report', 'run_distillation',
            'run_classification', 'Cost', 'seconds_an_image', 'training_step', 'bytes_a_mix', 'cost', 'search_step',
-           'measured', 'cell', 'table', 'settle', 'Places', 'carry_out', 'distill_command', 'train_command', 'main']
+           'measured', 'cell', 'table', 'run_family', 'notebook_places', 'settle', 'Places', 'carry_out',
+           'distill_command', 'train_command', 'main']
 
 # %% ../nbs/62_runs.ipynb #aacf8dde
 import hashlib
@@ -15,6 +16,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -108,13 +110,19 @@ def asks_teacher(variant: Variant) -> bool:
     "Whether a row needs a teacher at all."
     return terms_of(variant).teaches or variant.mixer in ("supermix", "puzzlemix")
 
+class Impossible(ValueError):
+    "A row that these networks cannot be trained by."
+
 def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Module | None = None) -> None:
-    "A ValueError where these networks cannot be trained so."
+    "An error where a name is not known, or where these networks cannot be trained so."
     terms, classes = terms_of(variant), len(images.info.classes)
     lookup(MIXES, variant.mixer or "", "mixer")
     teacher = teacher or (create(recipe.teacher, classes) if asks_teacher(variant) else None)
-    check_parts(teacher, terms, variant.mixer, images)
-    if terms.features: make_terms(terms, create(recipe.student, classes), teacher, images)
+    student = create(recipe.student, classes)
+    try:
+        check_parts(teacher, terms, variant.mixer, images)
+        if terms.features: make_terms(terms, student, teacher, images)
+    except ValueError as error: raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
 
 # %% ../nbs/62_runs.ipynb #f2c0f74a
 MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, classes: MixUp(classes, 1.0), "cutmix_beta": lambda teacher, classes: CutMix(classes, 1.0)}
@@ -156,10 +164,10 @@ def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder
     what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources))
     return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed, folder / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
 
-def augmented(images: Images, variant: Variant, epochs: int) -> Images:
-    "The images under the row's policy."
+def augmented(images: Images, variant: Variant, epochs: int, policies: str | Path = ".") -> Images:
+    "The images under the row's policy; a policy file is looked for in the folder `policies`."
     if variant.policy == "none" and not variant.cutout: return images
-    return Augmented(images, load_policy(variant.policy, variant.cutout), epochs)
+    return Augmented(images, load_policy(Path(policies) / variant.policy if variant.policy.endswith(".json") else variant.policy, variant.cutout), epochs)
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
@@ -187,6 +195,7 @@ def run(recipe: Recipe,
         root: str | Path | None = None,                  # a folder in which to look for the data first
         teacher: str | Path | None = None,               # its file; None: trained here, or torchvision's
         device: str | None = None,                       # None: a GPU where there is one
+        policies: str | Path = ".",                      # where the names of policy files start
         **options) -> dict:                              # of `train`: minutes, live
     "Train one student, or go on with it: its result, which is also written to a file."
     device, folder = join(device), Path(folder)
@@ -195,7 +204,7 @@ def run(recipe: Recipe,
     images = data.train if recipe.train_images is None else data.train.subset(recipe.train_images)
     tutor = open_teacher(recipe, data, folder, teacher, device) if teacher and asks_teacher(variant) else None
     check_row(recipe, variant, images, tutor)
-    natural = augmented(images, variant, recipe.training.epochs)
+    natural = augmented(images, variant, recipe.training.epochs, policies)
     path = result_path(recipe, variant, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path) if world()[1] == 1 else nullcontext(True) as mine:
@@ -247,8 +256,10 @@ class Cost:
     device: str
 
     def __str__(self):
-        return (f"on {self.device}: {self.training:,.2f} h for the student, {self.teacher:,.2f} h for its teacher, {self.mixing:,.2f} h for mixes at most; "
-                f"disk: {self.data:.2f} GB data, {self.mixes:.4f} GB mixes, {self.checkpoints:.2f} GB checkpoints")
+        took = lambda hours: f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        room = lambda gigabytes: f"{gigabytes:,.2f} GB" if gigabytes >= 0.1 else f"{1000 * gigabytes:.2f} MB"
+        return (f"on {self.device}: student {took(self.training)}, its teacher {took(self.teacher)}, mixes {took(self.mixing)} at most; "
+                f"on disk: data {room(self.data)}, mixes {room(self.mixes)}, checkpoints {room(self.checkpoints)}")
 
 # %% ../nbs/62_runs.ipynb #98636bf5
 def seconds_an_image(step, images: int, steps: int, device: torch.device) -> float:
@@ -336,6 +347,28 @@ def table(family: Family, results: str | Path, pairs=None) -> str:  # pairs: som
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
+# %% ../nbs/62_runs.ipynb #a18a7e49
+def run_family(family: Family, **places) -> list[dict]:  # `places`: as in `run`; the results, in the order of the runs
+    "Every run of a family that has no result yet; a line for each."
+    done = []
+    for recipe, name, variant in family.runs():
+        start, line = time.perf_counter(), f"{recipe.teacher} → {recipe.student:12s} {name:26s}"
+        try: done.append(run(recipe, variant, **places))
+        except (Impossible, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and not variant.policy.endswith(".json"): raise
+            if world()[0] == 0: print(f"{line} left out: {error}", flush=True)
+            continue
+        if world()[0] == 0: print(f"{line} {done[-1]['figures']['test_accuracy']:6.2f} %   {time.perf_counter() - start:,.0f} s", flush=True)
+    return done
+
+def notebook_places(recipe: Recipe, scale: str, top: str | Path = "../..") -> dict:
+    "Where a run notebook finds and writes things: under the repository's `top`, or for the scale smoke in a new folder with miniature data."
+    if scale == "smoke":
+        folder = Path(tempfile.mkdtemp())
+        return {"folder": folder, "results": folder / "results", "root": miniature(recipe.data, folder / "miniature"), "policies": folder}
+    top = Path(top)
+    return {"folder": top / "out" / "runs" / scale, "results": top / "results" / "runs" if scale == "paper" else top / "out" / "runs" / scale / "results", "root": None, "policies": top}
+
 # %% ../nbs/62_runs.ipynb #03cdde90
 BASES = {"cifar100": CIFAR100, "crd_benchmark": CRD_BENCHMARK, "imagenet": IMAGENET}
 CLASSIFIER_BASES = {name: replace(base, teacher=network, student=network) for (name, base), network in zip(BASES.items(), ("wrn_40_2a", "wrn_40_2", "imagenet_resnet50"))}
@@ -373,7 +406,7 @@ def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100
     """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command again.
 
     Args:
-        recipe: all numbers of the run. What is given changes the base at its scale; shown are the base cifar100's at the scale paper.
+        recipe: all numbers of the run. What is given changes the base at its scale; what equals the value shown here (the base cifar100's, at the scale paper) changes nothing.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.
@@ -389,7 +422,7 @@ def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER
     """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on with it: run the same command again.
 
     Args:
-        recipe: all numbers of the run. What is given changes the base at its scale; shown are the base cifar100's at the scale paper.
+        recipe: all numbers of the run. What is given changes the base at its scale; what equals the value shown here (the base cifar100's, at the scale paper) changes nothing.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.
