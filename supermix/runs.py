@@ -354,7 +354,7 @@ def run_family(family: Family, **places) -> list[dict]:  # `places`: as in `run`
     for recipe, name, variant in family.runs():
         start, line = time.perf_counter(), f"{recipe.teacher} → {recipe.student:12s} {name:26s}"
         try: done.append(run(recipe, variant, **places))
-        except (Impossible, FileNotFoundError) as error:
+        except (Impossible, FloatingPointError, FileNotFoundError) as error:  # a loss that is no number ends its run, not the others
             if isinstance(error, FileNotFoundError) and not variant.policy.endswith(".json"): raise
             if world()[0] == 0: print(f"{line} left out: {error}", flush=True)
             continue
