@@ -17,6 +17,7 @@ from .demo import demo
 from .engine import races
 from .generate import command as generate
 from .large import lite_teacher, measure, photographs
+from .runs import distill_command, train_command
 from .study import study
 from .throughput import throughput
 from .training import make_teacher
@@ -49,5 +50,5 @@ COMMANDS = {"demo": demo, "teacher": make_teacher, "generate": generate, "race":
 def main(args: list[str] | None = None) -> None:
     "The command `supermix`."
     try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="supermix", args=args, description="SuperMix: mixed images that a teacher asks for.")
-    except (ValueError, OSError) as error: sys.exit(f"supermix: {error}")
+    except (ValueError, OSError, ArithmeticError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped.")

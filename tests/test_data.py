@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from supermix.data import (ArrayImages, Info, Views, load_cifar100, load_data, load_fashion_mnist, load_imagenet,
                            open_image, read_idx)
+from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -43,11 +44,8 @@ def cut(path): path.write_bytes(path.read_bytes()[:-100])
 
 @pytest.fixture
 def cifar(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    meta = {"fine_label_names": NAMES, "coarse_label_names": ["all"]}
-    for name, content in {"meta": meta, "train": BATCH, "test": BATCH}.items(): dump(folder / name, content)
-    return folder
+    split = ROWS, BATCH["fine_labels"]
+    return write_cifar100(tmp_path, NAMES, split, split)
 
 
 def test_cifar(cifar, tmp_path, monkeypatch):

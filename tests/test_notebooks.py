@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if not any(s.startswith((".", "_")) for s in p.parts))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if not any(s.startswith((".", "_")) for s in p.parts))
+RUNS = [path for path in NOTEBOOKS if path.parent.name == "runs"]
+CHAPTERS = [path for path in NOTEBOOKS if path not in RUNS]
 
 
 def code(path):
@@ -37,7 +39,7 @@ def test_a_notebook_is_what_its_name_says(path):
     assert not later, f"{path.name} imports from later chapters: {later}"
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
 def test_outputs_are_kept(path):
     cells = code(path)
     outputs = [output for cell in cells for output in cell["outputs"]]
@@ -45,6 +47,16 @@ def test_outputs_are_kept(path):
     assert not any(output["output_type"] == "error" for output in outputs)
     assert max(len(cell["source"]) for cell in cells) <= 45
     assert path.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_a_run_contains_no_algorithms(path):
+    text = "\n".join("".join(cell["source"]) for cell in code(path))
+    assert "#|" not in text and not re.search(r"^\s*(class|def|async def|while) |lambda|\bnn\.|\.backward\(", text, re.MULTILINE)
+    assert 'os.environ.get("SUPERMIX_SCALE", "smoke")' in text and ".at(scale)" in text and "differences(" in text and "cost(" in text and "table(" in text
+
+
+def test_run_notebooks_are_numbered(): assert [path.name[:2] for path in RUNS] == [f"{i:02d}" for i in range(1, len(RUNS) + 1)] and len(RUNS) == 4
 
 
 def test_every_module_has_its_notebook():

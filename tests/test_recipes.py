@@ -6,10 +6,10 @@ from inspect import signature
 import pytest
 from supermix.data import DATA_SETS
 from supermix.mixing import SuperMix
-from supermix.recipes import CIFAR100, DEMO, IMAGENET, METHODS, TEACHERS, Mixing, Training, change, differences
+from supermix.recipes import CIFAR100, CRD_BENCHMARK, DEMO, IMAGENET, METHODS, TEACHERS, Mixing, Training, change, differences
 from supermix.zoo import names
 
-RECIPES = {"CIFAR100": CIFAR100, "IMAGENET": IMAGENET, "DEMO": DEMO}
+RECIPES = {"CIFAR100": CIFAR100, "CRD_BENCHMARK": CRD_BENCHMARK, "IMAGENET": IMAGENET, "DEMO": DEMO}
 
 
 @pytest.mark.parametrize("recipe, training, mixing", [

@@ -19,9 +19,9 @@ BIN = Path(sys.executable).parent
 
 
 def notebooks(names=()):
-    "All notebooks in the order of their numbers, or those whose names start with one of `names`."
+    "All notebooks in the order of their numbers, or those whose names start with one of `names`: 13, or runs/01."
     found = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(s.startswith((".", "_")) for s in p.parts)]
-    return [p for p in found if not names or p.name.startswith(tuple(names))]
+    return [p for p in found if not names or str(p.relative_to(ROOT / "nbs")).startswith(tuple(names))]
 
 
 def readme_text():

@@ -1,0 +1,270 @@
+"""The full runs in small: schedules walked through by hand, pairs built, commands started, killed and shared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from supermix import runs
+from supermix.checkpoints import checkpoints
+from supermix.core import file_hash
+from supermix.policies import Augmented
+from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
+from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION, IMAGENET,
+                              IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS, Variant, change, differences)
+from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result, measured, miniature, open_data,
+                           open_teacher, result_path, run, run_classification, run_distillation, settle, table)
+from supermix.zoo import CRD_KEYS, create, crd_keys, load
+
+FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION, IMAGENET_CLASSIFICATION]
+
+
+# ---- the recipes
+
+@pytest.mark.parametrize("recipe, steps", [
+    (CIFAR100, [0.1] * 200 + [0.01] * 100 + [0.001] * 100 + [0.0001] * 100 + [0.00001] * 100),
+    (CIFAR100.pair("vgg13", "mobilenetv2"), [0.02] * 200 + [0.002] * 100 + [0.0002] * 100 + [0.00002] * 100 + [0.000002] * 100),
+    (CRD_BENCHMARK, [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30),
+    (CRD_BENCHMARK.pair("resnet32x4", "shufflenetv2"), [0.01] * 150 + [0.001] * 30 + [0.0001] * 30 + [0.00001] * 30),
+    (IMAGENET, [0.025] * 30 + [0.0025] * 30 + [0.00025] * 30 + [0.000025] * 10),
+    (CIFAR100.at("mini"), [0.1] * 10 + [0.01] * 5 + [0.001] * 5 + [0.0001] * 5 + [0.00001] * 5),
+], ids=["600", "600 low", "240", "240 low", "100", "mini"])
+def test_every_epoch_has_its_learning_rate(recipe, steps):
+    training = recipe.training
+    assert training.epochs == len(steps)
+    for epoch, rate in enumerate(steps):
+        for batch in (0, 0.5, 0.9975): assert training.lr_at(epoch + batch) == pytest.approx(rate, rel=1e-9)
+
+
+PARAMETERS = {"wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564, "resnet56": 861_620, "resnet32": 472_756, "resnet20": 278_324,
+              "resnet50": 23_705_252, "resnet32x4": 7_433_860, "resnet8x4": 1_233_540, "vgg13": 9_462_180, "vgg8": 3_965_028, "mobilenetv2": 812_836,
+              "shufflenetv1": 949_258, "shufflenetv2": 1_355_528}
+KINDS = {"wrn": "WRN", "vgg": "VGG", "mob": "MobileNetV2", "shufflenetv1": "ShuffleNetV1", "shufflenetv2": "ShuffleNetV2", "resnet50": "BottleneckResNet"}
+
+
+@pytest.mark.parametrize("teacher, student", PAIRS)
+def test_every_pair_is_the_benchmarks(teacher, student):
+    recipe = CIFAR100.pair(teacher, student)
+    assert set(differences(CIFAR100, recipe)) <= {"teacher", "student", "training.lr"}
+    for name in (recipe.teacher, recipe.student):
+        with torch.device("meta"): network = create(name, 100)
+        assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+        assert type(network).__name__ == KINDS.get(name, KINDS.get(name[:3], "ResNet")) and network.head.out_features == 100
+        assert type(network).__name__ in CRD_KEYS and crd_keys(network)
+    low = student in ("mobilenetv2", "shufflenetv1", "shufflenetv2")
+    assert (recipe.training.lr, CRD_BENCHMARK.pair(teacher, student).training.lr) == ((0.02, 0.01) if low else (0.1, 0.05))
+
+
+def test_the_pairs_are_thirteen(): assert len(set(PAIRS)) == 13 and COLUMNS == PAIRS
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.recipe.data}-{len(f.rows)}-rows")
+@pytest.mark.parametrize("scale", ["paper", "mini", "smoke"])
+def test_a_scale_changes_what_a_family_lists_and_nothing_else(family, scale):
+    changed = {name: new for name, (_, new) in differences(family, family.at(scale)).items()}
+    listed = family.scales[scale]
+    assert changed.items() <= listed.items() and all(name in changed or runs_same(family, name, value) for name, value in listed.items())
+    assert len({(result_path(recipe, variant, "").name) for recipe, _, variant in family.runs()}) == len(list(family.runs()))
+
+
+def runs_same(family, name, value):
+    "Whether a listed field has its value already."
+    for part in name.split("."): family = getattr(family, part)
+    return family == value
+
+
+def test_rows_are_methods_and_mixers():
+    for family in FAMILIES:
+        for name, variant in family.rows.items(): assert variant.method in METHODS and (variant.mixer or "") in runs.MIXES, name
+    assert {v.method for v in CIFAR100_DISTILLATION.rows.values()} == set(METHODS)
+
+
+# ---- what is published
+
+def test_published_results_are_those_of_the_copy():
+    copy = json.loads((Path(__file__).parent / "data" / "published.json").read_text())
+    assert {f"{t}→{s}": rows for (t, s), rows in DISTILLATION.items()} == copy["accuracy"]
+    assert {name: {row: v for row, v in rows.items() if row != "SuperMix + RandAugment"} for name, rows in CLASSIFICATION.items()} == copy["error"]
+    assert sum(map(len, DISTILLATION.values())) == 7 * 22 - 1 + 6 * 4
+    assert sum(rows["SuperMix + KD"] for rows in list(DISTILLATION.values())[:7]) == pytest.approx(77.45 + 76.53 + 73.19 + 72.96 + 75.21 + 77.59 + 76.03)
+    assert published("imagenet_resnet50", "imagenet_resnet50", "SuperMix + RandAugment") == 78.2 and published("vgg13", "vgg8", "none") is None
+
+
+# ---- what is possible
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
+
+
+TINY = change(CIFAR100.at("smoke"), {"train_images": 40, "training.epochs": 1, "training.milestones": (), "teacher_training.epochs": 2, "teacher_training.milestones": (),
+                                     "mixes": 24, "teacher": "resnet8", "training.lr": 0.01})
+
+
+@pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"), ("resnet32x4", "shufflenetv1"), ("resnet50", "vgg8")])
+def test_fsp_needs_equal_channels_and_says_so_before_anything_is_trained(teacher, student, places, tmp_path):
+    with pytest.raises(Impossible, match=f"{teacher} → {student} by fsp: Expected .*channels"):
+        run_distillation(CIFAR100.pair(teacher, student), "fsp", folder=tmp_path, results=tmp_path / "results", root=places["root"])
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"), ("vgg13", "vgg8")])
+def test_fsp_is_possible_within_families(teacher, student, places):
+    check_row(CIFAR100.pair(teacher, student), Variant("fsp"), open_data(CIFAR100, places["root"]).train)
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda places: run_distillation(TINY, "crb", **places), "Unknown method 'crb'. Did you mean 'crd'"),
+    (lambda places: run_distillation(TINY, "kd", "supermx", **places), "Unknown mixer 'supermx'. Did you mean 'supermix'"),
+    (lambda places: run_distillation(TINY, "authors", **places), "give a mixer"),
+    (lambda places: run_classification(TINY, "randaugmnt", **places), "Unknown policy 'randaugmnt'. Did you mean 'randaugment'"),
+    (lambda places: run_distillation(replace(TINY, size=64), "kd", **places), "Expected size=None for cifar100"),
+    (lambda places: TINY.at("papr"), "Unknown scale 'papr'. Did you mean 'paper'"),
+])
+def test_what_cannot_be_is_an_error(act, message, places):
+    with pytest.raises(ValueError, match=message): act(places)
+
+
+def test_a_missing_teacher_is_an_error(places):
+    with pytest.raises(FileNotFoundError, match="no teacher's file .*nowhere.pth"): run_distillation(TINY, "kd", teacher="nowhere.pth", **places)
+
+
+# ---- runs
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_mixes(method, places):
+    result = run_distillation(TINY, method, "cutmix", **places)
+    figures = result["figures"]
+    assert figures["images"] == 40 and figures["epochs"] == 1 and 0 <= figures["test_accuracy"] <= 100 and figures["loss"] == figures["loss"]
+    assert json.loads(result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in runs.MIXES if mixer not in ("", "cutmix", "puzzlemix")])
+def test_every_mixer(mixer, places): assert run_distillation(TINY, "kd", mixer, **places)["variant"]["mixer"] == mixer
+
+
+@pytest.mark.parametrize("policy, mixer, label", [("none", None, "lam"), ("randaugment", None, "lam"), ("autoaugment_cifar10", "supermix", "lam"), ("none", "supermix", "softmax")])
+def test_classifiers(policy, mixer, label, places, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Augmented, "batches", lambda self, *args, kept=Augmented.batches: seen.append(args) or kept(self, *args))
+    result = run_classification(TINY, policy, mixer, label, **places)
+    assert bool(seen) == (policy != "none") and (result["teacher"] is None) == (mixer is None)
+    assert result["variant"]["label"] == (label if mixer else None)
+
+
+def test_a_result_is_found_again_and_never_overwritten(places):
+    first = run_distillation(TINY, "kd", "mixup", **places)
+    path = result_path(TINY, Variant("kd", "mixup"), places["results"])
+    before = path.stat().st_mtime_ns
+    assert run_distillation(TINY, "kd", "mixup", **places) == first and path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="the result of another recipe; it differs in training"): run_distillation(change(TINY, {"training.lr": 0.2}), "kd", "mixup", **places)
+    assert find_result(TINY, Variant("kd", "no"), places["results"]) is None
+
+
+def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
+    torch.manual_seed(5)
+    network = create("wrn_16_1", 10)
+    torch.save({"epoch": 240, "model": {theirs: network.state_dict()[ours] for ours, theirs in crd_keys(network).items()}}, tmp_path / "ckpt.pth")
+    recipe = replace(TINY, teacher="wrn_16_1")
+    opened = open_teacher(recipe, open_data(recipe, places["root"]), tmp_path, tmp_path / "ckpt.pth")
+    assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), network.state_dict().values(), strict=True)) and not opened.training
+    run_distillation(recipe, "kd", folder=tmp_path, results=tmp_path, root=places["root"], teacher=tmp_path / "ckpt.pth")
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_imagenet_in_small(tmp_path):
+    recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (), "teacher_training.epochs": 1, "teacher_training.milestones": ()})
+    result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path, root=miniature("imagenet", tmp_path))
+    assert result["figures"]["images"] == 96 and open_data(recipe, tmp_path).train[0][0].shape == (3, 32, 32)
+
+
+# ---- tables and costs
+
+def test_a_table_lays_ours_beside_theirs(tmp_path):
+    family = replace(CRD_DISTILLATION, rows={name: METHOD_ROWS[name] for name in ("KD", "FSP")})
+    for seed, accuracy, epochs in ((0, 74.0, 240), (1, 75.0, 240), (2, 10.0, 1)):
+        recipe = change(CRD_BENCHMARK.pair("vgg13", "vgg8"), {"training.seed": seed, "training.epochs": epochs})
+        path = result_path(recipe, Variant("kd"), tmp_path)
+        path.write_text(json.dumps({"recipe": runs.plain(recipe), "figures": {"test_accuracy": accuracy}}))
+    assert measured(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]  # one epoch is another recipe
+    lines = table(family, tmp_path, (("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"))).splitlines()
+    assert lines[2:] == ["| KD | 74.50 of 2 seeds (72.98) | not run (73.54) |", "| FSP | not run (70.23) | not run |"]
+
+
+def test_costs_grow_with_what_is_asked(places):
+    data = open_data(TINY, places["root"])
+    one, ten = (cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data, probe=4) for n in (1, 100))
+    assert 20 < ten.training / one.training < 500 and 20 < ten.mixing / one.mixing < 500 and ten.mixes == pytest.approx(100 * one.mixes)
+    plain = cost(TINY, Variant("alone"), data, probe=4)
+    assert plain.teacher == plain.mixing == plain.mixes == 0 < plain.training and 100 < bytes_a_mix(CIFAR100) < bytes_a_mix(IMAGENET) < 1200
+    assert not asks_teacher(Variant()) and asks_teacher(Variant(mixer="supermix", label="lam"))
+
+
+# ---- commands
+
+def test_options_change_the_base_at_its_scale():
+    asked = change(CIFAR100, {"student": "shufflenetv1", "mixing.k": 3})
+    settled = settle(asked, BASES, "crd_benchmark", "mini")
+    assert settled == replace(change(CRD_BENCHMARK.at("mini"), {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01}))
+    for bases in (BASES, CLASSIFIER_BASES):
+        for base in bases:
+            for scale in ("paper", "mini", "smoke"): assert settle(bases["cifar100"], bases, base, scale) == bases[base].at(scale)
+
+
+THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+OPTIONS = ["--scale", "smoke", "--train-images", "96", "--teacher-training.epochs", "2", "--teacher-training.milestones", "1", "--mixes", "24"]
+
+
+def start(*args, launcher=("-m", "supermix.runs")):
+    return subprocess.Popen([sys.executable, *launcher, *map(str, args)], env=THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return out
+
+
+def student(folder): return next((folder / "students").glob("*.safetensors"))
+
+
+def test_distill_killed_and_started_again_ends_with_the_same_bytes(tmp_path):
+    options = ["distill", *OPTIONS, "--mixer", "supermix", "--training.epochs", "7", "--minutes", "0", "--out"]
+    ended(start(*options, tmp_path / "whole"))
+    process = start(*options, tmp_path / "killed")
+    while not list((tmp_path / "killed").glob("students/*/step*")) and process.poll() is None: time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list((tmp_path / "killed").glob("results/*.json")), "it was over before it was killed"
+    assert checkpoints(next((tmp_path / "killed" / "students").iterdir()))
+    out = ended(start(*options, tmp_path / "killed"))
+    assert "after 7 epochs" in out and file_hash(student(tmp_path / "killed")) == file_hash(student(tmp_path / "whole"))
+    one, two = (json.loads(next((tmp_path / name / "results").glob("*.json")).read_text())["figures"] for name in ("whole", "killed"))
+    assert one["test_accuracy"] == two["test_accuracy"] and one["loss"] == two["loss"]
+
+
+def test_two_processes_distil_one_student(tmp_path):
+    out = ended(start("distill", *OPTIONS, "--mixer", "supermix", "--method", "kd", "--out", tmp_path,
+                      launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "supermix.runs")))
+    result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
+    assert out.count("% of the test images") == 1 and result["processes"] == 2 and result["figures"]["images"] == 2 * 96
+    assert load(student(tmp_path)).card["accuracy"] == result["figures"]["test_accuracy"]
+
+
+def test_train_trains_a_classifier(tmp_path):
+    out = ended(start("train", *OPTIONS, "--policy", "randaugment", "--cutout", "16", "--out", tmp_path, launcher=("-c", "from supermix.cli import main; main()")))
+    result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
+    assert "% of the test images" in out and result["variant"]["policy"] == "randaugment" and result["variant"]["cutout"] == 16 and result["teacher"] is None
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    process = start("distill", "--student", "resnet21", "--scale", "smoke", "--out", tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors.startswith("supermix: Unknown network 'resnet21'. Did you mean") and len(errors.splitlines()) == 1
