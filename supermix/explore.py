@@ -514,7 +514,7 @@ def make_controls(setting: Setting, size: int) -> dict:  # size: the smaller sid
         "folder": w.Text(value=".", description="save in", layout=w.Layout(width="220px")),
         "png": w.Button(description="Save PNG", icon="picture-o", tooltip="the picture that is shown"),
         "gif": w.Button(description="Save GIF", icon="film", tooltip="all iterations"),
-        "picture": w.Image(format="png", alt="Sources, masks, mixed images and the loss", layout=w.Layout(max_width="100%")),
+        "picture": w.Image(format="png", tooltip="Sources, masks, mixed images and the loss", layout=w.Layout(max_width="100%")),
     }
 
 # %% ../nbs/70_explore.ipynb #e5157fd4
@@ -529,7 +529,9 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     w.jslink((c["n"], "max"), (c["play"], "max"))
     time_row = w.HBox([c["play"], c["n"], c["progress"]], layout=w.Layout(flex_flow="row wrap"))
     files = w.HBox([c["folder"], c["png"], c["gif"]], layout=w.Layout(flex_flow="row wrap"))
-    return w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"], c["picture"], files])
+    c["picture"].add_class("supermix-picture")
+    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"], c["picture"], files])
+    return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
 class Panel(Session):
@@ -569,7 +571,7 @@ class Panel(Session):
         scene = self.board.scene
         names = " and ".join(scene.names(c) for c in scene.classes)
         self.controls["picture"].value = self.board.frame(n)
-        self.controls["picture"].alt = f"Sources, masks and mixed images of {names} at iteration {n}, the teacher's classes, and the loss"
+        self.controls["picture"].tooltip = f"Sources, masks and mixed images of {names} at iteration {n}, the teacher's classes, and the loss"
 
     def scrub(self, n: int):
         "Show iteration n."
@@ -582,7 +584,11 @@ class Panel(Session):
         "Stop the solve and take the widget from the page."
         self.worker.cancel()
         self.worker.wait()
-        self.widget.close()
+        parts = [self.widget]
+        while parts:
+            part = parts.pop()
+            parts += getattr(part, "children", ())
+            part.close()
 
     def __repr__(self): return f"{type(self).__name__}({len(self.images)} images; {self.setting})"
 

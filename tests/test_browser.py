@@ -78,8 +78,9 @@ def run_all(page, lab, chapter, seconds=240):
 def test_the_explorer(lab, page):
     run_all(page, lab, "70_explore")
     SHOTS.mkdir(parents=True, exist_ok=True)
-    first = page.locator(".widget-vbox:has(> .widget-image)").first
-    picture = first.locator("img.widget-image, .widget-image").first
+    page.screenshot(path=SHOTS / "page.png")
+    first = page.locator(".supermix-explorer").first
+    picture = first.locator("img.supermix-picture")
 
     def look(): return picture.get_attribute("src")
 
