@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from html import escape
 from pathlib import Path
 
 import matplotlib
@@ -514,7 +515,7 @@ def make_controls(setting: Setting, size: int) -> dict:  # size: the smaller sid
         "folder": w.Text(value=".", description="save in", layout=w.Layout(width="220px")),
         "png": w.Button(description="Save PNG", icon="picture-o", tooltip="the picture that is shown"),
         "gif": w.Button(description="Save GIF", icon="film", tooltip="all iterations"),
-        "picture": w.Image(format="png", tooltip="Sources, masks, mixed images and the loss", layout=w.Layout(max_width="100%")),
+        "picture": w.HTML(""),  # an <img> with an alternative text
     }
 
 # %% ../nbs/70_explore.ipynb #e5157fd4
@@ -529,7 +530,6 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     w.jslink((c["n"], "max"), (c["play"], "max"))
     time_row = w.HBox([c["play"], c["n"], c["progress"]], layout=w.Layout(flex_flow="row wrap"))
     files = w.HBox([c["folder"], c["png"], c["gif"]], layout=w.Layout(flex_flow="row wrap"))
-    c["picture"].add_class("supermix-picture")
     whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"], c["picture"], files])
     return whole.add_class("supermix-explorer")
 
@@ -570,8 +570,9 @@ class Panel(Session):
     def put(self, n):
         scene = self.board.scene
         names = " and ".join(scene.names(c) for c in scene.classes)
-        self.controls["picture"].value = self.board.frame(n)
-        self.controls["picture"].tooltip = f"Sources, masks and mixed images of {names} at iteration {n}, the teacher's classes, and the loss"
+        alt = f"Sources, masks and mixed images of {names} at iteration {n}, the teacher's classes, and the loss"
+        url = base64.b64encode(self.board.frame(n)).decode()
+        self.controls["picture"].value = f'<img class="supermix-picture" style="max-width: 100%" alt="{escape(alt)}" src="data:image/png;base64,{url}">'
 
     def scrub(self, n: int):
         "Show iteration n."
