@@ -7,8 +7,8 @@ __all__ = ['INK', 'BLUE', 'TEAL', 'ORANGE', 'GREY', 'TILE', 'SIZE', 'LEFT', 'RIG
            'Trace', 'trace', 'boxes_in_turn', 'Setting', 'share_out', 'font', 'cividis', 'as_tile', 'over', 'shorten',
            'draw_bars', 'draw_curves', 'Scene', 'make_scene', 'source_places', 'draw_backdrop', 'draw_frame', 'as_png',
            'Newest', 'take_images', 'painter', 'namer', 'Board', 'solve_job', 'Session', 'widgets', 'thumbnails',
-           'make_controls', 'arrange', 'Panel', 'Explorer', 'explore', 'draw_sigma', 'explore_sigma', 'draw_tau',
-           'explore_tau', 'descend', 'draw_newton', 'explore_newton', 'draw_stages', 'explore_stages']
+           'make_controls', 'arrange', 'Mirror', 'Panel', 'Explorer', 'explore', 'draw_sigma', 'explore_sigma',
+           'draw_tau', 'explore_tau', 'descend', 'draw_newton', 'explore_newton', 'draw_stages', 'explore_stages']
 
 # %% ../nbs/70_explore.ipynb #41993fcd
 import base64
@@ -534,8 +534,8 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
-class Panel(Session):
-    "A session that shows itself on a page."
+class Mirror(Session):
+    "A session whose controls show its setting."
     quiet = False
 
     def mirror(self):
@@ -555,6 +555,9 @@ class Panel(Session):
         self.mirror()
         return self
 
+# %% ../nbs/70_explore.ipynb #d3f2fce2
+class Panel(Mirror):
+    "A session that shows itself on a page."
     def show(self, n):
         c, step, board = self.controls, self.board.trace[n], self.board
         super().show(n)
