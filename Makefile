@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow notebooks export readme data clean
+.PHONY: help demo test test-slow test-browser browser notebooks export readme data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -23,6 +23,9 @@ test-slow: $(VENV)/.dev data  ## the same with everything that takes long
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
 	$(BIN)/python -m pytest tests --slow
 
+test-browser: $(VENV)/.dev data browser  ## run every chapter in a real browser
+	$(BIN)/python -m pytest tests/test_browser.py --slow -rs
+
 notebooks: $(VENV)/.dev data  ## run every notebook from a clean kernel and save its outputs
 	$(BIN)/python tools/house.py execute
 
@@ -37,6 +40,11 @@ data:  # Fashion-MNIST from Debian, where nobody has it yet and we may install i
 	  || { echo "Fetching Fashion-MNIST (30 MB) from Debian"; \
 	       { apt-get update -qq && apt-get install -qq -y dataset-fashion-mnist; } > /dev/null 2>&1 || echo "It is not to be had there"; }
 	@$(BIN)/python -c "from supermix import load_data; print('Data:', load_data())"
+
+browser:  # Chromium from Debian, where nobody has it yet and we may install it; without it the browser's tests are skipped
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \
+	  || { echo "Fetching Chromium from Debian"; \
+	       { apt-get update -qq && apt-get install -qq -y chromium; } > /dev/null 2>&1 || echo "It is not to be had there"; }
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) 2> /dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y python3-venv \

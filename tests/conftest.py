@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --slow only")
+    config.addinivalue_line("markers", "browser: drives a real browser; skipped where there is none")
     settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)  # the same examples each time
     settings.register_profile("slow", max_examples=500, deadline=None)
     settings.load_profile("slow" if config.getoption("--slow") else "quick")

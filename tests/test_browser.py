@@ -1,0 +1,116 @@
+"""Notebooks in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHOTS = ROOT / "out" / "browser"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
+STATE = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
+ return nb.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim()).map(c => c.model.executionCount) }"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab with a token, on a copy of the notebooks: (address, token)."
+    pytest.importorskip("jupyterlab")
+    home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
+    shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("out", ".*"))
+    for name in ("results", "tests"): os.symlink(ROOT / name, home / name)
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
+               f"--ServerApp.root_dir={home}", f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}", "--LabApp.expose_app_in_browser=True"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    with open(home / "log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=2)
+                break
+            except OSError: time.sleep(0.5)
+        else: pytest.fail("JupyterLab did not start: " + (home / "log").read_text()[-2000:])
+        yield f"http://127.0.0.1:{port}", token
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
+def page(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch_persistent_context(tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1500, "height": 1300})
+        yield browser.new_page()
+        browser.close()
+
+
+def run_all(page, lab, chapter, seconds=240):
+    "Open a chapter, run all its cells, and see that none has an error."
+    address, token = lab
+    page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}")
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
+    page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
+    page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=/Traceback/")
+    assert errors.count() == 0 and page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    counts = page.evaluate(STATE)
+    assert counts and all(counts), counts
+
+
+def test_the_explorer(lab, page):
+    run_all(page, lab, "70_explore")
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / "page.png")
+    first = page.locator(".supermix-explorer").first
+    picture = first.locator("img.supermix-picture")
+
+    def look(): return picture.get_attribute("src")
+
+    def changed(before, what):
+        deadline = time.monotonic() + 20
+        while look() == before:
+            assert time.monotonic() < deadline, f"{what} changes nothing"
+            page.wait_for_timeout(50)
+        page.wait_for_timeout(1500)  # until the solve has ended
+        return look()
+
+    first.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    first.screenshot(path=SHOTS / "explorer.png")
+    now = look()
+    for name in ("λ of image 1", "λ_s, sparsity", "σ, smoothing", "w, mask size", "iterations", "show iteration"):
+        row = first.locator(".widget-inline-hbox", has=page.locator(f".widget-label:text-is('{name}')"))
+        handle = row.locator(".noUi-handle").first
+        handle.focus()
+        handle.press("ArrowLeft")
+        now = changed(now, name)
+    first.locator(".widget-play button").first.click()
+    now = changed(now, "play")
+    first.locator("button.supermix-thumb").nth(4).click()
+    now = changed(now, "a thumbnail")
+    assert first.locator("button.supermix-thumb.mod-active").count() == 3
+    first.screenshot(path=SHOTS / "explorer_three.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_runs_in_the_browser(lab, page, chapter):
+    run_all(page, lab, chapter, seconds=600)

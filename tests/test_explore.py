@@ -1,0 +1,156 @@
+"""The explorer, driven from Python: its trace is the solver's, its controls work, and old solves are dropped."""
+
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from supermix.explore import Explorer, Newest, Session, Setting, boxes_in_turn, explore, share_out, steps, trace
+from supermix.masks import areas
+from supermix.mixers import box_masks
+from supermix.mixing import SuperMix
+from supermix.recipes import FAST
+
+pytest.importorskip("ipywidgets")
+
+
+def alive(): return [t for t in threading.enumerate() if t.name == "supermix-explore"]
+
+
+@pytest.fixture
+def explorer(digits, teacher):
+    made = explore(digits, teacher, max_iter=6, stop=False).wait()
+    yield made
+    made.close()
+    assert not alive()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("options", [dict(max_iter=10), FAST], ids=["paper", "fast"])
+def test_the_trace_ends_where_the_solver_does(digits, teacher, options, k, seeded):
+    sets = digits.test[:6 * k][0].view(6, k, 3, 32, 32)
+    lam = torch.full((6, k), 1 / k)
+    mixer = SuperMix(teacher, k=k, **options)
+    theta = mixer.first_theta(lam, (32, 32), seeded())
+    ours, theirs = trace(mixer, sets, lam, theta), mixer.solve(sets, lam, theta)
+    for name in ("theta", "masks", "images", "logits", "solved"): assert torch.equal(getattr(ours[-1], name), getattr(theirs, name)), name
+    assert torch.equal(ours.solved_at[theirs.solved], theirs.steps[theirs.solved]) and (ours.solved_at[~theirs.solved] == -1).all()
+    assert len(ours) == theirs.steps.max() + 1 and ours.kl.shape == ours.sparsity.shape == (len(ours), 6)
+
+
+def test_a_paused_generator_leaves_no_gradients_and_no_mode_behind(digits, teacher):
+    teacher.train()
+    try:
+        with torch.no_grad():
+            way = steps(SuperMix(teacher, max_iter=3), digits.test[:2][0][None], torch.tensor([[0.5, 0.5]]))
+            next(way)
+            assert not torch.is_grad_enabled() and teacher.training
+            way.close()
+    finally: teacher.eval()
+
+
+def test_boxes_in_turn_are_cutmix_for_two(seeded):
+    lam = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    g = seeded(4)
+    centre = torch.stack([torch.randint(n, (2,), generator=g) for n in (20, 24)], 1)
+    torch.testing.assert_close(boxes_in_turn(lam, (20, 24), seeded(4)), box_masks(lam, (20, 24), centre))
+    three = boxes_in_turn(torch.tensor([[0.5, 0.0, 0.5]]), (32, 32), seeded(1))
+    assert (three.sum(1) == 1).all() and areas(three)[0, 1] == 0
+
+
+def test_shares_sum_to_one():
+    assert np.allclose(share_out((0.2, 0.3, 0.5), 2, 0.0), (0.4, 0.6, 0.0))
+    assert share_out((0.0, 1.0), 1, 1.0) == (0.0, 1.0)
+
+
+def test_every_control_changes_the_picture(explorer):
+    c, seen = explorer.controls, [explorer.controls["picture"].value]
+    for name, value in (("lambda_s", 3), ("sigma", 2.5), ("mask_size", 4), ("max_iter", 9), ("search", "fast")):
+        c[name].value = value
+        explorer.wait()
+        assert getattr(explorer.setting, name) == value
+        assert c["picture"].value not in seen, name
+        seen.append(c["picture"].value)
+    assert c["lambda_s"].disabled
+    c["lam"][0].value = 0.8
+    explorer.wait()
+    assert explorer.setting.lam == pytest.approx((0.8, 0.2)) and c["lam"][1].value == pytest.approx(0.2)
+    assert c["picture"].value not in seen
+
+
+def test_thumbnails_change_the_set(explorer):
+    explorer.thumbs[4].value = True
+    explorer.wait()
+    assert explorer.setting.pick == (0, 1, 4) and sum(explorer.setting.lam) == pytest.approx(1)
+    assert [s.layout.display for s in explorer.controls["lam"]] == ["flex"] * 3 + ["none"] * 2
+    for i in (0, 1): explorer.thumbs[i].value = False
+    assert "two to five" in explorer.controls["status"].value and explorer.setting.pick == (1, 4)  # one image is no set
+    explorer.thumbs[7].value = True
+    assert explorer.wait().setting.pick == (4, 7)
+    for i in (8, 9, 10, 11): explorer.thumbs[i].value = True
+    assert explorer.wait().setting.pick == (4, 7, 8, 9, 10) and not explorer.thumbs[11].value  # a sixth is refused
+
+
+def test_scrubbing_shows_each_iteration(explorer):
+    pictures = set()
+    for n in range(len(explorer.board)):
+        explorer.controls["n"].value = n
+        pictures.add(explorer.controls["picture"].value)
+        assert explorer.n == n
+    assert len(pictures) == len(explorer.board) == 7
+    with pytest.raises(ValueError, match="from 0 to 6, got 7"): explorer.board.frame(7)
+
+
+def test_only_the_newest_setting_is_shown(digits, teacher):
+    slow = lambda x: (time.sleep(0.01), teacher(x))[1]
+    session = Session(digits, slow, max_iter=20, stop=False)
+    finished, publish = [], Session.publish
+    session.publish = lambda board: (finished.append(board.scene.setting.lambda_s) if board.finished else None, publish(session, board))
+    for lambda_s in (1, 5, 20, 60): session.change(lambda_s=lambda_s)
+    assert len(alive()) == 1
+    session.wait()
+    assert finished == [60] and session.board.scene.setting.lambda_s == 60 and not alive()
+
+
+def test_an_error_in_the_thread_is_told():
+    worker = Newest()
+    worker.submit(lambda cancelled: 1 / 0)
+    with pytest.raises(ZeroDivisionError): worker.wait()
+    worker.submit(lambda cancelled: None)
+    worker.wait()
+    assert not alive()
+
+
+def test_saved_files_are_read_back(explorer, tmp_path):
+    c = explorer.controls
+    c["folder"].value = str(tmp_path)
+    c["n"].value = 2
+    c["png"].click()
+    c["gif"].click()
+    with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
+        assert np.array_equal(np.asarray(picture), np.asarray(shown))
+    with Image.open(tmp_path / "supermix.gif") as film: assert film.n_frames == len(explorer.board)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_two_to_five_images(explorer, digits, teacher, count):
+    with pytest.raises(ValueError, match=f"two to five images, got {count}"): explorer.change(pick=range(count))
+    with pytest.raises(ValueError, match=f"two to five images, got {count}"): Explorer(digits, teacher, pick=tuple(range(count)))
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(pick=(0, 0)), "different images"), (dict(pick=(0, 99)), "from 0 to 15"), (dict(lam=(0.5, 0.6)), "sum to 1"),
+                                          (dict(mask_size=64), "no larger than the images"), (dict(search="quick"), "Unknown search"), (dict(sigma=-1.0), "sigma")])
+def test_errors_say_what_was_expected(digits, teacher, wrong, words):
+    with pytest.raises(ValueError, match=words): Session(digits, teacher, **wrong)
+
+
+def test_a_tensor_and_any_teacher():
+    torch.manual_seed(0)
+    images, head = torch.randn(4, 3, 16, 16), torch.randn(3 * 256, 5)
+    session = Session(images, lambda x: x.flatten(1) @ head, mask_size=4, max_iter=3).change().wait()
+    assert session.names(2) == "class 2" and Image.open(io.BytesIO(session.board.frame(0))).size[0] > 1000
+    with pytest.raises(ValueError, match="at least two"): Session(images[:1], lambda x: x.flatten(1) @ head)
+    assert Setting(pick=(1, 2, 3)).checked(4).lam == pytest.approx((1 / 3,) * 3)
