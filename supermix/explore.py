@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import evaluating, lookup, seeded, write_atomic
-from .data import Data, Images, Info
+from .data import Data, Images, Info, evenly
 from .masks import areas, mix, masks_from_theta, soft_labels, sparsity
 from .mixers import box_masks, check_images, constant_masks
 from .mixing import SuperMix, advance, ask, check_sets, classes_of, hinge, is_solved, objective, see, start_from
@@ -378,7 +378,7 @@ def take_images(images: Images | Data | torch.Tensor,  # a tensor (n, 3, H, W) i
     "The images that can be picked; of a data set as many classes as it goes, of `Data` the test images."
     if isinstance(images, Data): images = images.test
     if isinstance(images, Images):
-        info, images = images.info, images[images.evenly(min(count, len(images)))[:count]][0]
+        info, images = images.info, images[evenly(images.labels, min(count, len(images)))[:count]][0]
     check_images(images)
     if len(images) < 2: raise ValueError(f"Expected at least two images, got {len(images)}.")
     return images, info
