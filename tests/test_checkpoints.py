@@ -93,3 +93,11 @@ while True:
         process.kill()
         process.wait()
         assert 1 <= len(checkpoints(tmp_path)) <= 3 and all(load_checkpoint(p)["big"].shape == (2_000_000,) for p in checkpoints(tmp_path))
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    die = "import os, signal, sys, torch; from supermix.checkpoints import save_checkpoint; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); save_checkpoint(sys.argv[1], 1, {'a': torch.ones(3)})"
+    assert subprocess.run([sys.executable, "-c", die, str(tmp_path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1 and not checkpoints(tmp_path)
+    path = save_checkpoint(tmp_path, 2, STATE)
+    assert list(tmp_path.iterdir()) == [path]

@@ -63,6 +63,19 @@ def test_killed_three_times(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+def test_killed_in_the_middle_of_a_write(whole, tmp_path):
+    "Of the manifest, of the first shard and of the third, and once the disk has it but the name is not there yet."
+    die = "import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\ndef fsync(file):\n    calls.append(sync(file))\n    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)"
+    for at in (1, 2, 2):
+        process = subprocess.run([sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert [p for p in (tmp_path / "store").iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")], "nothing was left behind: the test tests nothing"
+    process = start(tmp_path / "store")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert contents(tmp_path / "store") == contents(whole)
+
+
 @pytest.mark.slow
 def test_killed_fifty_times(whole, tmp_path):
     "Kept in results/kills.json."
