@@ -50,6 +50,7 @@ def block_shares(maps: torch.Tensor,     # saliency (..., H, W)
                  ) -> torch.Tensor:      # (..., h, w), summing to 1 over the blocks
     "The share of an image's saliency that each block holds."
     (H, W), (h, w) = maps.shape[-2:], grid
+    if H % h or W % w: raise ValueError(f"Expected numbers of blocks that divide the maps, got {h}×{w} for {H}×{W}.")
     sums = maps.double().reshape(*maps.shape[:-2], h, H // h, w, W // w).sum((-3, -1))
     total = sums.sum((-2, -1), keepdim=True)
     return torch.where(total > 0, sums / total.clamp(min=1e-300), 1 / (h * w))

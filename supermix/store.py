@@ -34,7 +34,7 @@ def pack(found: Found,  # solved sets
     best = found.logits.topk(min(top, found.logits.shape[1]), dim=1)
     number = torch.uint8 if found.logits.shape[1] <= 256 else torch.int16
     return {"index": found.index.int(), "sources": found.sources.int(), "crop": found.crop.to(torch.uint8 if found.crop.max() < 256 else torch.int16),
-            "flip": found.flip.byte(), "lam": found.lam, "classes": found.classes.to(number), "code": found.code, "steps": found.steps.byte(),
+            "flip": found.flip.byte(), "lam": found.lam, "classes": found.classes.to(number), "code": found.code, "steps": found.steps.to(torch.uint8 if found.steps.max() < 256 else torch.int16),
             "top_logits": best.values.half(), "top_classes": best.indices.to(number), "log_sum_exp": found.logits.double().logsumexp(1).float()}
 
 def unpack_logits(top_logits, top_classes, log_sum_exp, num_classes: int) -> torch.Tensor:  # (n, N)

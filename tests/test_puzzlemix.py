@@ -264,6 +264,7 @@ BAD = {
     "a label too large": (lambda: PuzzleMix(linear, blocks=4)(images, labels + 1), "Expected labels from 0 to 3, got 1 to 4"),
     "bytes": (lambda: PuzzleMix(linear, blocks=4)((255 * images).byte(), labels), "Expected normalised float images"),
     "NaN": (lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels), "NaN or infinity in 1 of 4"),
+    "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)), "blocks that divide the maps, got 3×4 for 8×8"),
     "one image": (lambda: PuzzleMix(linear, blocks=4)(images[:1], labels[:1]), "at least k = 2"),
 }
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from supermix.data import FolderImages, Info
 from supermix.distillation import distill
-from supermix.engine import Engine, draw_block
+from supermix.engine import Engine, Found, draw_block
 from supermix.generate import generate
 from supermix.masks import mix, sparsity
 from supermix.mixing import is_solved
 from supermix.quality import plot_quality, quality, show_extremes, total_variation
 from supermix.recipes import FAST, Generation, Mixing, Training
-from supermix.store import MixedDataset, Store, export_images, fingerprint, unpack_logits, weights_hash
+from supermix.store import MixedDataset, Store, export_images, fingerprint, pack, unpack_logits, weights_hash
 from supermix.zoo import create
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as VF
@@ -121,6 +121,16 @@ def test_logits_from_the_largest():
     assert torch.equal(unpack_logits(whole.values, whole.indices, logits.logsumexp(1), 100), logits)
 
 
+@pytest.mark.parametrize("largest", [255, 256, 1000])
+def test_many_updates_are_counted_rightly(largest):
+    "A recipe may allow more updates than a byte can count."
+    few = Found(torch.tensor([1, 0]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool),
+                torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 1, 4, 4).half(), torch.rand(2, 10), torch.tensor([largest, 3]))
+    kept = pack(few, 10)
+    assert kept["steps"].tolist() == [3, largest] and kept["index"].tolist() == [0, 1]
+    assert (kept["steps"].dtype == torch.uint8) == (largest < 256)
+
+
 def test_hashes(teacher):
     before = weights_hash(teacher)
     other = create("resnet20", 10)
@@ -164,7 +174,9 @@ def test_quality(mixed, teacher):
     torch.testing.assert_close(report.areas.sum(1), torch.ones(200))
     torch.testing.assert_close(report.second, report.teacher, atol=1e-2, rtol=1e-1)  # here the second network is the teacher itself
     for text in ("KL(ŷ ‖ p)", "second sees of the least", "|area − λ|"): assert text in str(report)
-    plot_quality({"a": report}).clear()
+    figure = plot_quality({name: report for name in "abcde"})  # more than there are colours
+    assert len(figure.axes[0].lines) == 5 and len(figure.axes[1].lines) == 5
+    figure.clear()
     show_extremes(mixed, report, 1).clear()
 
 
