@@ -35,13 +35,13 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
                mixing: Mixing = Mixing(**FAST),   # how they are searched for
                seed: int = 0,                     # of all draws
                folder: str | Path | None = None,  # of the store; a store that was begun there goes on; None: in memory only
-               pad: int = 2,                      # random crops in training may be off by this many pixels
+               mixed_pad: int = 2,                # random crops of the mixed images in training may be off by this many pixels
                ) -> MixedDataset:
     "Make `count` SuperMix images from random views of `images`."
     recipe = Generation(images.info.name, "given", count, mixing, shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         with evaluating(teacher): generate(recipe, place, images, teacher)
-        return MixedDataset(place, images, pad, check=folder is not None)
+        return MixedDataset(place, images, mixed_pad, check=folder is not None)
 
 # %% ../nbs/45_distillation.ipynb #4361fe9b
 MIXERS = {
@@ -89,9 +89,13 @@ class Distillation(nn.Module):
         for term in self.features.values():
             for p in term.parameters(): p.requires_grad_((id(p) in own) == self.first if term.first else not self.first)
 
+    def lr_at(self, recipe: Training, epoch: float) -> float:
+        "The learning rate: constant in the first stage, and the recipe's afterwards."
+        return min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.features.values() if term.first)) if self.first else recipe.lr_at(epoch)
+
     def forward(self, student, batch: Batch) -> torch.Tensor:
         terms, n, both, soft = self.terms, len(batch.images), batch.images, None
-        if self.first: return sum(w * self.features[name].first_loss(student, self.teacher, both) for name, w in terms.features if self.features[name].first)
+        if self.first: return sum(term.first_loss(student, self.teacher, both) for term in self.features.values() if term.first)
         if isinstance(self.mixer, Mixer) and n < self.mixer.k: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)  # a short last batch
         if terms.mixes:
             mixed, soft = mix_batch(self.mixer, batch, terms.label)
@@ -146,6 +150,7 @@ def distill(teacher,                              # images to logits; None where
             recipe: Training = Training(),        # the numbers of the training
             mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": how masks are searched for
             mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten for each natural image
+            mixed_pad: int = 2,                   # for mixer="supermix": random crops of mixed images may be off by this many pixels
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             **options,                            # of `train`: title, minutes, live
             ) -> History:
@@ -160,7 +165,7 @@ def distill(teacher,                              # images to logits; None where
     elif mixer == "supermix":
         if world()[1] > 1 and folder is None: raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
         sources = images.split(recipe.held_out)[1] if recipe.held_out else images
-        mixer = make_mixes(teacher, sources, mixes or 10 * len(sources), mixing, recipe.seed, folder and Path(folder) / "mixes")
+        mixer = make_mixes(teacher, sources, mixes or 10 * len(sources), mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
     with evaluating(teacher) if teacher is not None else nullcontext():
         objective = Distillation(teacher, terms, mixer, student, images, min(recipe.first_stage, recipe.epochs))
         return train(student, images, recipe, objective, test=test, folder=folder, **{"title": method if isinstance(method, str) else "distilling", **options})

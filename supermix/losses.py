@@ -7,6 +7,7 @@ __all__ = ['LOGIT_LOSSES', 'kd_loss', 'kl', 'decouple', 'dkd_loss', 'correlation
            'student_loss', 'Seen', 'see', 'Term', 'stage_pairs', 'vectors']
 
 # %% ../nbs/40_losses.ipynb #fd3fa529
+import math
 from typing import NamedTuple
 
 import torch
@@ -133,8 +134,9 @@ def see(network: nn.Module,    # with `features` and `parts`, as in chapters 10 
 # %% ../nbs/40_losses.ipynb #1447d484
 class Term(nn.Module):
     "A term of a student's loss that compares what teacher and student see within."
-    first = False  # whether it has a first stage of training, before the student's own
-    later = True   # whether it counts in the student's own training
+    first = False         # whether it has a first stage of training, before the student's own
+    first_lr = math.inf   # the highest learning rate that its first stage bears
+    later = True          # whether it counts in the student's own training
 
     def __init__(self,
                  student: Seen,  # what the student sees in a probe batch, for the shapes
