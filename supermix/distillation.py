@@ -76,26 +76,25 @@ class Distillation(nn.Module):
         fast = isinstance(teacher, nn.Module) and images is not None and not terms.features
         self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last) if fast else teacher]  # in a list: no part of ours
 
-    @property
-    def teacher(self): return self.asked[0]
+    teacher = property(lambda self: self.asked[0])
+    firsts = property(lambda self: [term for term in self.features.values() if term.first])  # terms with a first stage
 
     def begin(self, student, epoch: int) -> None:
         "Before each epoch: in the first stage train what that asks for, afterwards the rest."
-        firsts = [term for term in self.features.values() if term.first]
-        if not firsts: return
+        if not self.firsts: return
         self.first = epoch < self.first_stage
-        own = {id(p) for term in firsts for p in term.first_parameters(student)}
+        own = {id(p) for term in self.firsts for p in term.first_parameters(student)}
         for p in student.parameters(): p.requires_grad_(not self.first or id(p) in own)
         for term in self.features.values():
             for p in term.parameters(): p.requires_grad_((id(p) in own) == self.first if term.first else not self.first)
 
     def lr_at(self, recipe: Training, epoch: float) -> float:
         "The learning rate: constant in the first stage, and the recipe's afterwards."
-        return min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.features.values() if term.first)) if self.first else recipe.lr_at(epoch)
+        return min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.firsts)) if self.first else recipe.lr_at(epoch)
 
     def forward(self, student, batch: Batch) -> torch.Tensor:
         terms, n, both, soft = self.terms, len(batch.images), batch.images, None
-        if self.first: return sum(term.first_loss(student, self.teacher, both) for term in self.features.values() if term.first)
+        if self.first: return sum(term.first_loss(student, self.teacher, both) for term in self.firsts)
         if isinstance(self.mixer, Mixer) and n < self.mixer.k: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)  # a short last batch
         if terms.mixes:
             mixed, soft = mix_batch(self.mixer, batch, terms.label)
