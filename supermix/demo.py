@@ -60,7 +60,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     mixer = SuperMix(teacher, **asdict(recipe.mixing))
     picture = draw_picture(mixer, images, Path(out) / "mixes.png")
     begun = time.perf_counter()
-    mixes = make_mixes(teacher, images, recipe.mixes, recipe.mixing, recipe.training.seed, pad=recipe.mixed_pad)
+    mixes = make_mixes(teacher, images, recipe.mixes, recipe.mixing, recipe.training.seed, mixed_pad=recipe.mixed_pad)
     print(f"mixes    {mixes}: {len(mixes) / (time.perf_counter() - begun):.0f} images/s", flush=True)
     rows = []
     for name, (method, source) in students(mixes).items():

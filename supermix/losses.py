@@ -7,6 +7,7 @@ __all__ = ['LOGIT_LOSSES', 'kd_loss', 'kl', 'decouple', 'dkd_loss', 'correlation
            'student_loss', 'Seen', 'see', 'Term', 'stage_pairs', 'vectors']
 
 # %% ../nbs/40_losses.ipynb #fd3fa529
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,8 @@ def dkd_loss(student_logits: torch.Tensor,  # (B, N)
              teacher_logits: torch.Tensor,  # (B, N)
              target: torch.Tensor,          # int64 (B,): the labels
              tau: float = 4.0,              # the temperature
-             alpha: float = 1.0,            # weight of TCKD, target or not (the paper's)
-             beta: float = 8.0,             # weight of NCKD, which of the others (the paper tunes it for each teacher)
+             alpha: float = 1.0,            # weight of TCKD, target or not (the authors' code)
+             beta: float = 8.0,             # weight of NCKD, which of the others (the authors' code; tuned for each pair of networks)
              ) -> torch.Tensor:             # a number: the mean over the batch
     "τ²·(α·TCKD + β·NCKD): decoupled knowledge distillation (Zhao et al. 2022)."
     (s_pair, s_rest), (t_pair, t_rest) = decouple(student_logits / tau, target), decouple(teacher_logits / tau, target)
@@ -60,9 +61,9 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (R, C), (R
 
 def dist_loss(student_logits: torch.Tensor,  # (B, N)
               teacher_logits: torch.Tensor,  # (B, N)
-              tau: float = 4.0,              # the temperature (the paper: 4 on CIFAR-100, 1 on ImageNet)
-              beta: float = 2.0,             # weight of the rows: relations among classes (the paper's)
-              gamma: float = 2.0,            # weight of the columns: relations among images (the paper's)
+              tau: float = 4.0,              # the temperature (the authors: 4 on CIFAR-100, none on ImageNet)
+              beta: float = 2.0,             # weight of the rows: relations among classes (ours; the authors' code: 1)
+              gamma: float = 2.0,            # weight of the columns: relations among images (ours; the authors' code: 1)
               ) -> torch.Tensor:             # a number
     "τ²·(β·(1 − mean correlation of rows) + γ·(1 − mean correlation of columns)) (Huang et al. 2022)."
     p, q = (student_logits / tau).softmax(1), (teacher_logits / tau).softmax(1)
@@ -78,7 +79,7 @@ def standardize(logits: torch.Tensor,  # (B, N), N of at least 2
 
 def std_loss(student_logits: torch.Tensor,  # (B, N)
              teacher_logits: torch.Tensor,  # (B, N)
-             tau: float = 2.0,              # the base temperature (the paper's)
+             tau: float = 2.0,              # the base temperature (the authors' code)
              ) -> torch.Tensor:             # a number: the mean over the batch
     "KD of standardised logits (Sun et al. 2024)."
     return kd_loss(standardize(student_logits), standardize(teacher_logits), tau)
@@ -133,8 +134,9 @@ def see(network: nn.Module,    # with `features` and `parts`, as in chapters 10 
 # %% ../nbs/40_losses.ipynb #1447d484
 class Term(nn.Module):
     "A term of a student's loss that compares what teacher and student see within."
-    first = False  # whether it has a first stage of training, before the student's own
-    later = True   # whether it counts in the student's own training
+    first = False         # whether it has a first stage of training, before the student's own
+    first_lr = math.inf   # the highest learning rate that its first stage bears
+    later = True          # whether it counts in the student's own training
 
     def __init__(self,
                  student: Seen,  # what the student sees in a probe batch, for the shapes

@@ -67,15 +67,15 @@ def random_policy(lines: int,                 # sub-policies
 # %% ../nbs/47_policysearch.ipynb #328b1048
 @dataclass(frozen=True)
 class DensityRecipe:
-    "Fast AutoAugment's search. Where the paper has more, it is for want of time."
-    network: str = "resnet8"    # the judge (paper: the network that is to be trained later, or WRN-40-2)
+    "Fast AutoAugment's search. Where the authors have more, it is for want of time."
+    network: str = "resnet8"    # the judge (FAA: WRN-40-2 for CIFAR, ResNet50 for ImageNet)
     images: int = 2000          # that the judge learns from (ours)
     judged: int = 500           # other images, that it judges (ours)
     training: Training = Training(epochs=12, batch_size=32, lr=0.05, milestones=(8, 11))  # of the judge (ours)
-    candidates: int = 120       # policies that are tried (paper: 200 in each of 5 folds)
-    lines: int = 5              # sub-policies of a candidate (paper: 5)
-    draws: int = 5              # of each image (authors' code: 5)
-    keep: int = 5               # the best candidates, which are merged (paper: 10 a fold)
+    candidates: int = 120       # policies that are tried (FAA: 200 in each of 5 folds)
+    lines: int = 5              # sub-policies of a candidate, of two operations each (FAA)
+    draws: int = 5              # of each image (FAA: as many as sub-policies)
+    keep: int = 5               # the best candidates, which are merged (FAA: 10 of each fold)
     seed: int = 0               # (ours)
 
 # %% ../nbs/47_policysearch.ipynb #202d3b27
@@ -140,13 +140,13 @@ def exploit(losses: torch.Tensor,        # (P,)
 # %% ../nbs/47_policysearch.ipynb #5683036f
 @dataclass(frozen=True)
 class PopulationRecipe:
-    "Population Based Augmentation's search. Where the paper has more, it is for want of time."
-    network: str = "resnet8"   # of every member (paper: WRN-40-2)
-    images: int = 1000         # that the members learn from (paper: 4,000)
-    judged: int = 1000         # other images, whose loss decides (ours)
-    members: int = 8           # (paper: 16)
-    rounds: int = 9            # after each, the worst copy the best (ours)
-    every: int = 2             # epochs a round (paper: 3)
+    "Population Based Augmentation's search. Where the authors have more, it is for want of time."
+    network: str = "resnet8"   # of every member (PBA: WRN-40-2)
+    images: int = 1000         # that the members learn from (PBA: 4,000)
+    judged: int = 1000         # other images, whose loss decides (ours; PBA: the accuracy on 46,000)
+    members: int = 8           # (PBA: 16)
+    rounds: int = 9            # after each, the worst copy the best (ours; PBA: 200 epochs, so 66)
+    every: int = 2             # epochs a round (PBA: 3)
     training: Training = Training(epochs=18, batch_size=32, lr=0.05, milestones=(12, 16))  # of all rounds together (ours)
     seed: int = 0              # (ours)
 
@@ -204,16 +204,12 @@ def search_population(images: Images,    # to learn from
     return PopulationFound(*(torch.stack(part) for part in zip(*rounds)))
 
 # %% ../nbs/47_policysearch.ipynb #4a612dcc
-def make_density(data: str = "fashion_mnist", out: Path = Path("policies/fast_autoaugment_fashion.json"),
-                 recipe: DensityRecipe = DensityRecipe(), root: Path | None = None) -> Path:
-    """Search a policy by density matching and write it to a file.
-
-    Args:
-        data: a data set of `supermix.data`
-        out: the policy file
-        recipe: the numbers of the search
-        root: a folder in which to look for the data first
-    """
+def make_density(data: str = "fashion_mnist",          # a data set of `supermix.data`
+                 out: Path = Path("policies/fast_autoaugment_fashion.json"),  # the policy file
+                 recipe: DensityRecipe = DensityRecipe(),  # the judge and the candidates
+                 root: Path | None = None,                 # a folder in which to look for the data first
+                 ) -> Path:                                # `out`
+    "Train a judge, search a policy by density matching, and write it to a file."
     source = load_data(data, root)
     images, judged = split_images(source.train, recipe.images, recipe.judged, recipe.seed)
     with torch.random.fork_rng():
@@ -228,16 +224,12 @@ def make_density(data: str = "fashion_mnist", out: Path = Path("policies/fast_au
     return save_policy(found.policy(recipe.keep, Path(out).stem, **about), out)
 
 # %% ../nbs/47_policysearch.ipynb #7350ff5f
-def make_population(data: str = "fashion_mnist", out: Path = Path("policies/pba_fashion.json"),
-                    recipe: PopulationRecipe = PopulationRecipe(), root: Path | None = None) -> Path:
-    """Search a schedule with a population and write it to a file.
-
-    Args:
-        data: a data set of `supermix.data`
-        out: the policy file
-        recipe: the numbers of the search
-        root: a folder in which to look for the data first
-    """
+def make_population(data: str = "fashion_mnist",     # as in `make_density`
+                    out: Path = Path("policies/pba_fashion.json"),      # the policy file: a schedule
+                    recipe: PopulationRecipe = PopulationRecipe(),      # the members and their rounds
+                    root: Path | None = None,        # as in `make_density`
+                    ) -> Path:                       # `out`
+    "Breed a population, and write the schedule of its best member to a file."
     source = load_data(data, root)
     found = search_population(*split_images(source.train, recipe.images, recipe.judged, recipe.seed), recipe)
     print(found)

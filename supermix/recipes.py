@@ -29,6 +29,7 @@ class Training:
     decay: float = 0.1                                   # what it is then multiplied by (S 1.1)
     warmup: int = 0                                      # epochs of linear warm-up; S is silent, the authors' code has 5
     first_stage: int = 30                                # epochs that AB, FT and FSP take of these for their first stage (CRD benchmark)
+    first_lr: float = 0.05                               # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
     held_out: int = 0                                    # training images on which the best epoch is told; 0: none (ours)
     bfloat16: bool = False                               # autocast to bfloat16: faster where the processor has it (ours)
     compile: bool = False                                # let torch.compile fuse what it can (ours)
@@ -107,7 +108,7 @@ METHODS = {
     "crd_kd": Terms(ce=1.0, kd=1.0, features=(("crd", 0.8),)),       # CRD + KD of the benchmark
     "dkd": Terms(ce=1.0, kd=1.0, logits="dkd"),                      # Zhao et al. 2022
     "dist": Terms(ce=1.0, kd=1.0, logits="dist"),                    # Huang et al. 2022
-    "std": Terms(ce=0.1, kd=0.9, logits="std"),                      # KD of standardised logits (Sun et al. 2024)
+    "std": Terms(ce=0.1, kd=9.0, tau=2.0, logits="std"),             # KD of standardised logits (Sun et al. 2024; weight and base temperature of its code)
     "authors": Terms(ce=2.0, mixed_ce=2.0),                          # SuperMix with the weights of the authors' published command
     "authors_kd": Terms(ce=1.8, mixed_ce=1.8, kd=0.2),               # SuperMix + KD, the same; its KL term sees natural images only
 }

@@ -36,7 +36,7 @@ from .engine import fold_norms
 from .generate import claimed, patiently
 from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
-from .published import published
+from .published import published, source
 from .recipes import CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Recipe, Terms, Training, Variant, differences, change
 from .store import fingerprint, weights_hash
 from .study import commit
@@ -167,7 +167,10 @@ def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder
 def augmented(images: Images, variant: Variant, epochs: int, policies: str | Path = ".") -> Images:
     "The images under the row's policy; a policy file is looked for in the folder `policies`."
     if variant.policy == "none" and not variant.cutout: return images
-    return Augmented(images, load_policy(Path(policies) / variant.policy if variant.policy.endswith(".json") else variant.policy, variant.cutout), epochs)
+    file = Path(policies) / variant.policy if variant.policy.endswith(".json") else None
+    if file and not file.is_file():
+        raise FileNotFoundError(f"There is no policy file {file}. Put one there: as `save_policy` writes it (chapter 3), or as `make_density` or `make_population` of supermix.policysearch finds it (chapter 47).")
+    return Augmented(images, load_policy(file or variant.policy, variant.cutout), epochs)
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
@@ -345,6 +348,10 @@ def table(family: Family, results: str | Path, pairs=None) -> str:  # pairs: som
     for name, variant in family.rows.items():
         cells = [cell(measured(family.recipe.pair(*pair), variant, results), published(*pair, name)) for pair in pairs]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    sources = {where: [] for pair in pairs for name in family.rows if (where := source(*pair, name))}
+    for name in family.rows:
+        for where in {source(*pair, name) for pair in pairs} - {None}: sources[where].append(name)
+    if sources: lines += ["", "In parentheses: published by " + "; ".join(f"{where} ({', '.join(names)})" for where, names in sources.items()) + "."]
     return "\n".join(lines)
 
 # %% ../nbs/62_runs.ipynb #a18a7e49
@@ -356,7 +363,9 @@ def run_family(family: Family, **places) -> list[dict]:  # `places`: as in `run`
         try: done.append(run(recipe, variant, **places))
         except (Impossible, FloatingPointError, FileNotFoundError) as error:  # a loss that is no number ends its run, not the others
             if isinstance(error, FileNotFoundError) and not variant.policy.endswith(".json"): raise
-            if world()[0] == 0: print(f"{line} left out: {error}", flush=True)
+            other = published(recipe.teacher, recipe.student, name)
+            quoted = f" Published: {other:.2f} % ({source(recipe.teacher, recipe.student, name)})." if other is not None else ""
+            if world()[0] == 0: print(f"{line} left out: {error}{quoted}", flush=True)
             continue
         if world()[0] == 0: print(f"{line} {done[-1]['figures']['test_accuracy']:6.2f} %   {time.perf_counter() - start:,.0f} s", flush=True)
     return done

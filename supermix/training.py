@@ -129,6 +129,11 @@ class Run:
                 "objective": self.loss.objective.state_dict() if isinstance(self.loss.objective, nn.Module) else {},
                 "position": [self.epoch, self.step, self.updates], "losses": self.losses, "history": asdict(self.history), "recipe": json.dumps(asdict(self.recipe))}
 
+    def lr(self, epoch: float) -> float:
+        "The learning rate at a moment, in epochs since the start: the recipe's, unless the objective has one of its own."
+        own = getattr(self.loss.objective, "lr_at", None)
+        return own(self.recipe, epoch) if own else self.recipe.lr_at(epoch)
+
     def asked(self, device) -> nn.Module:
         "The loss as it is called: wrapped for many processes, compiled if the recipe says so; made anew where other parameters are trained than before."
         trained = [p.requires_grad for p in self.loss.parameters()]
@@ -175,7 +180,7 @@ def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: fl
     r, steps, (rank, size) = run.recipe, ceil(len(images) / run.recipe.batch_size), world()
     since, written, checked = [], time.perf_counter(), 50 if device.type == "cuda" else 1
     for x, labels, indices in images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)):
-        for group in run.optimiser.param_groups: group["lr"] = r.lr_at(run.epoch + run.step / steps)
+        for group in run.optimiser.param_groups: group["lr"] = run.lr(run.epoch + run.step / steps)
         whole = min(r.batch_size, len(images) - run.step * r.batch_size)       # images of this batch in all processes
         weight = size * len(x) / whole if whole >= size > 1 else 1.0
         batch = Batch(to_device(x, run.loss.network), labels.to(device), indices.to(device), seeded(r.seed, "batch", run.epoch, run.step, rank))
@@ -199,7 +204,7 @@ def end_epoch(run: Run, images, held, seconds, before, log: Log, bar) -> None:
     "Write the epoch's row, and move to the next epoch."
     seen = len(images) - before * run.recipe.batch_size
     held_out = {"held_out": accuracy(run.loss.network, held)} if held is not None else {}
-    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.recipe.lr_at(run.epoch), loss=sum(run.losses) / len(run.losses),
+    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.lr(run.epoch), loss=sum(run.losses) / len(run.losses),
             **{"images/s": round(seen / seconds, 1), "seconds": round(run.history.seconds + seconds, 2)}, **held_out)
     run.history.rows, run.history.images, run.history.seconds = log.rows, run.history.images + len(images), run.history.seconds + seconds
     bar.set_postfix(epoch=run.epoch + 1, loss=f"{log.rows[-1]['loss']:.3f}")

@@ -85,8 +85,8 @@ def test_the_loss_of_a_step(method, teacher, few, mixes):
     ours = Distillation(teacher, terms, mixes, student, few)(student, batch)
     zs, zt, ms, mt = student(batch.images), teacher(batch.images), student(mixed), teacher(mixed)
     D = LOGIT_LOSSES[terms.logits]
-    theirs = terms.ce * F.cross_entropy(zs, batch.labels) + terms.kd * D(zs, zt, batch.labels, 4.0)
-    theirs += terms.mixed_ce * F.cross_entropy(ms, mt.argmax(1)) + terms.mixed_kd * D(ms, mt, mt.argmax(1), 4.0)
+    theirs = terms.ce * F.cross_entropy(zs, batch.labels) + terms.kd * D(zs, zt, batch.labels, terms.tau)
+    theirs += terms.mixed_ce * F.cross_entropy(ms, mt.argmax(1)) + terms.mixed_kd * D(ms, mt, mt.argmax(1), terms.tau)
     assert terms.mixes and terms == SOFT.get(method, terms)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -167,6 +167,40 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
     history = train(student, few, recipe, Watched(teacher, METHODS[name], None, student, few, first_stage=1))
     assert [first for first, _, _ in seen] == [True, False, False] and seen[0][1] and seen[1][2] and seen[2][2]
     assert len(history.rows) == 3 and history.images == 3 * len(few)
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
+@pytest.mark.parametrize("lr", [0.1, 0.02])
+def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
+    "At the paper's rate, with the benchmark's weights, on few images: the first stage's loss falls, and then the student's."
+    torch.manual_seed(0)
+    images, student = digits.train.subset(160), create("resnet8", 10)
+    recipe = Training(epochs=6, batch_size=16, lr=lr, milestones=(5,), first_stage=3)
+    history = distill(teacher, student, images, name, recipe=recipe)
+    own = 0.01 if name == "ft" else min(lr, 0.05)
+    assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 2 + [lr / 10])
+    assert history.loss[2] < history.loss[0] and history.loss[5] < history.loss[3]
+    slower = distill(teacher, create("resnet8", 10), images, name, recipe=replace(recipe, first_lr=0.001, epochs=3))
+    assert {row["lr"] for row in slower.rows} == {0.001}
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
+def test_the_weight_is_for_the_later_stage(name, teacher, few):
+    torch.manual_seed(0)
+    student, batch = create("resnet8", 10).eval(), batch_of(few)
+    objective = Distillation(teacher, METHODS[name], None, student, few, first_stage=1).eval()
+    objective.begin(student, 0)
+    torch.testing.assert_close(objective(student, batch), objective.features[name].first_loss(student, teacher, batch.images))
+
+
+def test_crops_of_mixed_images(teacher, digits):
+    images, students = digits.train.subset(20), []
+    for mixer, options in (("supermix", {"mixed_pad": 0}), (make_mixes(teacher, images, 30, mixed_pad=0), {}), ("supermix", {})):
+        torch.manual_seed(0)
+        students.append(create("resnet8", 10))
+        distill(teacher, students[-1], images, "kd", mixer, SHORT, mixes=30, **options)
+    first, by_hand, default = (student.head.weight for student in students)
+    assert torch.equal(first, by_hand) and not torch.equal(first, default)
 
 
 MISFITS = {

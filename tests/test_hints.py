@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, ab_loss, at_loss, attention, flow, fsp_loss, ft_loss, hint_loss, nst_loss,
+from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, StageSum, ab_loss, at_loss, attention, flow, fsp_loss, ft_loss, hint_loss, nst_loss,
                             regressor, same_size, vid_loss)
 from supermix.losses import Seen, see
 from supermix.zoo import create
@@ -155,6 +155,13 @@ def test_terms_sum_the_losses_of_their_stages():
     s, t, wide = seen(0), seen(100), seen(200, channels=(4, 7, 9), sizes=(8, 4, 4))
     assert call(AT(s, wide, 9), s, wide) == at_loss(s.features[1], wide.features[1]) + at_loss(s.features[2], wide.features[2])
     assert call(NST(s, wide, 9), s, wide) == nst_loss(s.features[1], wide.features[1]) + nst_loss(s.features[2], wide.features[2])
+
+    class Means(StageSum):
+        "A term of one's own: the squared difference of the maps' means."
+        compare = staticmethod(lambda a, b: (a.mean() - b.mean()).square())
+
+    means = [(f.mean() - g.mean()) ** 2 for f, g in zip(s.features[1:-1], wide.features[1:-1])]
+    torch.testing.assert_close(call(Means(s, wide, 9), s, wide), sum(means))
     both = [(*s.features[i:i + 2], *t.features[i:i + 2]) for i in (0, 1)]
     torch.testing.assert_close(FSP(s, t, 9)(s, t), fsp_loss(*both[0]) + fsp_loss(*both[1]))
 

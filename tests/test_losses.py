@@ -64,7 +64,7 @@ hard = CE(ms, mt.argmax(1))
 EXPECTED = {
     ("alone", False): CE(zs, y), ("kd", False): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt), ("alone", True): CE(zs, y) + hard,
     ("kd", True): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt) + 0.9 * KL(ms, mt), ("at", False): CE(zs, y), ("at", True): CE(zs, y) + hard,
-    ("crd_kd", True): CE(zs, y) + KL(zs, zt) + KL(ms, mt), ("std", False): 0.1 * CE(zs, y) + 0.9 * std_loss(zs, zt, 4.0),
+    ("crd_kd", True): CE(zs, y) + KL(zs, zt) + KL(ms, mt), ("std", False): 0.1 * CE(zs, y) + 9 * std_loss(zs, zt, 2.0),
     ("dist", True): CE(zs, y) + dist_loss(zs, zt, 4.0) + dist_loss(ms, mt, 4.0),
     ("dkd", True): CE(zs, y) + dkd_loss(zs, zt, y, 4.0) + dkd_loss(ms, mt, mt.argmax(1), 4.0),
     ("authors", True): 2.0 * (CE(zs, y) + hard), ("authors_kd", True): 1.8 * (CE(zs, y) + hard) + 0.2 * KL(zs, zt),

@@ -19,7 +19,7 @@ from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION, IMAGENET,
                               IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS, Variant, change, differences)
 from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result, measured, miniature, open_data,
-                           open_teacher, result_path, run, run_classification, run_distillation, settle, table)
+                           open_teacher, result_path, run, run_classification, run_distillation, settle, table, run_family)
 from supermix.zoo import CRD_KEYS, create, crd_keys, load
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION, IMAGENET_CLASSIFICATION]
@@ -268,3 +268,18 @@ def test_a_mistake_is_one_line(tmp_path):
     process = start("distill", "--student", "resnet21", "--scale", "smoke", "--out", tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and errors.startswith("supermix: Unknown network 'resnet21'. Did you mean") and len(errors.splitlines()) == 1
+
+
+# ---- rows that need a policy file
+
+def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_published(tmp_path, capsys):
+    rows = {name: CIFAR100_CLASSIFICATION.rows[name] for name in ("Fast AutoAugment", "PBA")}
+    family = replace(CIFAR100_CLASSIFICATION.at("smoke"), pairs=(("wrn_28_10a", "wrn_28_10a"),), rows=rows)
+    root = miniature("cifar100", tmp_path)
+    assert run_family(family, folder=tmp_path / "out", results=tmp_path / "results", root=root, policies=tmp_path) == []
+    told = capsys.readouterr().out
+    for name, value, source in (("fast_autoaugment", "82.70", "Fast AutoAugment"), ("pba", "83.27", "PBA")):
+        assert f"{tmp_path}/policies/{name}.json" in told and f"Published: {value} % (the {source} repository)" in told
+    assert "make_density" in told and "chapter 47" in told
+    shown = table(family, tmp_path / "results")
+    assert "| PBA | not run (83.27) |" in shown and "the PBA repository (PBA)" in shown and "the Fast AutoAugment repository (Fast AutoAugment)" in shown

@@ -16,7 +16,7 @@ from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
 from supermix.logs import read_log
 from supermix.recipes import CIFAR100, IMAGENET, Training
-from supermix.training import accuracy, train
+from supermix.training import accuracy, label_objective, train
 from supermix.zoo import create
 from torch import nn
 
@@ -116,6 +116,20 @@ class Learning(nn.Module):
         self.seen[batch.indices] += 1
         noise = torch.rand(len(batch.images), generator=batch.generator) + 0.1 * torch.rand(len(batch.images))  # its own, and torch's
         return (F.cross_entropy(network(batch.images) * self.scale, batch.labels, reduction="none") * noise).mean()
+
+
+def test_an_objective_may_have_a_rate_of_its_own(digits):
+    class Slow(nn.Module):
+        def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
+        def lr_at(self, recipe, epoch): return 0.001 if epoch < 1 else recipe.lr_at(epoch)
+
+    recipe, nets = Training(epochs=1, batch_size=16, lr=0.05, milestones=()), []
+    for objective, lr in ((Slow(), 0.05), (label_objective, 0.001)):
+        torch.manual_seed(0)
+        nets.append(create("resnet8", 10))
+        history = train(nets[-1], digits.train.subset(48), replace(recipe, lr=lr), objective)
+        assert history.rows[0]["lr"] == 0.001
+    assert torch.equal(nets[0].head.weight, nets[1].head.weight)
 
 
 RECIPE = Training(epochs=4, batch_size=16, lr=0.05, milestones=(2,), seed=3)
