@@ -26,7 +26,7 @@ def lookup(table: dict,        # what there is, by name
            ):                  # `table[name]`
     "The entry of `table` under `name`; an unknown name raises a `ValueError` that shows the nearest ones."
     if name in table: return table[name]
-    known = [str(key) for key in table if key != ""]
+    known = [str(key) for key in table if key != ""]  # "" is how torch calls the root among a network's modules
     near = get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")

@@ -78,15 +78,18 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
 # %% ../nbs/01_data.ipynb #dc149008
 def evenly(labels: torch.Tensor,  # int64 (m,)
            n: int,                # how many are to be chosen
-           seed: int = 0,
+           seed: int = 0,         # of the shuffle
            ) -> torch.Tensor:     # int64 (m,)
     "All indices in a random order, the first `n` of which are as evenly over the classes as it goes."
     if not 0 < n <= len(labels): raise ValueError(f"Expected 1 to {len(labels)} images, got {n}.")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    onehot = F.one_hot(labels[order].cpu())
-    place = (onehot.cumsum(0) * onehot).sum(1)  # the how-manieth of its class
-    return order[place.argsort(stable=True)]
+    shuffled = labels[order].cpu()
+    by_class, count = shuffled.argsort(stable=True), shuffled.bincount()
+    number = torch.empty_like(order)  # of an image among those of its class
+    number[by_class] = torch.arange(len(labels)) - (count.cumsum(0) - count)[shuffled[by_class]]
+    return order[number.argsort(stable=True)]
 
+# %% ../nbs/01_data.ipynb #4f7cadd0
 class Batches:
     "What goes through images in batches, given `fetch`, `draw`, `labels` and `info`."
     def batches(self,

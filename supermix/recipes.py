@@ -45,7 +45,7 @@ class Training:
 class Mixing:
     "The parameters of SuperMix. The defaults are the paper's for CIFAR-100."
     k: int = 2               # images a mixing set (main: 2 and 3)
-    mask_size: int = 8       # height and width of θ (S 1.1)
+    mask_size: int = 8       # w, height and width of θ (S 1.1)
     sigma: float = 1.0       # of the Gaussian that smooths the gradient, in cells of θ (S 1.1)
     lambda_s: float = 25.0   # weight of the sparsity term (S 1.1)
     alpha: float = 3.0       # of the Dirichlet distribution of the mixing weights (S 1.1)
@@ -55,7 +55,8 @@ class Mixing:
     margin: float = 0.0      # weight of a hinge on the sources' lead over other classes; 0 as in the paper (ours)
     start: str = "flat"      # where θ starts: "flat" (main: 0), or "regions", a partition at a random angle (ours)
 
-FAST = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)  # the engine's quickest search (ours, measured in chapter 34)
+# differences of the engine's quickest search (ours, measured in chapter 34)
+FAST = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)
 
 # %% ../nbs/02_recipes.ipynb #f991edd4
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Terms:
     tau: float = 4.0       # temperature of the losses on logits (S 1.1)
     logits: str = "kd"     # the loss on logits, one of chapter 40's `LOGIT_LOSSES`
     features: tuple[tuple[str, float], ...] = ()  # losses on features and their weights, of chapter 43's `TERMS`
-    label: str = "teacher" # of mixed images: the "teacher"'s class; or soft: its "softmax", "lam" (ŷ), or the "area" of the masks
+    label: str = "teacher" # of mixed images: the "teacher"'s top class, all of its "softmax", "lam" (the drawn shares), or the masks' "area"
 
     @property
     def mixes(self) -> bool: return bool(self.mixed_ce or self.mixed_kd)

@@ -12,7 +12,7 @@ import pytest
 import supermix.data
 import torch
 from PIL import Image
-from supermix.data import (ArrayImages, Info, Views, load_cifar100, load_data, load_fashion_mnist, load_imagenet,
+from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_imagenet,
                            open_image, read_idx)
 from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
@@ -329,6 +329,21 @@ def test_a_subset_is_even_over_the_classes_and_the_same_each_time(digits):
     assert torch.equal(first.pixels, few.pixels) and len(rest) == len(digits.train) - 45
     assert torch.equal(torch.cat([first.labels, rest.labels]).bincount(), digits.train.labels.bincount())
     assert (first.pixels.sum((1, 2, 3)).sum() + rest.pixels.sum((1, 2, 3)).sum()) == digits.train.pixels.sum()
+
+
+def test_evenly_deals_like_a_plain_loop(seeded):
+    labels = torch.randint(0, 7, (200,), generator=seeded()) ** 2 % 11                  # some classes are empty
+    order = torch.randperm(200, generator=seeded(5)).tolist()
+    dealt, seen = [], {}
+    for i in order: seen.setdefault(int(labels[i]), []).append(i)
+    for number in range(max(map(len, seen.values()))): dealt += [i for i in order if number < len(seen[int(labels[i])]) and seen[int(labels[i])][number] == i]
+    assert evenly(labels, 200, seed=5).tolist() == dealt
+
+
+def test_evenly_chooses_from_as_many_images_as_imagenet_has(seeded):
+    labels = torch.randint(0, 1000, (1_281_167,), generator=seeded())
+    chosen = labels[evenly(labels, 50_000)[:50_000]].bincount()
+    assert chosen.min() == chosen.max() == 50
 
 
 @pytest.mark.parametrize("pixels, labels, message", [

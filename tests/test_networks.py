@@ -132,6 +132,25 @@ def test_what_cannot_be_built_or_seen(act, message):
     with pytest.raises(ValueError, match=message): act()
 
 
+class Odd(nn.Module):
+    "A network with a part that never runs, a part that gives a pair, and a head."
+    def __init__(self):
+        super().__init__()
+        self.idle, self.stem, self.pair, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.MaxPool2d(2, return_indices=True), nn.Linear(4, 2)
+
+    def forward(self, x): return self.head(self.pair(self.stem(x))[0].mean((2, 3)))
+
+
+@pytest.mark.parametrize("stem, stages, message", [
+    ("stem", ["idle"], "Expected idle to be called when Odd runs"), ("idle", ["stem"], "Expected idle to be called"),
+    ("stem", ["pair"], "Expected a tensor at 'pair', got a tuple")])
+def test_a_module_that_says_nothing_or_no_tensor_is_named(stem, stages, message):
+    for method in ("features", "preactivations"):
+        wrapped = Hooked(Odd(), stem, stages, "head")
+        with pytest.raises(ValueError, match=message): getattr(wrapped, method)(torch.zeros(1, 3, 4, 4))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.modules())
+
+
 def test_a_layer_that_is_changed_in_place_is_found_out():
     wrong = Hooked(torchvision.models.resnet18(num_classes=3), "bn1", ["layer1"], "fc").eval()
     for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):

@@ -29,12 +29,12 @@ def conv(c_in: int,           # channels that come in
 
 # %% ../../nbs/10_models.blocks.ipynb #a3740679
 class ConvNorm(nn.Sequential):
-    "Convolution, batch norm and, where `act` is set, ReLU."
+    "Convolution, batch norm and, where `act` is set, ReLU. The parameters are those of `conv`."
     def __init__(self, c_in, c_out, kernel=3, stride=1, groups=1, bias=False, act=True):
         layers = [conv(c_in, c_out, kernel, stride, groups, bias), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
-    def before_relu(self, x): return self[1](self[0](x))
+    def before_relu(self, x): return self[1](self[0](x))  # what the ReLU gets; some distillation methods want it (below)
 
 # %% ../../nbs/10_models.blocks.ipynb #4ece2548
 def shortcut(c_in: int, c_out: int, stride: int = 1, norm: bool = True, bias: bool = False) -> nn.Module:

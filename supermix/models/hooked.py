@@ -35,13 +35,18 @@ class Kept:
 def listen(network: nn.Module, names: dict, x: torch.Tensor) -> dict[str, Kept]:
     "Run the network, and keep what stem, stages and the head's input were."
     kept, find, head = {}, network.get_submodule, names["head"]
-    def keep(name, tensor): kept[name] = Kept(name, tensor)
+    def keep(name, tensor):
+        if not isinstance(tensor, torch.Tensor): raise ValueError(f"Expected a tensor at {name!r}, got a {type(tensor).__name__}: name another module.")
+        kept[name] = Kept(name, tensor)
     with ExitStack() as hooks:
         for name in (names["stem"], *names["stages"]):
             hooks.callback(find(name).register_forward_hook(lambda m, args, output, name=name: keep(name, output)).remove)
         hooks.callback(find(head).register_forward_pre_hook(lambda m, args: keep(head, args[0])).remove)
         network(x)
-    return kept
+    wanted = (names["stem"], *names["stages"], head)
+    silent = [name for name in wanted if name not in kept]
+    if silent: raise ValueError(f"Expected {', '.join(silent)} to be called when {type(network).__name__} runs, but nothing was heard: name other modules.")
+    return {name: kept[name] for name in wanted}
 
 # %% ../../nbs/18_models.hooked.ipynb #caf4ba32
 def stems(network: nn.Module, named: set) -> nn.ModuleList:
