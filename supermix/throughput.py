@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from .core import progress, write_atomic
 from .data import Images, load_data
 from .recipes import Training
 from .training import train
-from .zoo import create
+from .zoo import create, multiply_adds
 
 # %% ../nbs/23_throughput.ipynb #08975b08
 class Pictures(Dataset):
@@ -80,8 +79,7 @@ def ceiling(network: str, info, multiplications: float) -> float:  # images a se
     "How many images could be trained if only the network's multiplications took time, so many a second."
     with torch.device("meta"):
         net, image = create(network, num_classes=len(info.classes)).eval(), torch.empty(1, 3, info.size, info.size)
-        with FlopCounterMode(display=False) as counter: net(image)
-    return multiplications / (3 * counter.get_total_flops() / 2)
+        return multiplications / (3 * multiply_adds(net, image))
 
 # %% ../nbs/23_throughput.ipynb #f80f5503
 def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840, rounds: int = 3) -> None:
