@@ -34,6 +34,7 @@ def save_checkpoint(folder: str | Path,  # is made if need be
                     keep: int = 2,       # checkpoints that stay
                     ) -> Path:           # the file
     "Write a checkpoint, atomically, and remove all but the last `keep`."
+    if keep < 1: raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}.")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()

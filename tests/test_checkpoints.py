@@ -32,6 +32,13 @@ def test_the_last_ones_stay(keep, tmp_path):
     assert len(list(tmp_path.iterdir())) == keep + 1
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_at_least_one_checkpoint_is_kept(keep, tmp_path):
+    first = save_checkpoint(tmp_path, 5, {"step": 5})
+    with pytest.raises(ValueError, match=f"at least 1 checkpoint, got {keep}"): save_checkpoint(tmp_path, 10, {"step": 10}, keep)
+    assert checkpoints(tmp_path) == [first]
+
+
 def test_any_changed_byte_is_an_error(tmp_path):
     path = save_checkpoint(tmp_path, 1, STATE)
     content, chance = path.read_bytes(), random.Random(0)
