@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser browser notebooks export readme data clean
+.PHONY: help demo test test-slow test-browser browser notebooks stale export readme data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,6 +28,9 @@ test-browser: $(VENV)/.dev data browser  ## run every chapter in a real browser
 
 notebooks: $(VENV)/.dev data  ## run every notebook from a clean kernel and save its outputs
 	$(BIN)/python tools/house.py execute
+
+stale: $(VENV)/.dev data  ## the same for those whose code has changed since they were run
+	$(BIN)/python tools/house.py execute --stale
 
 export: $(VENV)/.dev  ## notebooks to package
 	$(BIN)/nbdev_export
