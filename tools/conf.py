@@ -1,0 +1,43 @@
+"""Sphinx's settings for `make book` (tools/book.py). Nothing of the site is fetched from elsewhere when it is read."""
+from configparser import ConfigParser
+from html import escape
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+facts = ConfigParser(delimiters=["="])
+facts.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
+project, author, release = (facts["DEFAULT"][key] for key in ("title", "author", "version"))
+copyright = facts["DEFAULT"]["copyright"]
+
+extensions = ["myst_nb"]
+nb_execution_mode = "off"  # the outputs are those in the notebooks
+nb_ipywidgets_js = {}      # a widget needs a kernel; without one its scripts would only be fetched in vain
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath", "smartquotes"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # a heading may skip a level
+html_theme = "sphinx_book_theme"
+html_title = project
+html_copy_source = html_show_sourcelink = False
+html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
+html_theme_options = {"show_navbar_depth": 0, "show_toc_level": 2, "use_download_button": False}
+
+
+def mathml(tex, display):
+    try: return convert(tex, display=display)
+    except Exception as error: raise ValueError(f"Not to be read as LaTeX: {tex!r}: {error}") from error
+
+
+def inline(self, node):
+    self.body.append(mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def block(self, node):
+    self.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app): app.add_html_math_renderer("mathml", (inline, None), (block, None))
