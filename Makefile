@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser browser notebooks stale export readme data clean
+.PHONY: help demo test test-slow test-browser browser notebooks stale book export readme data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -37,6 +37,9 @@ export: $(VENV)/.dev  ## notebooks to package
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/house.py readme
+
+book: $(VENV)/.dev  ## all of it as a web site that needs no network (out/book/index.html)
+	$(BIN)/python tools/book.py
 
 data:  # Fashion-MNIST from Debian, where nobody has it yet and we may install it; else load_data sees to it
 	@[ -d /usr/share/datasets/fashion-mnist ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \

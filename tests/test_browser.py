@@ -71,7 +71,10 @@ def run_all(page, lab, chapter, seconds=240):
     page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
     page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
-    page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
+        page.screenshot(path=SHOTS / f"{chapter}_late.png")
+        pytest.fail(f"{chapter} has not ended after {seconds} s; cells so far: {page.evaluate(STATE)}; see {SHOTS}")
     errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=/Traceback/")
     assert errors.count() == 0 and page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     counts = page.evaluate(STATE)

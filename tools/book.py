@@ -60,7 +60,7 @@ def described(node, lines, heading):
     name = node.name if hasattr(node, "name") else (node.targets[0] if isinstance(node, ast.Assign) else node.target).id
     indent = min(len(line) - len(line.lstrip()) for line in block if line.strip())
     code = "\n".join(line[indent:].rstrip() for line in block)
-    parts = [f"{heading} {name}", f"```python\n{code}\n```", *([about] if about else [])]
+    parts = [f"{heading} `{name}`", f"```python\n{code}\n```", *([about] if about else [])]
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and (n.name in ("__init__", "__call__") or not n.name.startswith("_"))]
         parts += [described(n, lines, heading + "#") for n in methods]
@@ -78,7 +78,14 @@ def api_page(module, chapter):
     return "\n\n".join(head + [described(n, lines, "##") for n in found]) + "\n"
 
 
-def tree_of(caption, pages): return text_cell("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```") if pages else text_cell("")
+def title_of(page):
+    "The title of a notebook's page, with its number."
+    return re.search(r"^# (?:Solutions: )?(.*)", "\n\n".join(c["source"] for c in page["cells"] if c["cell_type"] == "markdown"), re.MULTILINE)[1]
+
+
+def tree_of(caption, entries):
+    "A part of the navigation, as a cell; none without entries."
+    return [text_cell("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(entries) + "\n```")] if entries else []
 
 
 def sources():
@@ -92,9 +99,11 @@ def sources():
     index = "".join(cell["source"] for cell in pages["index"]["cells"] if cell["cell_type"] == "markdown").partition("## The chapters")[2]
     order = list(dict.fromkeys(re.findall(r"\]\(([\w./]+)\.ipynb\)", index)))
     modules = {name: module_of(name) for name in order if module_of(name)}
-    pages["index"]["cells"] += [tree_of("Chapters", [n for n in order if "/" not in n]), tree_of("Runs of the paper", [n for n in order if "/" in n]),
-                                tree_of("Solutions", [f"solutions/{n}" for n in order if n in solved]),
-                                tree_of("API", [f"api/{m}" for m in modules.values()])]
+    numbered = lambda names: [f"{name.rpartition('/')[2][:2]} {title_of(pages[name])} <{name}>" for name in names]
+    pages["index"]["cells"] += [*tree_of("Chapters", numbered(n for n in order if "/" not in n)),
+                                *tree_of("Runs of the paper", numbered(n for n in order if "/" in n)),
+                                *tree_of("Solutions", numbered(f"solutions/{n}" for n in order if n in solved)),
+                                *tree_of("API", [f"api/{m}" for m in modules.values()])]
     for name, page in pages.items():
         target = SOURCE / f"{name}.ipynb"
         target.parent.mkdir(exist_ok=True)
