@@ -13,12 +13,12 @@ help:  ## what there is to make
 demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, one table (out/demo/)
 	$(BIN)/supermix demo
 
-test: $(VENV)/.dev data  ## export, check that everything agrees, run all notebooks, then pytest
+test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(BIN)/python -m pytest tests
 
-test-slow: $(VENV)/.dev data  ## the same with everything that takes long
+test-slow: $(VENV)/.dev data browser  ## the same with everything that takes long
 	$(BIN)/python tools/house.py check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
 	$(BIN)/python -m pytest tests --slow

@@ -1,4 +1,4 @@
-"""Notebooks in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
+"""Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
 
 import os
 import secrets
@@ -6,8 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,47 @@ def page(tmp_path):
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The book, built and served on this machine: its address."
+    for tool in ("myst_nb", "sphinx_book_theme", "latex2mathml"): pytest.importorskip(tool, reason=f"no book without {tool}: pip install -e '.[dev]'")
+    folder = tmp_path_factory.mktemp("book")
+    done = subprocess.run([sys.executable, ROOT / "tools" / "book.py", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_book(site, page):
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("response", lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.goto(f"{site}/index.html")
+    assert page.locator("img[src*='demo']").evaluate("image => image.complete && image.naturalWidth > 100")
+    page.locator(".bd-sidebar-primary a", has_text="33 SuperMix").first.click(force=True)
+    page.wait_for_url("**/33_mixing.html")
+    assert "SuperMix" in page.locator("article h1").inner_text() and page.locator("article math").count() > 10
+    assert page.locator("article .cell_output img").count() > 2 and "#| export" not in page.locator("article").inner_text()
+    page.screenshot(path=SHOTS / "book_chapter.png")
+    page.get_by_role("link", name="supermix.mixing").first.click()
+    page.wait_for_url("**/api/supermix.mixing.html")
+    assert "# weight of the sparsity term" in page.locator("article").inner_text()
+    page.goto(f"{site}/search.html?q=dirichlet")
+    page.locator("#search-results li a").first.wait_for(timeout=20_000)
+    assert page.locator("#search-results li").count() > 2
+    page.screenshot(path=SHOTS / "book_search.png")
+    page.locator("#search-results li a").first.click()
+    page.wait_for_url(lambda url: "search" not in url)
+    assert "dirichlet" in page.locator("article").inner_text().lower()
+    assert not complaints and len(asked) > 10 and all(url.startswith((site, "data:")) for url in asked), [*complaints, *asked]
+
+
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
@@ -109,7 +153,15 @@ def test_the_explorer(lab, page):
         handle.press("ArrowLeft")
         now = changed(now, name)
     first.locator(".widget-play button").first.click()
-    now = changed(now, "play")
+    frames = {now}
+    deadline = time.monotonic() + 30
+    while len(frames) < 4:  # the one it stood on, and three that came by themselves
+        assert time.monotonic() < deadline, f"play shows {len(frames) - 1} frames"
+        page.wait_for_timeout(50)
+        frames.add(look())
+    first.locator(".widget-play button").first.click()  # pause
+    page.wait_for_timeout(1000)
+    now = look()
     first.locator("button.supermix-thumb").nth(4).click()
     now = changed(now, "a thumbnail")
     assert first.locator("button.supermix-thumb.mod-active").count() == 3

@@ -22,8 +22,8 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
-html_theme_options = {"show_navbar_depth": 0, "show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
-html_static_path, html_css_files = ["book.css"], ["book.css"]
+html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
 
 
 def mathml(tex, display):
@@ -37,7 +37,7 @@ def inline(self, node):
 
 
 def block(self, node):
-    self.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    self.body.append(f'<div class="equation">{mathml(node.astext(), "block")}</div>')
     raise nodes.SkipNode
 
 
