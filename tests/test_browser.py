@@ -152,6 +152,8 @@ def test_the_explorer(lab, page):
         handle.focus()
         handle.press("ArrowLeft")
         now = changed(now, name)
+    handle.press("Home")  # the slider of iterations: back to the first, or there is nothing to play
+    now = changed(now, "the first iteration")
     first.locator(".widget-play button").first.click()
     frames = {now}
     deadline = time.monotonic() + 30

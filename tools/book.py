@@ -53,17 +53,16 @@ def signature(node, lines):
     return lines[top:first.lineno - 1] + [lines[first.lineno - 1][:first.col_offset].rstrip()]  # it stands on its `def`'s last line
 
 
-def described(node, lines, heading):
+def described(name, node, lines, heading):
     "A definition as Markdown: heading, signature, docstring; then its public methods."
     if isinstance(node, (ast.Assign, ast.AnnAssign)): block, about = lines[node.lineno - 1:min(node.end_lineno, node.lineno + 14)], None
     else: block, about = signature(node, lines), ast.get_docstring(node)
-    name = node.name if hasattr(node, "name") else (node.targets[0] if isinstance(node, ast.Assign) else node.target).id
     indent = min(len(line) - len(line.lstrip()) for line in block if line.strip())
     code = "\n".join(line[indent:].rstrip() for line in block)
     parts = [f"{heading} `{name}`", f"```python\n{code}\n```", *([about] if about else [])]
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and (n.name in ("__init__", "__call__") or not n.name.startswith("_"))]
-        parts += [described(n, lines, heading + "#") for n in methods]
+        parts += [described(n.name, n, lines, heading + "#") for n in methods]
     return "\n\n".join(parts)
 
 
@@ -71,11 +70,12 @@ def api_page(module, chapter):
     "A module's names, in the order of its chapter."
     text = ROOT.joinpath(*module.split(".")).with_name(module.split(".")[-1] + ".py").read_text()
     tree, lines = ast.parse(text), text.splitlines()
-    targets = lambda n: [t.id for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)]
-    names = next(ast.literal_eval(n.value) for n in tree.body if "__all__" in targets(n))
-    found = [n for n in tree.body if (getattr(n, "name", None) or "".join(targets(n))) in names]
+    defined = {n.name: n for n in tree.body if hasattr(n, "name")}
+    for n in tree.body:  # A = 1, B: int = 2, and C, D = 3, 4
+        for target in getattr(n, "targets", [n.target] if isinstance(n, ast.AnnAssign) else []): defined |= {t.id: n for t in ast.walk(target) if isinstance(t, ast.Name)}
+    names = sorted(ast.literal_eval(defined["__all__"].value), key=lambda name: defined[name].lineno)
     head = [f"# {module}", ast.get_docstring(tree) or "", f"From chapter [{chapter}](../{chapter}.ipynb)."]
-    return "\n\n".join(head + [described(n, lines, "##") for n in found]) + "\n"
+    return "\n\n".join(head + [described(name, defined[name], lines, "##") for name in names]) + "\n"
 
 
 def title_of(page):

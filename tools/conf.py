@@ -21,6 +21,7 @@ suppress_warnings = ["myst.header"]  # a heading may skip a level
 html_theme = "sphinx_book_theme"
 html_title = project
 html_copy_source = html_show_sourcelink = False
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
 html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
