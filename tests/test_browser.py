@@ -45,6 +45,7 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
                f"--ServerApp.root_dir={home}", f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}", "--LabApp.expose_app_in_browser=True"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    env.pop("MPLBACKEND", None)  # conftest's Agg would keep every figure from the page
     with open(home / "log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
     try:
         for _ in range(240):
@@ -168,6 +169,14 @@ def test_the_explorer(lab, page):
     now = changed(now, "a thumbnail")
     assert first.locator("button.supermix-thumb.mod-active").count() == 3
     first.screenshot(path=SHOTS / "explorer_three.png")
+    small = page.locator(".widget-interact").all()  # σ, τ, Newton's step, stages
+    assert len(small) == 4
+    for i, one in enumerate(small):
+        picture = one.locator("img")
+        now = look()
+        if one.locator("select").count(): one.locator("select").select_option(index=2)  # a list of values is a menu
+        else: one.locator(".noUi-handle").press("ArrowRight")
+        changed(now, f"the control of small explorer {i + 1}")
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """Sphinx's settings for `make book` (tools/book.py). Nothing of the site is fetched from elsewhere when it is read."""
+import re
 from configparser import ConfigParser
-from html import escape
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 facts = ConfigParser(delimiters=["="])
 facts.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
@@ -27,18 +30,26 @@ html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download
 html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
 
 
-def mathml(tex, display):
-    try: return convert(tex, display=display)
-    except Exception as error: raise ValueError(f"Not to be read as LaTeX: {tex!r}: {error}") from error
+FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\langle": "⟨", r"\rangle": "⟩"}
+
+
+def mathml(node, display):
+    "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
+    tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
+    tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
+    try: result = convert(tex, display=display)
+    except Exception as error: result = f"\\{error}"
+    if "\\" in result: logger.warning("not to be read as LaTeX: %s", tex, location=node)
+    return result
 
 
 def inline(self, node):
-    self.body.append(mathml(node.astext(), "inline"))
+    self.body.append(mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def block(self, node):
-    self.body.append(f'<div class="equation">{mathml(node.astext(), "block")}</div>')
+    self.body.append(f'<div class="equation">{mathml(node, "block")}</div>')
     raise nodes.SkipNode
 
 
