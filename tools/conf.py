@@ -37,6 +37,7 @@ def mathml(node, display):
     "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
     tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
     tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
+    tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
     try: result = convert(tex, display=display)
     except Exception as error: result = f"\\{error}"
     if "\\" in result: logger.warning("not to be read as LaTeX: %s", tex, location=node)
