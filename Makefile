@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser browser notebooks export readme data clean
+.PHONY: help demo test test-slow test-browser browser notebooks stale book export readme data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -13,12 +13,12 @@ help:  ## what there is to make
 demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, one table (out/demo/)
 	$(BIN)/supermix demo
 
-test: $(VENV)/.dev data  ## export, check that everything agrees, run all notebooks, then pytest
+test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(BIN)/python -m pytest tests
 
-test-slow: $(VENV)/.dev data  ## the same with everything that takes long
+test-slow: $(VENV)/.dev data browser  ## the same with everything that takes long
 	$(BIN)/python tools/house.py check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
 	$(BIN)/python -m pytest tests --slow
@@ -29,11 +29,17 @@ test-browser: $(VENV)/.dev data browser  ## run every chapter in a real browser
 notebooks: $(VENV)/.dev data  ## run every notebook from a clean kernel and save its outputs
 	$(BIN)/python tools/house.py execute
 
+stale: $(VENV)/.dev data  ## the same for those whose code has changed since they were run
+	$(BIN)/python tools/house.py execute --stale
+
 export: $(VENV)/.dev  ## notebooks to package
 	$(BIN)/nbdev_export
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/house.py readme
+
+book: $(VENV)/.dev  ## all of it as a web site that needs no network (out/book/index.html)
+	$(BIN)/python tools/book.py
 
 data:  # Fashion-MNIST from Debian, where nobody has it yet and we may install it; else load_data sees to it
 	@[ -d /usr/share/datasets/fashion-mnist ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \

@@ -337,8 +337,8 @@ def as_png(image: Image.Image) -> bytes:
 # %% ../nbs/70_explore.ipynb #6a2f4d78
 class Newest:
     "Runs the newest job in a thread; an older one learns that it is cancelled."
-    def __init__(self):
-        self.lock, self.number, self.done, self.job, self.thread, self.error = threading.Lock(), 0, 0, None, None, None
+    def __init__(self, failed=lambda error: None):  # called with an exception of the newest job
+        self.lock, self.number, self.done, self.job, self.thread, self.error, self.failed = threading.Lock(), 0, 0, None, None, None, failed
 
     def submit(self, job):  # job(cancelled), where cancelled() says whether to stop
         "Start `job`, in place of whatever runs."
@@ -356,7 +356,10 @@ class Newest:
                     return
                 number, job = self.number, self.job
             try: job(lambda: self.number != number)
-            except Exception as error: self.error = error if self.number == number else None  # kept for `wait`
+            except Exception as error:
+                if self.number == number:
+                    self.error = error  # kept for `wait`
+                    self.failed(error)
             with self.lock: self.done = number
 
     def cancel(self):
@@ -438,7 +441,7 @@ class Session:
         logits = see(teacher, self.images)
         self.classes = logits.argmax(1).tolist()
         self.names = namer(names if names is not None else getattr(info, "classes", None), logits.shape[1])
-        self.worker, self.board, self.n = Newest(), None, 0
+        self.worker, self.board, self.n = Newest(self.failed), None, 0
         self.setting = self.check(Setting(**setting))
 
     def check(self, setting):
@@ -466,6 +469,7 @@ class Session:
         self.show(len(board) - 1)
 
     def show(self, n): self.n = n
+    def failed(self, error): "What a solve raised, which `wait` raises again."
 
     def save_png(self, path) -> Path: return write_atomic(path, self.board.frame(self.n))
     def save_gif(self, path, ms: int = 250) -> Path: return write_atomic(path, self.board.gif(ms))
@@ -583,6 +587,10 @@ class Panel(Mirror):
         self.n = n
 
     def say(self, text): self.controls["status"].value = text
+
+    def failed(self, error):
+        self.controls["progress"].description = "failed"
+        self.say(f"<b>The solve failed.</b> {escape(f'{type(error).__name__}: {error}')}")
 
     def close(self):
         "Stop the solve and take the widget from the page."

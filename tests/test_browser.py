@@ -1,4 +1,4 @@
-"""Notebooks in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
+"""Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
 
 import os
 import secrets
@@ -6,8 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-component-update", "--disable-sync"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+SETTINGS = {"notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell is on the page, seen or not
+            "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}  # no pop-up, and nothing is fetched
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
 STATE = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
  return nb.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim()).map(c => c.model.executionCount) }"""
@@ -30,18 +35,20 @@ def lab(tmp_path_factory):
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("out", ".*"))
     for name in ("results", "tests"): os.symlink(ROOT / name, home / name)
-    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    for name, text in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
                f"--ServerApp.root_dir={home}", f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}", "--LabApp.expose_app_in_browser=True"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    env.pop("MPLBACKEND", None)  # conftest's Agg would keep every figure from the page
     with open(home / "log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
     try:
-        for _ in range(120):
+        for _ in range(240):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=2)
                 break
@@ -62,13 +69,57 @@ def page(tmp_path):
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The book, built and served on this machine: its address."
+    for tool in ("myst_nb", "sphinx_book_theme", "latex2mathml"): pytest.importorskip(tool, reason=f"no book without {tool}: pip install -e '.[dev]'")
+    folder = tmp_path_factory.mktemp("book")
+    done = subprocess.run([sys.executable, ROOT / "tools" / "book.py", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_book(site, page):
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("response", lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.goto(f"{site}/index.html")
+    assert page.locator("img[src*='demo']").evaluate("image => image.complete && image.naturalWidth > 100")
+    page.locator(".bd-sidebar-primary a", has_text="33 SuperMix").first.click(force=True)
+    page.wait_for_url("**/33_mixing.html")
+    assert "SuperMix" in page.locator("article h1").inner_text() and page.locator("article math").count() > 10
+    assert page.locator("article .cell_output img").count() > 2 and "#| export" not in page.locator("article").inner_text()
+    page.screenshot(path=SHOTS / "book_chapter.png")
+    page.get_by_role("link", name="supermix.mixing").first.click()
+    page.wait_for_url("**/api/supermix.mixing.html")
+    assert "# weight of the sparsity term" in page.locator("article").inner_text()
+    page.goto(f"{site}/search.html?q=dirichlet")
+    page.locator("#search-results li a").first.wait_for(timeout=20_000)
+    assert page.locator("#search-results li").count() > 2
+    page.screenshot(path=SHOTS / "book_search.png")
+    page.locator("#search-results li a").first.click()
+    page.wait_for_url(lambda url: "search" not in url)
+    assert "dirichlet" in page.locator("article").inner_text().lower()
+    assert not complaints and len(asked) > 10 and all(url.startswith((site, "data:")) for url in asked), [*complaints, *asked]
+
+
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
     page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
     page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
-    page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
+        page.screenshot(path=SHOTS / f"{chapter}_late.png")
+        pytest.fail(f"{chapter} has not ended after {seconds} s; cells so far: {page.evaluate(STATE)}; see {SHOTS}")
     errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=/Traceback/")
     assert errors.count() == 0 and page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     counts = page.evaluate(STATE)
@@ -102,12 +153,30 @@ def test_the_explorer(lab, page):
         handle.focus()
         handle.press("ArrowLeft")
         now = changed(now, name)
+    handle.press("Home")  # the slider of iterations: back to the first, or there is nothing to play
+    now = changed(now, "the first iteration")
     first.locator(".widget-play button").first.click()
-    now = changed(now, "play")
+    frames = {now}
+    deadline = time.monotonic() + 30
+    while len(frames) < 4:  # the one it stood on, and three that came by themselves
+        assert time.monotonic() < deadline, f"play shows {len(frames) - 1} frames"
+        page.wait_for_timeout(50)
+        frames.add(look())
+    first.locator(".widget-play button").first.click()  # pause
+    page.wait_for_timeout(1000)
+    now = look()
     first.locator("button.supermix-thumb").nth(4).click()
     now = changed(now, "a thumbnail")
     assert first.locator("button.supermix-thumb.mod-active").count() == 3
     first.screenshot(path=SHOTS / "explorer_three.png")
+    small = page.locator(".widget-interact").all()  # σ, τ, Newton's step, stages
+    assert len(small) == 4
+    for i, one in enumerate(small):
+        picture = one.locator("img")
+        now = look()
+        if one.locator("select").count(): one.locator("select").select_option(index=2)  # a list of values is a menu
+        else: one.locator(".noUi-handle").press("ArrowRight")
+        changed(now, f"the control of small explorer {i + 1}")
 
 
 @pytest.mark.slow

@@ -124,6 +124,38 @@ def test_an_error_in_the_thread_is_told():
     assert not alive()
 
 
+def test_a_teacher_that_fails_is_told_of_on_the_page(digits, teacher):
+    wrong = []
+
+    def moody(x):
+        if wrong: raise RuntimeError("no <memory> left")
+        return teacher(x)
+    made = explore(digits, moody, max_iter=3).wait()
+    try:
+        status, picture = made.controls["status"], made.controls["picture"].value
+        wrong.append(True)
+        with pytest.raises(RuntimeError, match="no <memory> left"): made.change(lambda_s=3).wait()
+        assert "failed" in status.value and "RuntimeError: no &lt;memory&gt; left" in status.value
+        assert made.controls["progress"].description == "failed" and made.controls["picture"].value == picture
+        wrong.clear()
+        made.change(lambda_s=4).wait()
+        assert status.value.startswith("Iteration") and made.controls["progress"].description == "done"
+    finally: made.close()
+    assert not alive()
+
+
+def test_an_old_solve_that_fails_is_not_told_of():
+    told, worker = [], Newest(lambda error: told.append(error))
+
+    def late(cancelled):
+        while not cancelled(): time.sleep(0.001)
+        raise RuntimeError("of old")
+    worker.submit(late)
+    worker.submit(lambda cancelled: None)
+    worker.wait()
+    assert not told
+
+
 def test_saved_files_are_read_back(explorer, tmp_path):
     c = explorer.controls
     c["folder"].value = str(tmp_path)

@@ -1,0 +1,100 @@
+"""The house's own tool: which outputs are of today's code, on a small copy of the real notebooks."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def house(tmp_path):
+    "tools/house.py of a copy with the whole package and four notebooks, all of them stamped."
+    for folder in ("supermix", "tools"): shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "nbs" / "runs").mkdir(parents=True)
+    (tmp_path / "solutions").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for name in ("index", "00_core", "31_mixers", "runs/01_cifar100_distillation"): shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
+    shutil.copy(ROOT / "nbs" / "33_mixing.ipynb", tmp_path / "solutions")
+    spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.stale()[0]) == {"index", "00_core", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}
+    module.write_stamps({module.name_of(path): {"source": module.source_of(path), "seconds": 1.0} for path in module.notebooks()})
+    assert module.stale() == ([], [])
+    return module
+
+
+def edit(path, change):
+    "Change a notebook's cells in place."
+    notebook = json.loads(path.read_text())
+    change(notebook["cells"])
+    path.write_text(json.dumps(notebook))
+
+
+def cells_of(kind, cells): return [cell for cell in cells if cell["cell_type"] == kind and cell["source"]]
+
+
+def write_notebook(path, code):
+    cell = {"cell_type": "code", "id": "one", "source": code, "metadata": {}, "outputs": [], "execution_count": None}
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    path.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def test_a_code_cell_makes_its_notebook_stale(house):
+    edit(house.ROOT / "nbs" / "31_mixers.ipynb", lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"))
+    assert house.stale() == (["31_mixers"], [])
+
+
+def test_prose_and_outputs_do_not(house):
+    def change(cells):
+        for cell in cells_of("markdown", cells): cell["source"].append("\nMore words.")
+        for cell in cells_of("code", cells): cell.update(outputs=[], execution_count=7)
+    for path in house.notebooks(): edit(path, change)
+    assert house.stale() == ([], [])
+
+
+@pytest.mark.parametrize("module, changed", [
+    ("masks", {"31_mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
+    ("models/blocks", {"index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),  # through supermix/__init__.py, zoo and resnet: nobody names it
+    ("explore", set()), ("core", {"index", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}), ("__init__", {"index"})])
+def test_a_module_makes_those_stale_that_import_it(house, module, changed):
+    path = house.ROOT / "supermix" / f"{module}.py"
+    path.write_text("# a cell's marker\n\n" + path.read_text())
+    assert house.stale() == ([], [])
+    path.write_text(path.read_text() + "\nMORE = 1\n")
+    assert set(house.stale()[0]) == changed
+
+
+def test_another_teacher_makes_those_stale_that_may_ask_it(house):
+    (house.ROOT / "supermix" / "teachers" / "digits.safetensors").write_bytes(b"")
+    assert {"index", "runs/01_cifar100_distillation"} <= set(house.stale()[0]) and "00_core" not in house.stale()[0]
+
+
+def test_new_notebooks_and_those_that_are_gone(house):
+    (house.ROOT / "nbs" / "31_mixers.ipynb").rename(house.ROOT / "nbs" / "32_mixers.ipynb")
+    assert house.stale() == (["32_mixers"], ["31_mixers"])
+
+
+def test_executing_what_is_stale(house):
+    good, bad, old = (house.ROOT / "nbs" / name for name in ("01_good.ipynb", "02_bad.ipynb", "03_old.ipynb"))
+    write_notebook(good, "import supermix.core\nprint(supermix.core.__file__)")
+    write_notebook(bad, "1 / 0")
+    write_notebook(old, "print('as it was')")
+    kept = house.stamps() | {"02_bad": {"source": "of old", "seconds": 2.0}, "03_old": {"source": house.source_of(old), "seconds": 3.0}, "04_gone": {}}
+    house.STAMPS.write_text(json.dumps(kept))
+    before = bad.read_text(), old.read_text()
+    command = [sys.executable, "tools/house.py", "execute", "--stale", "--workers", "2", "01", "02", "03"]
+    done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.endswith("Failed, and left as they were: 02_bad\n") and "ZeroDivisionError" in done.stderr
+    assert (bad.read_text(), old.read_text()) == before
+    assert house.stale() == (["02_bad"], []) and house.stamps()["02_bad"] == kept["02_bad"] and house.stamps()["03_old"] == kept["03_old"]
+    outputs = json.loads(good.read_text())["cells"][0]["outputs"]
+    assert "".join(outputs[0]["text"]).strip() == str(house.ROOT / "supermix" / "core.py")  # of its own tree's package
+    assert house.stamps()["01_good"]["seconds"] > 0 and not list((house.ROOT / "nbs").glob(".*"))

@@ -1,0 +1,57 @@
+"""Sphinx's settings for `make book` (tools/book.py). Nothing of the site is fetched from elsewhere when it is read."""
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+facts = ConfigParser(delimiters=["="])
+facts.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
+project, author, release = (facts["DEFAULT"][key] for key in ("title", "author", "version"))
+copyright = facts["DEFAULT"]["copyright"]
+
+extensions = ["myst_nb"]
+nb_execution_mode = "off"  # the outputs are those in the notebooks
+nb_ipywidgets_js = {}      # a widget needs a kernel; without one its scripts would only be fetched in vain
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath", "smartquotes"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # a heading may skip a level
+html_theme = "sphinx_book_theme"
+html_title = project
+html_copy_source = html_show_sourcelink = False
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
+html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
+
+
+FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\langle": "⟨", r"\rangle": "⟩"}
+
+
+def mathml(node, display):
+    "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
+    tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
+    tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
+    tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
+    try: result = convert(tex, display=display)
+    except Exception as error: result = f"\\{error}"
+    if "\\" in result: logger.warning("not to be read as LaTeX: %s", tex, location=node)
+    return result
+
+
+def inline(self, node):
+    self.body.append(mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def block(self, node):
+    self.body.append(f'<div class="equation">{mathml(node, "block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app): app.add_html_math_renderer("mathml", (inline, None), (block, None))
