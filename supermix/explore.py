@@ -568,8 +568,7 @@ class Panel(Mirror):
         self.quiet = True
         c["n"].max = c["play"].max = len(board) - 1
         c["n"].value, c["progress"].max = n, board.scene.setting.max_iter
-        c["progress"].value = c["progress"].max if board.finished else n
-        c["progress"].description = "done" if board.finished else "solving"
+        c["progress"].value, c["progress"].description = (c["progress"].max, "done") if board.finished else (n, "solving")
         self.quiet = False
         self.put(n)
         self.say(f"Iteration {n}: KL {step.kl[0]:.3f}, m(1−m) {step.sparsity[0]:.3f}, {'solved' if step.solved[0] else 'not solved'}.")
@@ -587,7 +586,6 @@ class Panel(Mirror):
         self.n = n
 
     def say(self, text): self.controls["status"].value = text
-
     def failed(self, error):
         self.controls["progress"].description = "failed"
         self.say(f"<b>The solve failed.</b> {escape(f'{type(error).__name__}: {error}')}")
@@ -603,7 +601,6 @@ class Panel(Mirror):
             part.close()
 
     def __repr__(self): return f"{type(self).__name__}({len(self.images)} images; {self.setting})"
-
     def _ipython_display_(self):
         from IPython.display import display
         display(self.widget)
