@@ -7,7 +7,7 @@ __all__ = ['INK', 'BLUE', 'TEAL', 'ORANGE', 'GREY', 'TILE', 'SIZE', 'LEFT', 'RIG
            'Trace', 'trace', 'boxes_in_turn', 'Setting', 'share_out', 'font', 'cividis', 'as_tile', 'over', 'shorten',
            'draw_bars', 'draw_curves', 'Scene', 'make_scene', 'source_places', 'draw_backdrop', 'draw_frame', 'as_png',
            'Newest', 'take_images', 'painter', 'namer', 'Board', 'solve_job', 'Session', 'widgets', 'thumbnails',
-           'make_controls', 'arrange', 'Mirror', 'Panel', 'Explorer', 'explore', 'draw_sigma', 'explore_sigma',
+           'make_controls', 'arrange', 'Quiet', 'Mirror', 'Panel', 'Explorer', 'explore', 'draw_sigma', 'explore_sigma',
            'draw_tau', 'explore_tau', 'descend', 'draw_newton', 'explore_newton', 'draw_stages', 'explore_stages']
 
 # %% ../nbs/70_explore.ipynb #41993fcd
@@ -538,20 +538,24 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
+class Quiet(threading.local):
+    "Whether a thread's own writing into controls is going on, which is no change by the user."
+    on = False
+
 class Mirror(Session):
     "A session whose controls show its setting."
-    quiet = False
+    quiet = Quiet()
 
     def mirror(self):
         "Let every control show the setting."
-        self.quiet, s = True, self.setting
+        self.quiet.on, s = True, self.setting
         for i, thumb in enumerate(self.thumbs): thumb.value = i in self.chosen
         for i, slider in enumerate(self.controls["lam"]):
             slider.layout.display = "flex" if i < len(s.lam) else "none"
-            if i < len(s.lam): slider.value = s.lam[i]
+            if i < len(s.lam): slider.value = round(s.lam[i], 2)  # on the slider's grid: a page rounds what is not, and would send that back
         for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"): self.controls[name].value = getattr(s, name)
         self.controls["lambda_s"].disabled = s.search == "fast"
-        self.quiet = False
+        self.quiet.on = False
 
     def change(self, **changes):
         super().change(**changes)
@@ -565,11 +569,11 @@ class Panel(Mirror):
     def show(self, n):
         c, step, board = self.controls, self.board.trace[n], self.board
         super().show(n)
-        self.quiet = True
+        self.quiet.on = True
         c["n"].max = c["play"].max = len(board) - 1
         c["n"].value, c["progress"].max = n, board.scene.setting.max_iter
         c["progress"].value, c["progress"].description = (c["progress"].max, "done") if board.finished else (n, "solving")
-        self.quiet = False
+        self.quiet.on = False
         self.put(n)
         self.say(f"Iteration {n}: KL {step.kl[0]:.3f}, m(1−m) {step.sparsity[0]:.3f}, {'solved' if step.solved[0] else 'not solved'}.")
 
@@ -618,13 +622,13 @@ class Explorer(Panel):
         for i, slider in enumerate(self.controls["lam"]): slider.observe(partial(self.on_share, i), "value")
         for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"):
             self.controls[name].observe(partial(self.on_setting, name), "value")
-        self.controls["n"].observe(lambda event: None if self.quiet else self.scrub(event["new"]), "value")
+        self.controls["n"].observe(lambda event: None if self.quiet.on else self.scrub(event["new"]), "value")
         self.controls["png"].on_click(lambda _: self.on_save("supermix.png", self.save_png))
         self.controls["gif"].on_click(lambda _: self.on_save("supermix.gif", self.save_gif))
         self.change()
 
     def on_thumb(self, i, event):
-        if self.quiet: return
+        if self.quiet.on: return
         self.chosen = [*self.chosen, i] if event["new"] else [c for c in self.chosen if c != i]
         if 2 <= len(self.chosen) <= 5: return self.change(pick=tuple(self.chosen))
         if len(self.chosen) > 5:
@@ -633,10 +637,11 @@ class Explorer(Panel):
         self.say("Pick two to five images.")
 
     def on_share(self, i, event):
-        if not self.quiet and i < len(self.setting.lam): self.change(lam=share_out(self.setting.lam, i, event["new"]))
+        if self.quiet.on or i >= len(self.setting.lam): return
+        if round(event["new"] - round(self.setting.lam[i], 2), 2): self.change(lam=share_out(self.setting.lam, i, event["new"]))
 
     def on_setting(self, name, event):
-        if not self.quiet: self.change(**{name: event["new"]})
+        if not self.quiet.on: self.change(**{name: event["new"]})
 
     def on_save(self, name, save):
         try: self.say(f"Saved {save(Path(self.controls['folder'].value) / name)}.")

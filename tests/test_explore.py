@@ -94,6 +94,29 @@ def test_thumbnails_change_the_set(explorer):
     assert explorer.wait().setting.pick == (4, 7, 8, 9, 10) and not explorer.thumbs[11].value  # a sixth is refused
 
 
+def test_shares_of_a_third_are_no_endless_wish(explorer):
+    explorer.thumbs[4].value = True
+    explorer.wait()
+    shares, solves = [s.value for s in explorer.controls["lam"][:3]], explorer.worker.number
+    assert shares == [0.33] * 3 and explorer.setting.lam == pytest.approx((1 / 3,) * 3)
+    for slider in explorer.controls["lam"][:3]: slider.set_state({"value": 0.33000000000000002})  # what a page sends back
+    for slider in explorer.controls["lam"][:3]: slider.set_state({"value": 0.3300000001})
+    assert explorer.worker.number == solves
+    explorer.controls["lam"][0].value = 0.34
+    assert explorer.wait().setting.lam == pytest.approx((0.34, 0.33, 0.33)) and explorer.worker.number == solves + 1
+
+
+def test_one_threads_writing_does_not_silence_another(explorer):
+    told = []
+    thread = threading.Thread(target=lambda: told.append(explorer.quiet.on))
+    explorer.quiet.on = True
+    try:
+        thread.start()
+        thread.join()
+    finally: explorer.quiet.on = False
+    assert told == [False]
+
+
 def test_scrubbing_shows_each_iteration(explorer):
     pictures = set()
     for n in range(len(explorer.board)):
