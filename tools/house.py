@@ -62,18 +62,22 @@ def imported(text, package=""):
         yield from (f"{of}.{name}" for name in re.findall(r"\w+", names))  # from supermix.models import resnet
 
 
+def without_comments(text):
+    "The lines of code that are neither empty nor a comment: lines and not Python's syntax tree, which each version prints in its own way."
+    return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+
+
 def source_of(path):
     "A hash of what a notebook's outputs depend on: its code, and that of every module of ours that it imports, without comments."
     cells = json.loads(path.read_text())["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    text = without_comments("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
     seen, todo = {}, list(imported(text))
     while todo:
         module = todo.pop()
         file = ROOT.joinpath(*module.split("."))
         file = file / "__init__.py" if file.is_dir() else file.with_name(file.name + ".py")
         if module in seen or not file.is_file(): continue
-        lines = file.read_text().splitlines()  # lines and not Python's syntax tree, which each version prints in its own way
-        seen[module] = "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        seen[module] = without_comments(file.read_text())
         todo += imported(seen[module], module if file.stem == "__init__" else module.rpartition(".")[0])
     if "supermix.zoo" in seen:  # it opens the teachers that we ship
         seen |= {f.name: sha256(f.read_bytes()).hexdigest() for f in (ROOT / "supermix" / "teachers").iterdir()}
