@@ -25,7 +25,7 @@ def exercises(path):
 
 
 TO_BE_WRITTEN = {"19_zoo", "22_training", "23_throughput", "33_mixing", "34_engine", "35_store", "36_generate", "37_quality", "38_large",
-                 "39_puzzlemix", "42_relations", "43_contrast", "45_distillation", "47_policysearch", "70_explore"}
+                 "39_puzzlemix", "42_relations", "43_contrast", "45_distillation", "47_policysearch"}
 WITH_EXERCISES = {path.stem: numbers for path in CHAPTERS if (numbers := exercises(path)) is not None}
 
 
