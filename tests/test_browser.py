@@ -1,5 +1,6 @@
 """Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
 
+import json
 import os
 import secrets
 import shutil
@@ -118,12 +119,29 @@ def run_all(page, lab, chapter, seconds=240):
     page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
     try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
     except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
+        SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS / f"{chapter}_late.png")
         pytest.fail(f"{chapter} has not ended after {seconds} s; cells so far: {page.evaluate(STATE)}; see {SHOTS}")
     errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=/Traceback/")
     assert errors.count() == 0 and page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     counts = page.evaluate(STATE)
     assert counts and all(counts), counts
+
+
+def keep(page, chapter):
+    "A picture of the whole chapter, cells and outputs, for somebody to look at."
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    height = page.locator(".jp-Notebook .jp-WindowedPanel-inner").first.evaluate("panel => panel.scrollHeight")
+    page.set_viewport_size({"width": 1500, "height": min(round(height) + 250, 16_000)})  # Chromium draws no more
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SHOTS / f"{chapter}.jpg", type="jpeg", quality=60)
+
+
+def stop_kernels(lab):
+    "Each chapter's kernel holds its data and networks: forty would not fit."
+    address, token = lab
+    ask = lambda method, what: urllib.request.urlopen(urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30).read()
+    for session in json.loads(ask("GET", "sessions")): ask("DELETE", f"sessions/{session['id']}")
 
 
 def test_the_explorer(lab, page):
@@ -184,4 +202,7 @@ def test_the_explorer(lab, page):
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_runs_in_the_browser(lab, page, chapter):
-    run_all(page, lab, chapter, seconds=600)
+    try:
+        run_all(page, lab, chapter, seconds=600)
+        keep(page, chapter)
+    finally: stop_kernels(lab)
