@@ -114,7 +114,7 @@ def test_the_book(site, page):
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
-    page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}")
+    page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}&reset")  # no tabs of chapters before
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
     page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
     try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
@@ -131,8 +131,9 @@ def run_all(page, lab, chapter, seconds=240):
 def keep(page, chapter):
     "A picture of the whole chapter, cells and outputs, for somebody to look at."
     SHOTS.mkdir(parents=True, exist_ok=True)
-    height = page.locator(".jp-Notebook .jp-WindowedPanel-inner").first.evaluate("panel => panel.scrollHeight")
+    height = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.reduce((sum, cell) => sum + cell.node.offsetHeight, 0)")
     page.set_viewport_size({"width": 1500, "height": min(round(height) + 250, 16_000)})  # Chromium draws no more
+    page.evaluate("() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }")
     page.wait_for_timeout(1500)
     page.screenshot(path=SHOTS / f"{chapter}.jpg", type="jpeg", quality=60)
 
