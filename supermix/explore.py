@@ -288,7 +288,7 @@ def draw_backdrop(scene: Scene) -> Image.Image:
     canvas, (places, side) = ImageDraw.Draw(image), source_places(len(scene.pictures))
     for i, (x, picture, c, l) in enumerate(zip(places, scene.pictures, scene.classes, scene.setting.lam), 1):
         image.paste(as_tile(picture, side), (x, 32))
-        canvas.text((x, 12), f"{i}: {shorten(scene.names(c), side // 13 - 1)}, λ {l:.0%}", INK, font(12 if side == TILE else 11))
+        canvas.text((x, 12), f"{i}: {shorten(scene.names(c), (side - 20) // 11)}, λ {l:.0%}", INK, font(12 if side == TILE else 11))
     for column, (name, picture, p, target, kl, s) in enumerate(scene.rivals, 1):
         x = RIGHT + column * COLUMN
         canvas.text((x, 12), name, INK, font(13))
