@@ -534,7 +534,7 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     w.jslink((c["n"], "max"), (c["play"], "max"))
     time_row = w.HBox([c["play"], c["n"], c["progress"]], layout=w.Layout(flex_flow="row wrap"))
     files = w.HBox([c["folder"], c["png"], c["gif"]], layout=w.Layout(flex_flow="row wrap"))
-    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"], c["picture"], files])
+    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"].add_class("supermix-status"), c["picture"], files])
     return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
