@@ -418,7 +418,7 @@ class Board:
         return buffer.getvalue()
 
 # %% ../nbs/70_explore.ipynb #d20099e1
-def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 15):
+def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 8):
     "Solve a setting, and `publish` a `Board` every `pause` seconds and at the end, unless `cancelled`."
     scene = make_scene(setting, images, teacher, names, picture, seed)
     mixer, sets, lam = setting.mixer(teacher), images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)

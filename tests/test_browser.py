@@ -35,7 +35,7 @@ def lab(tmp_path_factory):
     pytest.importorskip("jupyterlab")
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("out", ".*"))
-    for name in ("results", "tests"): os.symlink(ROOT / name, home / name)
+    for name in ("results", "tests", "policies"): os.symlink(ROOT / name, home / name)
     for name, text in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
