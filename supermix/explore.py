@@ -286,9 +286,9 @@ def draw_backdrop(scene: Scene) -> Image.Image:
     "All that does not change from iteration to iteration."
     image = Image.new("RGB", SIZE, "white")
     canvas, (places, side) = ImageDraw.Draw(image), source_places(len(scene.pictures))
-    for x, picture, c, l in zip(places, scene.pictures, scene.classes, scene.setting.lam):
+    for i, (x, picture, c, l) in enumerate(zip(places, scene.pictures, scene.classes, scene.setting.lam), 1):
         image.paste(as_tile(picture, side), (x, 32))
-        canvas.text((x, 12), f"{shorten(scene.names(c), side // 13)}, λ {l:.0%}", INK, font(12 if side == TILE else 11))
+        canvas.text((x, 12), f"{i}: {shorten(scene.names(c), (side - 20) // 11)}, λ {l:.0%}", INK, font(12 if side == TILE else 11))
     for column, (name, picture, p, target, kl, s) in enumerate(scene.rivals, 1):
         x = RIGHT + column * COLUMN
         canvas.text((x, 12), name, INK, font(13))
@@ -321,10 +321,10 @@ def draw_frame(scene: Scene, backdrop: Image.Image, way: Trace, n: int) -> Image
     paper = setting.search == "paper"
     weight, name = (setting.lambda_s, f"λ_s · m(1−m), λ_s = {setting.lambda_s:g}") if paper else (1.0, "m(1−m), held: not in the loss")
     curves = [("KL(ŷ ‖ p)", way.kl[:, 0].tolist(), BLUE, "ellipse"), (name, (weight * way.sparsity[:, 0]).tolist(), ORANGE, "rectangle")]
-    for x, (label, _, colour, shape) in zip((LEFT + 72, LEFT + 190), curves):
+    for x, (label, _, colour, shape) in zip((LEFT + 100, LEFT + 218), curves):
         getattr(canvas, shape)((x - 14, 425, x - 6, 433), colour)
         canvas.text((x, 422), label, INK, font(12))
-    canvas.text((LEFT, 422), "loss", INK, font(12))
+    canvas.text((LEFT, 422), "loss (nats)", INK, font(12))
     draw_curves(canvas, (LEFT + 58, 452, LEFT + 540, 574), curves, n, int(way.solved_at[0]))
     return image
 
@@ -418,7 +418,7 @@ class Board:
         return buffer.getvalue()
 
 # %% ../nbs/70_explore.ipynb #d20099e1
-def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 15):
+def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 8):
     "Solve a setting, and `publish` a `Board` every `pause` seconds and at the end, unless `cancelled`."
     scene = make_scene(setting, images, teacher, names, picture, seed)
     mixer, sets, lam = setting.mixer(teacher), images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)
@@ -534,7 +534,7 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     w.jslink((c["n"], "max"), (c["play"], "max"))
     time_row = w.HBox([c["play"], c["n"], c["progress"]], layout=w.Layout(flex_flow="row wrap"))
     files = w.HBox([c["folder"], c["png"], c["gif"]], layout=w.Layout(flex_flow="row wrap"))
-    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"], c["picture"], files])
+    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"].add_class("supermix-status"), c["picture"], files])
     return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
@@ -644,6 +644,7 @@ class Explorer(Panel):
         if not self.quiet.on: self.change(**{name: event["new"]})
 
     def on_save(self, name, save):
+        self.say(f"Saving {name} …")  # a film of many frames takes its time
         try: self.say(f"Saved {save(Path(self.controls['folder'].value) / name)}.")
         except (OSError, ValueError, AttributeError) as error: self.say(f"Not saved: {error}")
 
@@ -712,6 +713,7 @@ def draw_newton(mixer: SuperMix, sets, lam, rate: float):
     ax.plot((way.kl + mixer.lambda_s * way.sparsity)[:, 0], ".-", color=BLUE, label="Newton's step")
     ax.plot(descend(mixer, sets, lam, rate), "s--", color=ORANGE, markersize=4, label=f"gradient descent, rate {rate:g}")
     ax.set(xlabel="iteration", ylabel="loss (nats)", yscale="log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     plt.show()
 

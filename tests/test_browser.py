@@ -1,5 +1,6 @@
 """Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
 
+import json
 import os
 import secrets
 import shutil
@@ -34,7 +35,7 @@ def lab(tmp_path_factory):
     pytest.importorskip("jupyterlab")
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("out", ".*"))
-    for name in ("results", "tests"): os.symlink(ROOT / name, home / name)
+    for name in ("results", "tests", "policies"): os.symlink(ROOT / name, home / name)
     for name, text in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
@@ -113,11 +114,12 @@ def test_the_book(site, page):
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
-    page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}")
+    page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}&reset")  # no tabs of chapters before
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
     page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
     try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
     except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
+        SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS / f"{chapter}_late.png")
         pytest.fail(f"{chapter} has not ended after {seconds} s; cells so far: {page.evaluate(STATE)}; see {SHOTS}")
     errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=/Traceback/")
@@ -126,21 +128,85 @@ def run_all(page, lab, chapter, seconds=240):
     assert counts and all(counts), counts
 
 
+def keep(page, chapter):
+    "A picture of the whole chapter, cells and outputs, for somebody to look at."
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    height = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.reduce((sum, cell) => sum + cell.node.offsetHeight, 0)")
+    page.set_viewport_size({"width": 1500, "height": min(round(height) + 250, 16_000)})  # Chromium draws no more
+    page.evaluate("() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }")
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SHOTS / f"{chapter}.jpg", type="jpeg", quality=60)
+
+
+def stop_kernels(lab):
+    "Each chapter's kernel holds its data and networks: forty would not fit."
+    address, token = lab
+    ask = lambda method, what: urllib.request.urlopen(urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30).read()
+    for session in json.loads(ask("GET", "sessions")): ask("DELETE", f"sessions/{session['id']}")
+
+
+def until(page, what, seconds=30, why=""):
+    "Wait until `what()` holds."
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, why
+        page.wait_for_timeout(30)
+
+
+def five_and_no_sixth(page, explorer):
+    "Thumbnails up to five; then the page says no, and nothing else changes."
+    chosen, status, bar = (explorer.locator(css) for css in ("button.supermix-thumb.mod-active", ".supermix-status", ".widget-hprogress .widget-label"))
+    while (count := chosen.count()) < 5:
+        explorer.locator("button.supermix-thumb:not(.mod-active)").first.click()
+        until(page, lambda: chosen.count() == count + 1, why=f"a thumbnail beside {count} is not taken")
+    page.wait_for_timeout(1000)
+    until(page, lambda: bar.inner_text() == "done", 60, "five images are not solved")
+    explorer.screenshot(path=SHOTS / "explorer_five.png")
+    explorer.locator("button.supermix-thumb:not(.mod-active)").last.click()
+    until(page, lambda: "two to five" in status.inner_text() and chosen.count() == 5, why="a sixth image is not refused")
+
+
+def saves(page, lab, explorer):
+    "The buttons write files beside the notebook: a PNG, and a GIF of all iterations."
+    address, token = lab
+    for kind, head in (("PNG", b"\x89PNG"), ("GIF", b"GIF89a")):
+        explorer.get_by_role("button", name=f"Save {kind}").click()
+        until(page, lambda: f"Saved supermix.{kind.lower()}" in explorer.locator(".supermix-status").inner_text(), 60, f"{kind} is not saved")
+        with urllib.request.urlopen(f"{address}/files/nbs/supermix.{kind.lower()}?token={token}", timeout=30) as file: assert file.read().startswith(head)
+
+
+def newer_cancels_older(page, large):
+    "At 224x224 a solve takes seconds: the bar says so, the page answers meanwhile, and only the last setting is solved to its end."
+    large.scroll_into_view_if_needed()
+    bar, handle = large.locator(".widget-hprogress .widget-label"), large.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('σ, smoothing')")).locator(".noUi-handle")
+    until(page, lambda: bar.inner_text() == "done")
+    handle.focus()
+    handle.press("ArrowLeft")
+    until(page, lambda: bar.inner_text() == "solving", why="no progress is shown")
+    start = time.monotonic()
+    handle.press("ArrowLeft")
+    wanted = handle.get_attribute("aria-valuenow")
+    assert page.evaluate("1 + 1") == 2 and time.monotonic() - start < 1, "the page is frozen while a solve runs"
+    large.screenshot(path=SHOTS / "explorer_large.png")
+    until(page, lambda: bar.inner_text() == "done", 120, "the newest setting is not solved")
+    page.wait_for_timeout(1000)
+    assert bar.inner_text() == "done" and handle.get_attribute("aria-valuenow") == wanted
+
+
 def test_the_explorer(lab, page):
     run_all(page, lab, "70_explore")
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / "page.png")
     first = page.locator(".supermix-explorer").first
-    picture = first.locator("img.supermix-picture")
+    picture, bar = first.locator("img.supermix-picture"), first.locator(".widget-hprogress .widget-label")
 
     def look(): return picture.get_attribute("src")
 
     def changed(before, what):
-        deadline = time.monotonic() + 20
-        while look() == before:
-            assert time.monotonic() < deadline, f"{what} changes nothing"
-            page.wait_for_timeout(50)
-        page.wait_for_timeout(1500)  # until the solve has ended
+        until(page, lambda: look() != before, why=f"{what} changes nothing")
+        page.wait_for_timeout(300)
+        until(page, lambda: bar.inner_text() == "done", 60, f"after {what} the solve does not end")
+        page.wait_for_timeout(500)
         return look()
 
     first.scroll_into_view_if_needed()
@@ -153,12 +219,11 @@ def test_the_explorer(lab, page):
         handle.focus()
         handle.press("ArrowLeft")
         now = changed(now, name)
-    handle.press("Home")  # the slider of iterations: back to the first, or there is nothing to play
-    now = changed(now, "the first iteration")
+    handle.press("End")  # where a solve leaves it, and where who wants to see it played finds it
+    frames = {changed(now, "the last iteration")}
     first.locator(".widget-play button").first.click()
-    frames = {now}
     deadline = time.monotonic() + 30
-    while len(frames) < 4:  # the one it stood on, and three that came by themselves
+    while len(frames) < 4:  # it begins anew: the one it stood on, and three that come by themselves
         assert time.monotonic() < deadline, f"play shows {len(frames) - 1} frames"
         page.wait_for_timeout(50)
         frames.add(look())
@@ -171,6 +236,9 @@ def test_the_explorer(lab, page):
     page.wait_for_timeout(2000)
     assert look() == now, "nobody touches anything, and the picture changes: the page's rounding comes back as a wish"
     first.screenshot(path=SHOTS / "explorer_three.png")
+    five_and_no_sixth(page, first)
+    saves(page, lab, first)
+    newer_cancels_older(page, page.locator(".supermix-explorer").nth(1))
     small = page.locator(".widget-interact").all()  # σ, τ, Newton's step, stages
     assert len(small) == 4
     for i, one in enumerate(small):
@@ -179,9 +247,13 @@ def test_the_explorer(lab, page):
         if one.locator("select").count(): one.locator("select").select_option(index=2)  # a list of values is a menu
         else: one.locator(".noUi-handle").press("ArrowRight")
         changed(now, f"the control of small explorer {i + 1}")
+        one.screenshot(path=SHOTS / f"explorer_small_{i + 1}.png")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_runs_in_the_browser(lab, page, chapter):
-    run_all(page, lab, chapter, seconds=600)
+    try:
+        run_all(page, lab, chapter, seconds=600)
+        keep(page, chapter)
+    finally: stop_kernels(lab)

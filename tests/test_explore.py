@@ -181,6 +181,8 @@ def test_an_old_solve_that_fails_is_not_told_of():
 
 def test_saved_files_are_read_back(explorer, tmp_path):
     c = explorer.controls
+    told = []
+    c["status"].observe(lambda event: told.append(event["new"]), "value")
     c["folder"].value = str(tmp_path)
     c["n"].value = 2
     c["png"].click()
@@ -188,6 +190,10 @@ def test_saved_files_are_read_back(explorer, tmp_path):
     with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
         assert np.array_equal(np.asarray(picture), np.asarray(shown))
     with Image.open(tmp_path / "supermix.gif") as film: assert film.n_frames == len(explorer.board)
+    assert told == ["Saving supermix.png …", f"Saved {tmp_path / 'supermix.png'}.", "Saving supermix.gif …", f"Saved {tmp_path / 'supermix.gif'}."]
+    c["folder"].value = str(tmp_path / "supermix.png")  # a file, no folder
+    c["gif"].click()
+    assert told[-1].startswith("Not saved: ")
 
 
 @pytest.mark.parametrize("count", [1, 6])

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from hashlib import sha256
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from house import ROOT, name_of, notebooks
 
@@ -39,6 +41,7 @@ def page_of(path, solved):
         cells.append(cell | {"source": text})
     module = module_of(name)
     if module: cells.insert(1, text_cell(f"*Exports* [`{module}`](api/{module}.md)*.*"))
+    if name.startswith("solutions/"): cells.insert(1, text_cell(f"*Back to [chapter {path.stem[:2]}](../{path.stem}.ipynb)*."))
     if name in solved: cells.append(text_cell(f"*[Solutions](solutions/{name}.ipynb)*"))
     return notebook | {"cells": cells}
 
@@ -116,11 +119,43 @@ def fetched(site):
     return [f"{f.relative_to(site)}: {m[0][:120]}" for f in sorted(site.rglob("*")) if f.suffix in (".html", ".css") for m in FETCHED.finditer(f.read_text())]
 
 
+class Links(HTMLParser):
+    "Where a page leads, and the anchors that others can lead to."
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.targets = {"", "top"}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.anchors |= {found.get("id"), found.get("name")}
+        self.targets += [found[key] for key in ("href", "src") if found.get(key)]
+
+
+def dead(site):
+    "Links within the site that lead to no file of it, or to an anchor that its page does not have."
+    site = site.resolve()
+    pages = {f: Links(f.read_text()) for f in sorted(site.rglob("*.html")) if f.relative_to(site).parts[0] != "_static"}  # there are the theme's templates
+    for page, links in pages.items():
+        for target in dict.fromkeys(links.targets):
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc: continue  # elsewhere, or an image in the page
+            file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            known = file.is_file() and file.is_relative_to(site) and (file not in pages or unquote(parts.fragment) in pages[file].anchors)
+            if not known: yield f"{page.relative_to(site)}: {target}"
+
+
+def build(source, site):
+    "Render the pages, or exit with all that is wrong: Sphinx's warnings, what would be fetched, and links that lead nowhere."
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "--fail-on-warning", "--keep-going", "-c", ROOT / "tools", "-d", source.with_name("doctrees"), source, site]
+    faults = ["Sphinx is not content: see above."] if subprocess.run(command).returncode else []
+    faults += [f"This is fetched from elsewhere: {fault}" for fault in fetched(site)] + [f"This link leads nowhere: {fault}" for fault in dead(site)]
+    if faults: sys.exit("\n".join(faults))
+
+
 if __name__ == "__main__":
     site = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "out" / "book"
     shutil.rmtree(site, ignore_errors=True)
     sources()
-    command = [sys.executable, "-m", "sphinx", "-q", "-E", "--fail-on-warning", "--keep-going", "-c", ROOT / "tools", "-d", ROOT / "build" / "doctrees", SOURCE, site]
-    subprocess.run(command, check=True)
-    if elsewhere := fetched(site): sys.exit("These pages fetch something from elsewhere:\n" + "\n".join(elsewhere))
+    build(SOURCE, site)
     print(f"{site / 'index.html'}: {sum(1 for _ in site.rglob('*.html'))} pages, {sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) / 1e6:.0f} MB")

@@ -31,15 +31,20 @@ html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "fa
 
 
 FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\langle": "⟨", r"\rangle": "⟩"}
+SUM = '<mo class="sum" largeop="false">&#x02211;</mo>'  # as large as book.css says: few machines have a font with a large one
 
 
 def mathml(node, display):
     "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
     tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
     tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
+    tex = re.sub(r"(?<=[\w}])\s*(\\log)(?![a-zA-Z])", r"\\,\1", tex)  # TeX leaves a little space around a function's name
+    tex = re.sub(r"(\\log|\\mathrm\{\w{2,}\})\s*(?=[^\W_]|\\)(?!\\(?:[bB]igg?|left|[,;:!]))", r"\1\\,", tex)
     tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
     try: result = convert(tex, display=display)
     except Exception as error: result = f"\\{error}"
+    result = result.replace("<mi>&#x02032;</mi>", '<mi class="prime">&#x02032;</mi>')
+    if display == "block": result = result.replace("<mo>&#x02211;</mo>", SUM)
     if "\\" in result: logger.warning("not to be read as LaTeX: %s", tex, location=node)
     return result
 
