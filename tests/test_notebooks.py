@@ -49,6 +49,18 @@ def test_outputs_are_kept(path):
     assert path.stat().st_size < 3_000_000
 
 
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((ROOT / "solutions").glob("[0-9]*.ipynb")), ROOT / "nbs" / "index.ipynb"], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_saved_figure_has_an_alternative_text(path):
+    pictured = [cell for cell in code(path) if any("image/png" in output.get("data", {}) for output in cell["outputs"])]
+    told = [re.search(r"\A(?:#\|.*\n)*#\| fig-alt: (.*)", "".join(cell["source"])) for cell in pictured]
+    silent = ["".join(cell["source"])[:80] for cell, alt in zip(pictured, told) if not alt]
+    assert not silent, f"{len(silent)} of {len(pictured)} figures come from cells that do not begin with `#| fig-alt: …`: {silent}"
+    words = [alt[1] for alt in told]
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+    words += re.findall(r"!\[(.*?)\]\(", text) + [(re.search(r'alt="(.*?)"', image) or "  ")[1] for image in re.findall(r"<img [^>]*>", text)]
+    assert all(len(alt.split()) >= 4 for alt in words), f"an alternative text says what is to be seen, in a sentence: {words}"
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_a_run_contains_no_algorithms(path):
     text = "\n".join("".join(cell["source"]) for cell in code(path))
