@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PASSES', 'DRAWS', 'UPDATES', 'RACES', 'SEARCHES', 'plain_way', 'norms_behind', 'fold_pairs', 'fold_norms',
            'Sets', 'draw_block', 'Found', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock', 'work_on',
-           'Engine', 'race', 'figures', 'trade_off', 'races']
+           'Engine', 'race', 'summary', 'figures', 'trade_off', 'races']
 
 # %% ../nbs/34_engine.ipynb #557d80bb
 import copy
@@ -24,8 +24,8 @@ from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
-from .mixing import advance, ask, hinge, is_solved, objective
-from .recipes import FAST, Mixing
+from .mixing import advance, ask, hinge, is_hopeless, is_solved, objective
+from .recipes import EAGER, FAST, Mixing
 
 # %% ../nbs/34_engine.ipynb #3f77fabf
 def plain_way(teacher,               # images (B, C, H, W) -> logits (B, N), in evaluation mode
@@ -229,11 +229,12 @@ def work_on(slots: Slots, ask, m: Mixing, device, clock: Clock):  # Found, and w
         masks = masks_from_theta(now, size)
         logits = ask(mix(images, masks))
         done = is_solved(logits.detach(), sets.classes.to(device)).cpu() & (slots.steps > 0)
-        free = done | (slots.steps >= m.max_iter)
+        lack = hinge(logits, sets.classes.to(device))
+        free = done | (slots.steps >= m.max_iter) | is_hopeless(lack.detach().cpu(), slots.steps, m.give_up)
         going = (~free).nonzero().flatten()
         target = soft_labels(sets.classes, sets.lam, logits.shape[1]).to(device)
         loss = objective(logits, target, masks, m.lambda_s if m.hold is None else 0.0)
-        if m.margin: loss = loss + m.margin * hinge(logits, sets.classes.to(device))
+        if m.margin: loss = loss + m.margin * lack
         grad = torch.autograd.grad(loss[going.to(device)].sum(), now)[0] if len(going) else None
     since = clock.book(PASSES, since)
     found = Found(*(t[done] for t in sets[:5]), sets.classes[done], encode(slots.theta[done], m.hold is not None), logits.detach().cpu()[done], slots.steps[done])
@@ -260,7 +261,7 @@ class Engine:
         if isinstance(teacher, nn.Module):
             self.device = next(teacher.parameters(), x).device
             self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype, memory_format=torch.channels_last)
-        self.tried, self.solved_after, self.clock = 0, torch.zeros(mixing.max_iter + 1, dtype=torch.int64), Clock()
+        self.tried, self.passes, self.solved_after, self.clock = 0, 0, torch.zeros(mixing.max_iter + 1, dtype=torch.int64), Clock()
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
         "The teacher's logits (B, N), float32."
@@ -279,6 +280,7 @@ class Engine:
         slots = Slots(self.clock.timed(DRAWS, blocks), self.slots, lambda sets: first_theta(sets, self.mixing))
         going = slots.open()
         while going:
+            self.passes += len(slots.theta)
             found, free = work_on(slots, self.ask, self.mixing, self.device, self.clock)
             self.tried += int(free.sum())
             self.solved_after += torch.bincount(found.steps, minlength=len(self.solved_after))
@@ -291,36 +293,40 @@ class Engine:
 # %% ../nbs/34_engine.ipynb #4e353dd3
 def race(teacher: nn.Module,                # the teacher
          images: Images,                    # the sources
-         mixing: Mixing = Mixing(**FAST),   # the engine's way; the plain way has the paper's numbers and the same k
+         ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; the plain way has the paper's numbers
          rounds: int = 3,                   # blocks of the plain way
          blocks: int = 8,                   # the engine's blocks for each of them
-         seed: int = 0) -> dict:            # figures of both, and the ratio of solved images a second
+         seed: int = 0) -> dict[str, dict]: # figures of "plain" and of each way
     "The engine against the plain way: solved images a second, share solved, sparsity, KL."
-    teacher, before = copy.deepcopy(teacher).eval().requires_grad_(False), Mixing(k=mixing.k, mask_size=mixing.mask_size, sigma=mixing.sigma)
-    engine, ways, both = Engine(teacher, images[:2][0], mixing), {"plain": [], "engine": []}, [[], []]
+    teacher, of = copy.deepcopy(teacher).eval().requires_grad_(False), next(iter(ways.values()))
+    before = Mixing(k=of.k, mask_size=of.mask_size, sigma=of.sigma)
+    engines = {name: Engine(teacher, images[:2][0], mixing) for name, mixing in ways.items()}
+    runs, both = {name: [] for name in ("plain", *ways)}, {name: [] for name in ways}
     for r in range(rounds):
         start = time.perf_counter()
         sets = draw_block(images, teacher, before, seed, r * blocks)
         theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
-        ways["plain"].append((time.perf_counter() - start, figures(sets, theta, logits)[solved], len(solved)))
-        start = time.perf_counter()
-        found = list(engine.run(draw_block(images, engine.see, mixing, seed, r * blocks + b) for b in range(blocks)))
-        took, found = time.perf_counter() - start, Found(*map(torch.cat, zip(*found)))
-        values = figures(found, decode(found.code, mixing.hold is not None), found.logits, sets.images.shape[-2:])
-        ways["engine"].append((took, values, blocks * BLOCK))
-        of_first = (found.index < sets.index[0] + BLOCK).nonzero().flatten()
-        place = found.index[of_first] - sets.index[0]
-        both[0].append(figures(sets, theta, logits)[place, 1][solved[place]])
-        both[1].append(values[of_first, 1][solved[place]])
-    result = {name: {"images/s": sum(len(v) for _, v, _ in runs) / sum(t for t, _, _ in runs),
-                     "solved": sum(len(v) for _, v, _ in runs) / sum(n for _, _, n in runs),
-                     "m(1-m)": torch.cat([v for _, v, _ in runs])[:, 0].mean().item(),
-                     "KL": torch.cat([v for _, v, _ in runs])[:, 1].mean().item(),
-                     "KL, where both solve": torch.cat(both[name == "engine"]).mean().item()} for name, runs in ways.items()}
-    passes = engine.clock[PASSES] / sum(engine.clock.values())
-    updates = (engine.solved_after * torch.arange(len(engine.solved_after))).sum() + mixing.max_iter * (engine.tried - engine.solved_after.sum())
-    passes_an_image = (updates + engine.tried).item() / engine.solved_after.sum().item()
-    return result | {"ratio": result["engine"]["images/s"] / result["plain"]["images/s"], "share of time in passes": passes, "passes an image": passes_an_image}
+        runs["plain"].append((time.perf_counter() - start, len(solved), (plain := figures(sets, theta, logits))[solved]))
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            found = list(engine.run(draw_block(images, engine.see, engine.mixing, seed, r * blocks + b) for b in range(blocks)))
+            took, found = time.perf_counter() - start, Found(*map(torch.cat, zip(*found)))
+            values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits, sets.images.shape[-2:])
+            runs[name].append((took, blocks * BLOCK, values))
+            rows = (found.index < sets.index[0] + BLOCK).nonzero().flatten()
+            rows = rows[solved[found.index[rows] - sets.index[0]]]  # those that both solve
+            both[name].append(torch.stack([values[rows, 1], plain[found.index[rows] - sets.index[0], 1]], 1))
+    result = {name: summary(*zip(*of)) for name, of in runs.items()}
+    for name, engine in engines.items():
+        ours, theirs = torch.cat(both[name]).mean(0).tolist()
+        result[name] |= {"ratio": result[name]["images/s"] / result["plain"]["images/s"], "KL, where both solve": ours, "the plain way's KL there": theirs,
+                         "passes an image": engine.passes / int(engine.solved_after.sum()), "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values())}
+    return result
+
+def summary(seconds, tried, values) -> dict[str, float]:
+    "Figures of one way, from those of its rounds."
+    solved = torch.cat(values)
+    return {"images/s": len(solved) / sum(seconds), "solved": len(solved) / sum(tried), "m(1-m)": solved[:, 0].mean().item(), "KL": solved[:, 1].mean().item()}
 
 def figures(sets, theta, logits, size=None):  # Sets or Found -> (n, 2): sparsity and KL
     "m(1 − m) and KL(ŷ ‖ p) of each set."
@@ -329,11 +335,12 @@ def figures(sets, theta, logits, size=None):  # Sets or Found -> (n, 2): sparsit
     return torch.stack([sparsity(masks), F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)], 1)
 
 # %% ../nbs/34_engine.ipynb #050eabc7
-RACES = {2: Mixing(**FAST), 3: Mixing(**FAST, k=3)}
+RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine, giving up early": Mixing(**EAGER, k=k)} for k in (2, 3)}
 SEARCHES = {  # for the picture of trade-offs: what differs from the paper's recipe
     "the paper's": {}, "λ_s 15": {"lambda_s": 15.0}, "λ_s 10": {"lambda_s": 10.0}, "step 0.7": {"step": 0.7}, "σ 0.6": {"sigma": 0.6},
     "held": {"hold": 0.063}, "hinge": {"margin": 1.0}, "regions, held": FAST | {"margin": 0.0}, "regions, held, hinge": FAST, "the same, step 1.5": FAST | {"step": 1.5},
     "the same at 0.045": FAST | {"hold": 0.045}, "the same at 0.09": FAST | {"hold": 0.09}, "the same, 25 updates": FAST | {"max_iter": 25},
+    **{f"giving up at {bound}": EAGER | {"give_up": bound} for bound in (3.0, 4.5, 6.0)},
 }
 
 def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 4, seed: int = 1) -> dict:
@@ -342,15 +349,14 @@ def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 
     found = list(engine.run(draw_block(images, engine.see, mixing, seed, b) for b in range(blocks)))
     found = Found(*map(torch.cat, zip(*found)))
     values = figures(found, decode(found.code, mixing.hold is not None), found.logits, images[:1][0].shape[-2:]).mean(0).tolist()
-    updates = found.steps.sum().item() + mixing.max_iter * (engine.tried - len(found.index))
-    return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": (updates + engine.tried) / len(found.index)}
+    return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": engine.passes / len(found.index)}
 
 # %% ../nbs/34_engine.ipynb #c8e6f8eb
 def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.json", rounds: int = 3) -> dict:
     "The races and the trade-offs of this chapter, written to a file; some minutes."
     report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "supermix race"}
-    report["races"] = {str(k): race(teacher, images, mixing, rounds=rounds) for k, mixing in RACES.items()}
-    report["trade-offs"] = {str(k): {name: trade_off(teacher, images, Mixing(**{**changes, "k": k})) for name, changes in progress(SEARCHES.items(), f"trade-offs, k = {k}")}
+    report["races"] = {k: race(teacher, images, ways, rounds=rounds) for k, ways in RACES.items()}
+    report["trade-offs"] = {k: {name: trade_off(teacher, images, Mixing(**{**changes, "k": int(k)})) for name, changes in progress(SEARCHES.items(), f"trade-offs, k = {k}")}
                             for k in RACES}
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     return report

@@ -15,10 +15,10 @@ RECIPES = {"CIFAR100": CIFAR100, "CRD_BENCHMARK": CRD_BENCHMARK, "IMAGENET": IMA
 @pytest.mark.parametrize("recipe, training, mixing", [
     (CIFAR100, dict(epochs=600, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, decay=0.1,
                     milestones=(200, 300, 400, 500), warmup=0),
-     dict(k=2, mask_size=8, sigma=1, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat")),
+     dict(k=2, mask_size=8, sigma=1, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat", give_up=None)),
     (IMAGENET, dict(epochs=100, batch_size=256, lr=0.025, momentum=0.9, weight_decay=1e-4, milestones=(30, 60, 90),
                     decay=0.1, warmup=0),
-     dict(k=2, mask_size=16, sigma=2, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat")),
+     dict(k=2, mask_size=16, sigma=2, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat", give_up=None)),
 ], ids=["CIFAR100", "IMAGENET"])
 def test_the_papers_numbers(recipe, training, mixing):
     assert training.items() <= asdict(recipe.training).items() and asdict(recipe.mixing) == mixing

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
+from supermix.data import load_data
 from supermix.masks import mix, soft_labels
-from supermix.mixing import SuperMix, is_solved, newton_step, objective
-from supermix.zoo import create
+from supermix.mixing import SuperMix, hinge, is_solved, newton_step, objective
+from supermix.zoo import create, pretrained
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -203,6 +204,19 @@ def test_any_shape_and_size(problem):
     assert (got.steps[~got.solved] == mixer.max_iter).all()
 
 
+def test_a_set_that_lacks_much_is_given_up():
+    teacher = pretrained("digits").requires_grad_(False)
+    images, _ = load_data("digits").train[:64]
+    patient, hasty = (SuperMix(teacher, max_iter=12, give_up=bound) for bound in (None, 2.0))
+    draw = patient.draw(images, generator=torch.Generator().manual_seed(0))
+    want, got = (mixer.solve(images[draw.partners], draw.lam, draw=draw) for mixer in (patient, hasty))
+    gone = ~got.solved & (got.steps < 12)
+    assert gone.sum() > 5 and (got.steps[gone] > 1).all() and (hinge(got.logits, got.classes)[gone] > 2).all()
+    assert got.solved.sum() > 5 and (want.solved | ~got.solved).all() and torch.equal(want.steps[got.solved], got.steps[got.solved])
+    late = ~gone & (got.steps > 1) & (got.steps < 12)
+    assert (hinge(got.logits, got.classes)[late] <= 2).all()
+
+
 def test_the_check_comes_after_an_update_and_stops_a_set_at_once():
     means = lambda x: x.mean((2, 3))  # a class for each channel
     flat = 5 * torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4)
@@ -387,6 +401,7 @@ BAD = {
     "no mask": (lambda t, s, lam: SuperMix(t, mask_size=0), "Expected mask_size of 1 or more, got 0"),
     "half a cell": (lambda t, s, lam: SuperMix(t, mask_size=7.5), "mask_size.* got 7.5"),
     "no updates": (lambda t, s, lam: SuperMix(t, max_iter=0), "Expected max_iter of 1 or more, got 0"),
+    "what is solved given up": (lambda t, s, lam: SuperMix(t, give_up=0.5), "Expected give_up of 1 or more, or None, got 0.5"),
     "sigma": (lambda t, s, lam: SuperMix(t, sigma=-1.0), "Expected sigma of 0 or more, got -1.0"),
     "lambda_s": (lambda t, s, lam: SuperMix(t, lambda_s=float("nan")), "Expected lambda_s of 0 or more, got nan"),
     "alpha": (lambda t, s, lam: SuperMix(t, alpha=0), "alpha above 0.* got 0"),
