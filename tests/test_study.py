@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 from supermix.distillation import MIXERS
-from supermix.recipes import METHODS
-from supermix.study import T95, core, grid, interval, results, run_trial, table
+from supermix.recipes import METHODS, Mixing
+from supermix.study import T95, Trial, core, grid, interval, results, run_trial, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,13 +18,15 @@ def test_the_grid_is_the_studys():
     trials = grid()
     assert len({t.file for t in trials}) == len(trials)
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
+    seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
+    assert len({seen(t) for t in trials if t.group == "longer"}) == 1 and {t.seed for t in trials if t.group == "longer"} == {0, 1}
     for group in ("n=500", "n=5000", "WRN-16-1"): assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
     for t in trials:
         assert t.method in METHODS and (t.mixer is None or t.mixer in MIXERS)
         assert t.training.epochs * ceil(t.images / t.batch_size) == t.updates
         assert 0 < t.training.milestones[0] < t.training.milestones[1] < t.training.epochs
     names = {t.name for t in trials if t.group == "budget"}
-    assert names == {f"{who}, double {what}" for who in ("alone", "KD") for what in ("batch", "updates")}
+    assert names == {f"{who}, double {what}" for who in ("alone", "KD") for what in ("batch", "updates")} | {f"{who} + KD, half batch" for who in ("MixUp", "CutMix", "SuperMix")}
 
 
 def test_students_t():
@@ -43,7 +45,8 @@ def test_every_result_is_of_its_trial():
     assert sum(len(seeds) for rows in found.values() for seeds in rows.values()) == len(files)
     for path in files:
         result = json.loads(path.read_text())
-        assert result["trial"] == json.loads(json.dumps(asdict(by_file[str(path.relative_to(ROOT / "results" / "study"))])))
+        trial = Trial(**result["trial"] | {"mixing": Mixing(**result["trial"]["mixing"])})  # options that came later have their defaults
+        assert trial == by_file[str(path.relative_to(ROOT / "results" / "study"))]
         assert 10 < result["accuracy"] < 100 and result["core_seconds"]["training"] > 10
 
 
