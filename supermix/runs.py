@@ -120,7 +120,7 @@ def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Modu
     teacher = teacher or (create(recipe.teacher, classes) if asks_teacher(variant) else None)
     student = create(recipe.student, classes)
     try:
-        check_parts(teacher, terms, variant.mixer, images)
+        check_parts(teacher, terms, variant.mixer, images, student)
         if terms.features: make_terms(terms, student, teacher, images)
     except ValueError as error: raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
 
