@@ -37,7 +37,6 @@ from .generate import claimed, patiently
 from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
 from .published import published, source
-from .puzzlemix import PuzzleMix
 from .recipes import CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Recipe, Terms, Training, Variant, differences, change
 from .store import fingerprint, weights_hash
 from .study import commit
@@ -326,7 +325,7 @@ def cost(recipe: Recipe, variant: Variant = Variant("kd"), data: Data | None = N
     taught = asked and not given and not fetched(recipe, classes)
     learning = hours(training_step(teacher, label_objective, x, labels, t)) * n * t.epochs if taught else 0.0
     if asked: teacher.eval()
-    mixer = (PuzzleMix(teacher) if variant.mixer == "puzzlemix" else MixUp(classes)) if terms.mixes else None  # what is stored is mixed as fast
+    mixer = MIXES["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, classes) if terms.mixes else None  # what is stored is mixed as fast
     objective = Distillation(teacher, terms, mixer, student, noise).to(device)
     training = hours(training_step(student.train(), objective, x, labels, r)) * learned * r.epochs
     mixing = hours(search_step(teacher, x)) * recipe.mixes * recipe.mixing.max_iter if variant.mixer == "supermix" else 0.0
