@@ -149,7 +149,7 @@ def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module
     if terms.teaches: widths["teacher"] = classify(teacher, to_device(images[:1][0], teacher)).shape[1]
     for name, width in widths.items():
         if width < len(images.info.classes): raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes of {images.info.name}, got {width}.")
-    if terms.answers and widths["student"] != widths["teacher"]: raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}.")
+    if (terms.kd or terms.mixed_kd or terms.mixed_ce and terms.label in ("teacher", "softmax")) and widths["student"] != widths["teacher"]: raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}.")
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
 def distill(teacher,                              # images to logits; None where nothing asks for it

@@ -90,10 +90,7 @@ class Terms:
     def mixes(self) -> bool: return bool(self.mixed_ce or self.mixed_kd)
 
     @property
-    def answers(self) -> bool: return bool(self.kd or self.mixed_kd or (self.mixed_ce and self.label in ("teacher", "softmax")))  # the teacher's logits are asked for
-
-    @property
-    def teaches(self) -> bool: return bool(self.answers or self.features)
+    def teaches(self) -> bool: return bool(self.kd or self.features or self.mixed_kd or (self.mixed_ce and self.label in ("teacher", "softmax")))
 
     def mixed(self) -> "Terms":
         "The same with mixed images: they get the loss on logits where natural ones do, else a label."
