@@ -102,6 +102,7 @@ class CRD(Term):
         self.register_buffer("classes", torch.full((images,), -1))            # −1: not met yet
         self.register_buffer("log_z", torch.full((2,), -math.inf))            # −∞: not estimated yet
 
+    @torch.compiler.disable  # compiled, the backward pass would read memories that have been overwritten
     def forward(self, student, teacher, labels, indices, generator=None):
         n, (ours, theirs) = len(self.classes), vectors(student, teacher)
         ours, theirs = F.normalize(self.embed_student(ours)), F.normalize(self.embed_teacher(theirs))

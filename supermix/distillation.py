@@ -8,7 +8,7 @@ __all__ = ['MIXERS', 'make_mixes', 'mix_batch', 'Staged', 'Distillation', 'ask_t
 # %% ../nbs/45_distillation.ipynb #b2e448b5
 import tempfile
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .mixers import CutMix, Mixer, MixUp
 from .mixing import see as classify
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, METHODS, Generation, Mixing, Terms, Training
-from .store import MixedDataset
+from .store import MixedDataset, weights_hash
 from .training import Batch, History, to_device, train, world
 
 # %% ../nbs/45_distillation.ipynb #885b24f2
@@ -97,6 +97,8 @@ class Distillation(Staged):
                  ):
         super().__init__(make_terms(terms, student, teacher, images) if terms.features else {}, first_stage)
         self.terms, self.mixer = terms, mixer
+        self.about = {**{f"terms.{name}": value for name, value in asdict(terms).items()}, "mixer": type(mixer).__name__,
+                      "teacher": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}
         fast = isinstance(teacher, nn.Module) and images is not None and not terms.features
         self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last) if fast else teacher]  # in a list: no part of ours
 
@@ -110,7 +112,6 @@ class Distillation(Staged):
         ours = see(student, both) if terms.features else Seen([], student(both))
         theirs = ask_teacher(self.teacher, both, n, terms) if terms.teaches else Seen([], None)
         zs, zt = ours.logits.float(), theirs.logits
-        if zt is not None and zt.shape[1] != zs.shape[1]: raise ValueError(f"Expected a student and a teacher of the same classes, got {zs.shape[1]} and {zt.shape[1]}.")
         loss = student_loss(terms, zs[:n], batch.labels, *((zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)), soft)
         for name, weight in terms.features:
             if self.features[name].later: loss = loss + weight * self.features[name](Seen([f[:n] for f in ours.features], zs[:n]), theirs, batch.labels, batch.indices, batch.generator)
@@ -138,15 +139,17 @@ def make_terms(terms: Terms, student: nn.Module, teacher: nn.Module, images: Ima
     return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
 
 # %% ../nbs/45_distillation.ipynb #19fdb848
-def check_parts(teacher, terms: Terms, mixer, images: Images) -> None:
-    "A ValueError where teacher, method and mixer do not fit together."
+def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module) -> None:
+    "A ValueError where teacher, student, method and mixer do not fit together."
     if terms.mixes and mixer is None: raise ValueError("This method has a term for mixed images: give a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
     lookup({"teacher": 0, "softmax": 0, "lam": 0, "area": 0}, terms.label, "label of mixed images")
     if (terms.teaches or isinstance(mixer, str) and mixer == "supermix") and teacher is None: raise ValueError("This method or mixer needs a teacher, got None.")
     if terms.label == "area" and isinstance(mixer, Mixer) and mixer.weights.__func__ is not Mixer.weights: raise ValueError("Expected a mixer that labels by areas for label='area', or a stock of mixes.")
-    if not terms.teaches: return
-    seen = classify(teacher, to_device(images[:1][0], teacher))
-    if seen.shape[1] < len(images.info.classes): raise ValueError(f"Expected a teacher of at least the {len(images.info.classes)} classes of {images.info.name}, got {seen.shape[1]}.")
+    with torch.no_grad(), evaluating(student): widths = {"student": student(to_device(images[:1][0], student)).shape[1]}
+    if terms.teaches: widths["teacher"] = classify(teacher, to_device(images[:1][0], teacher)).shape[1]
+    for name, width in widths.items():
+        if width < len(images.info.classes): raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes of {images.info.name}, got {width}.")
+    if (terms.kd or terms.mixed_kd or terms.mixed_ce and terms.label in ("teacher", "softmax")) and widths["student"] != widths["teacher"]: raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}.")
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
 def distill(teacher,                              # images to logits; None where nothing asks for it
@@ -166,13 +169,13 @@ def distill(teacher,                              # images to logits; None where
     terms = method if isinstance(method, Terms) else lookup(METHODS, method, "method")
     if mixer is not None: terms = terms.mixed()
     make = lookup(MIXERS, mixer, "mixer") if isinstance(mixer, str) else None
-    check_parts(teacher, terms, mixer, images)
+    check_parts(teacher, terms, mixer, images, student)
     if terms.features: make_terms(terms, student, teacher, images)  # an impossible one ends here
+    learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     if make: mixer = make(teacher, len(images.info.classes))
     elif mixer == "supermix":
         if world()[1] > 1 and folder is None: raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
-        sources = images.split(recipe.held_out)[1] if recipe.held_out else images
-        mixer = make_mixes(teacher, sources, mixes or 10 * len(sources), mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
+        mixer = make_mixes(teacher, learned, mixes or 10 * len(learned), mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
     with evaluating(teacher) if teacher is not None else nullcontext():
-        objective = Distillation(teacher, terms, mixer, student, images, min(recipe.first_stage, recipe.epochs))
+        objective = Distillation(teacher, terms, mixer, student, learned, min(recipe.first_stage, recipe.epochs))
         return train(student, images, recipe, objective, test=test, folder=folder, **{"title": method if isinstance(method, str) else "distilling", **options})

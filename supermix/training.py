@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_device', 'accuracy', 'Batch', 'label_objective', 'History', 'world', 'join', 'Loss', 'wrap', 'Run', 'check_losses',
-           'run_epoch', 'end_epoch', 'train', 'make_teacher']
+           'check_weights', 'run_epoch', 'end_epoch', 'train', 'make_teacher']
 
 # %% ../nbs/22_training.ipynb #5efae590
 import json
@@ -114,7 +114,8 @@ class Loss(nn.Module):
 def wrap(loss: Loss, device) -> nn.Module:
     "For many processes, in PyTorch's DistributedDataParallel."
     if world()[1] == 1: return loss
-    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    first = getattr(loss.objective, "first", False)  # a first stage may not reach the student's head
+    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=first)
 
 # %% ../nbs/22_training.ipynb #b4c43821
 class Run:
@@ -127,7 +128,11 @@ class Run:
     def state(self) -> dict:
         return {"network": self.loss.network.state_dict(), "optimiser": self.optimiser.state_dict(), "random": random_state(),
                 "objective": self.loss.objective.state_dict() if isinstance(self.loss.objective, nn.Module) else {},
-                "position": [self.epoch, self.step, self.updates], "losses": self.losses, "history": asdict(self.history), "recipe": json.dumps(asdict(self.recipe))}
+                "position": [self.epoch, self.step, self.updates], "losses": self.losses, "history": asdict(self.history), "recipe": json.dumps(self.about())}
+
+    def about(self) -> dict:
+        "What a checkpoint has to agree with: the recipe, and what the objective says about itself."
+        return json.loads(json.dumps({**asdict(self.recipe), **getattr(self.loss.objective, "about", {})}))
 
     def lr(self, epoch: float) -> float:
         "The learning rate at a moment, in epochs since the start: the recipe's, unless the objective has one of its own."
@@ -136,24 +141,27 @@ class Run:
 
     def asked(self, device) -> nn.Module:
         "The loss as it is called: wrapped for many processes, compiled if the recipe says so; made anew where other parameters are trained than before."
-        trained = [p.requires_grad for p in self.loss.parameters()]
+        trained = [getattr(self.loss.objective, "first", False), *(p.requires_grad for p in self.loss.parameters())]
         if trained != self.trained:
             ask, self.trained = wrap(self.loss, device), trained
             self.ask = torch.compile(ask) if self.recipe.compile else ask
         return self.ask
 
     def save(self) -> None:
-        "Write a checkpoint, where there is a folder."
+        "Write a checkpoint, where there is a folder; weights that are no numbers are an error, and never written."
+        check_weights(self)
         if self.folder and world()[0] == 0: self.saved = save_checkpoint(self.folder, self.updates, self.state())
-        if self.folder and world()[1] > 1: dist.barrier()
+        if self.folder and world()[1] > 1:
+            dist.barrier()
+            self.saved = (checkpoints(self.folder) or [None])[-1]
 
     def resume(self) -> None:
         "Go back to the newest checkpoint, if there is one."
         found = checkpoints(self.folder) if self.folder else []
         if not found: return
         self.saved, state = found[-1], load_checkpoint(found[-1])
-        old, new = json.loads(state["recipe"]), json.loads(json.dumps(asdict(self.recipe)))
-        differ = [f"{name} ({old.get(name)} there, {value} now)" for name, value in new.items() if old.get(name) != value]
+        old, new = json.loads(state["recipe"]), self.about()
+        differ = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in {**old, **new} if old.get(name) != new.get(name)]
         if differ: raise ValueError(f"{self.folder} holds a run with another recipe: {', '.join(differ)}. Choose another folder, or that recipe.")
         self.loss.network.load_state_dict(state["network"])
         if isinstance(self.loss.objective, nn.Module): self.loss.objective.load_state_dict(state["objective"])
@@ -173,6 +181,13 @@ def check_losses(run: Run, since: list[torch.Tensor], steps: int) -> None:
         raise FloatingPointError(f"The loss is {value} at update {at + 1:,} (epoch {run.epoch + 1}, batch {at - run.epoch * steps + 1} of {steps}): try a lower learning rate.{saved}")
     run.losses += values
     since.clear()
+
+def check_weights(run: Run) -> None:
+    "A FloatingPointError where a weight is not finite, as after a gradient that was not."
+    if torch.stack([p.detach().isfinite().all() for p in run.loss.parameters()]).all(): return
+    name = next(name for name, p in run.loss.named_parameters() if not p.isfinite().all())
+    saved = f" The last good checkpoint is {run.saved}." if run.saved else ""
+    raise FloatingPointError(f"{name} is no number any more after update {run.updates:,}, whose loss still was one: try a lower learning rate.{saved}")
 
 # %% ../nbs/22_training.ipynb #5f2e2fe7
 def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: float) -> None:

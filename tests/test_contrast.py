@@ -198,3 +198,14 @@ def test_two_processes_keep_equal_memories(tmp_path):
 def test_z_is_n_times_the_mean():
     x = random(0, 5, 4).tanh()
     assert estimate_log_z(x, 30, 0.5).exp().item() == pytest.approx(30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_it_has_the_same_gradient():
+    def gradients(wrap):
+        torch.manual_seed(0)
+        student, teacher = (Seen([torch.randn(32, 64)], torch.randn(32, 10)) for _ in range(2))
+        term, indices = CRD(student, teacher, 80).train(), torch.randperm(80)[:32]
+        wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices, torch.Generator().manual_seed(1)))(student, teacher).backward()
+        return [p.grad for p in term.parameters()] + [term.memory_student, term.memory_teacher]
+    torch.testing.assert_close(gradients(torch.compile), gradients(lambda f: f), rtol=1e-4, atol=1e-5)

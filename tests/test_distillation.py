@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from supermix.checkpoints import checkpoints, load_checkpoint
 from supermix.contrast import TERMS
 from supermix.core import seeded as place
 from supermix.data import Data
@@ -201,6 +202,21 @@ def test_crops_of_mixed_images(teacher, digits):
         distill(teacher, students[-1], images, "kd", mixer, SHORT, mixes=30, **options)
     first, by_hand, default = (student.head.weight for student in students)
     assert torch.equal(first, by_hand) and not torch.equal(first, default)
+
+
+def test_what_is_held_out_is_in_no_memory(teacher, digits, tmp_path):
+    images = digits.train.subset(40)
+    distill(teacher, create("resnet8", 10), images, "crd", recipe=replace(SHORT, held_out=10), folder=tmp_path)
+    state = load_checkpoint(checkpoints(tmp_path)[-1])["objective"]
+    assert state["features.crd.memory_student"].shape == state["features.crd.memory_teacher"].shape == (30, 128)
+    assert torch.equal(state["features.crd.classes"], images.split(10)[1].labels)  # each row belongs to an image that is learned from
+
+
+def test_networks_that_do_not_fit_are_told_before_anything_is_mixed(teacher, few, tmp_path):
+    for classes, message in ((12, "the same classes, got 12 and 10"), (8, "a student of at least the 10 classes of digits, got 8")):
+        with pytest.raises(ValueError, match=message): distill(teacher, create("resnet8", classes), few, "kd", "supermix", SHORT, folder=tmp_path)
+    with pytest.raises(ValueError, match="a student of at least the 10"): distill(None, create("resnet8", 8), few, "alone", recipe=SHORT)
+    assert not list(tmp_path.iterdir())
 
 
 MISFITS = {

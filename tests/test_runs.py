@@ -20,7 +20,7 @@ from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTIL
                               IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS, Variant, change, differences)
 from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result, measured, miniature, open_data,
                            open_teacher, result_path, run, run_classification, run_distillation, settle, table, run_family)
-from supermix.zoo import CRD_KEYS, create, crd_keys, load
+from supermix.zoo import CRD_KEYS, create, crd_keys, load, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION, IMAGENET_CLASSIFICATION]
 
@@ -179,6 +179,18 @@ def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
     assert not (tmp_path / "teachers").exists()
 
 
+def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        save(create("resnet8", 10), tmp_path / f"{name}.safetensors")
+    go = lambda name: run_distillation(TINY, "kd", folder=tmp_path, results=tmp_path / "results", root=places["root"], teacher=tmp_path / f"{name}.safetensors")
+    first = go("first")
+    assert go("first") == first
+    with pytest.raises(ValueError, match="is the result of another teacher"): go("second")
+    result_path(TINY, Variant("kd"), tmp_path / "results").unlink()
+    with pytest.raises(ValueError, match="teacher .* there, .* now"): go("second")  # nor are its checkpoints
+
+
 def test_imagenet_in_small(tmp_path):
     recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (), "teacher_training.epochs": 1, "teacher_training.milestones": ()})
     result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path, root=miniature("imagenet", tmp_path))
@@ -206,6 +218,30 @@ def test_costs_grow_with_what_is_asked(places):
     plain = cost(TINY, Variant("alone"), data, probe=4)
     assert plain.teacher == plain.mixing == plain.mixes == 0 < plain.training and 100 < bytes_a_mix(CIFAR100) < bytes_a_mix(IMAGENET) < 1200
     assert not asks_teacher(Variant()) and asks_teacher(Variant(mixer="supermix", label="lam"))
+
+
+def test_a_memory_takes_time_and_room():
+    recipe = change(CIFAR100, {"teacher": "resnet8", "student": "resnet8"})
+    plain, crd, less = (cost(recipe_, Variant(method), probe=4, steps=1) for recipe_, method in ((recipe, "kd"), (recipe, "crd"), (replace(recipe, train_images=10_000), "crd")))
+    vectors = lambda n: 2 * (2 * n * 128 * 4 + n * 8) / 1e9  # two checkpoints, each with two memories and the classes
+    assert crd.checkpoints - plain.checkpoints == pytest.approx(vectors(50_000), rel=0.02) and crd.checkpoints - less.checkpoints == pytest.approx(vectors(40_000), rel=0.001)
+    assert crd.training > plain.training  # 16,384 negatives for each image
+
+
+def test_weights_that_are_given_cost_no_training():
+    recipe = change(CIFAR100, {"teacher": "resnet8", "student": "resnet8"})
+    taught, given = (cost(recipe, probe=4, steps=1, given=given) for given in (False, True))
+    assert taught.teacher > 0 == given.teacher and given.checkpoints < taught.checkpoints
+    assert runs.fetched(IMAGENET, 1000) and not runs.fetched(IMAGENET, 4) and not runs.fetched(CIFAR100, 1000)
+    with pytest.raises(ValueError, match="Unknown data set of known size 'digits'"): cost(replace(CIFAR100, data="digits"))
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "ResNet34", "ResNet50"])
+def test_torchvisions_weights_are_those_of_plain_training(name):
+    from torchvision.models import get_weight
+    reached = get_weight(f"{name}_Weights.{runs.WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert reached == {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.13}[name]
+    if name == "ResNet50": assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5  # not above what it shall teach
 
 
 # ---- commands
@@ -263,6 +299,14 @@ def test_train_trains_a_classifier(tmp_path):
     out = ended(start("train", *OPTIONS, "--policy", "randaugment", "--cutout", "16", "--out", tmp_path, launcher=("-c", "from supermix.cli import main; main()")))
     result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
     assert "% of the test images" in out and result["variant"]["policy"] == "randaugment" and result["variant"]["cutout"] == 16 and result["teacher"] is None
+
+
+def test_a_command_says_first_what_it_will_cost(tmp_path):
+    small = ["--data", "digits", "--teacher", "resnet8", "--student", "resnet8", "--train-images", "40", "--training.epochs", "1", "--teacher-training.epochs", "1", "--scale", "mini", "--out", tmp_path]
+    assert ended(start("distill", *small, "--only-cost")).startswith("on 1 CPU threads: student") and not list(tmp_path.iterdir())
+    lines = ended(start("distill", *small)).splitlines()
+    assert lines[0].startswith("on 1 CPU threads: student") and "% of the test images after 1 epochs" in lines[1] and len(lines) == 2
+    assert ended(start("distill", *small)).splitlines() == lines[1:]  # done: it costs nothing any more
 
 
 def test_a_mistake_is_one_line(tmp_path):
