@@ -20,7 +20,9 @@ from .core import write_atomic
 # %% ../nbs/20_checkpoints.ipynb #eaedb299
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
-def digest(content: bytes) -> str: return hashlib.sha256(content).hexdigest()[:16]
+def digest(step: int, content: bytes) -> str:
+    "Sixteen digits that depend on the step and on every byte."
+    return hashlib.sha256(f"{step:09d}".encode() + content).hexdigest()[:16]
 
 def checkpoints(folder: str | Path) -> list[Path]:
     "The checkpoints in a folder, the newest last; an empty list where there are none."
@@ -38,20 +40,20 @@ def save_checkpoint(folder: str | Path,  # is made if need be
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path = write_atomic(Path(folder) / f"step-{step:09d}-{digest(content)}.pt", content)
+    path = write_atomic(Path(folder) / f"step-{step:09d}-{digest(step, content)}.pt", content)
     begun = Path(folder).glob(".step-*.pt.*")  # by a run that was killed as it wrote
     for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]: old.unlink()
     return path
 
 # %% ../nbs/20_checkpoints.ipynb #21bb97d7
 def load_checkpoint(path: str | Path) -> dict:
-    "Read what `save_checkpoint` wrote. A file that was changed or cut off, or that holds code, is an error that names it."
+    "Read what `save_checkpoint` wrote. A file that was changed, cut off or renamed, or that holds code, is an error that names it."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"There is no checkpoint {path}.")
     content, name = path.read_bytes(), NAME.fullmatch(path.name)
     advice = "Delete it to go on from the one before."
     if name is None: raise ValueError(f"Expected a checkpoint named step-<updates>-<sha256>.pt, got {path}.")
-    if digest(content) != name[2]: raise ValueError(f"The checkpoint {path} was changed or cut off: its content does not fit its name. {advice}")
+    if digest(int(name[1]), content) != name[2]: raise ValueError(f"The checkpoint {path} was changed or cut off, or renamed: its content does not fit its name. {advice}")
     try: return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
         raise ValueError(f"The checkpoint {path} holds more than plain values, and was not read ({str(error).splitlines()[0]}). {advice}") from error

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .core import evaluating, progress
 from .data import Images, load_data
 from .policies import OPS, Augmented, Policy, save_policy
-from .recipes import Training
+from .recipes import Training, Typed
 from .training import accuracy, to_device, train
 from .zoo import create
 
@@ -66,7 +66,7 @@ def random_policy(lines: int,                 # sub-policies
 
 # %% ../nbs/47_policysearch.ipynb #328b1048
 @dataclass(frozen=True)
-class DensityRecipe:
+class DensityRecipe(Typed):
     "Fast AutoAugment's search. Where the authors have more, it is for want of time."
     network: str = "resnet8"    # the judge (FAA: WRN-40-2 for CIFAR, ResNet50 for ImageNet)
     images: int = 2000          # that the judge learns from (ours)
@@ -139,7 +139,7 @@ def exploit(losses: torch.Tensor,        # (P,)
 
 # %% ../nbs/47_policysearch.ipynb #5683036f
 @dataclass(frozen=True)
-class PopulationRecipe:
+class PopulationRecipe(Typed):
     "Population Based Augmentation's search. Where the authors have more, it is for want of time."
     network: str = "resnet8"   # of every member (PBA: WRN-40-2)
     images: int = 1000         # that the members learn from (PBA: 4,000)

@@ -6,19 +6,39 @@
 __all__ = ['FAST', 'EAGER', 'METHODS', 'BENCHMARK', 'LOW', 'SMOKE', 'CIFAR100', 'IMAGENET', 'CRD_BENCHMARK', 'PAIRS', 'TITLES',
            'METHOD_ROWS', 'MIX_ROWS', 'OTHER_ROWS', 'TINY', 'CIFAR100_DISTILLATION', 'CRD_DISTILLATION',
            'IMAGENET_ROWS', 'IMAGENET_DISTILLATION', 'CLASSIFIERS', 'CIFAR100_CLASSIFICATION',
-           'IMAGENET_CLASSIFICATION', 'DEMO', 'TEACHERS', 'Training', 'Mixing', 'Generation', 'Terms', 'featured',
-           'Recipe', 'change', 'differences', 'Variant', 'Family', 'scaled', 'title', 'policy_rows']
+           'IMAGENET_CLASSIFICATION', 'DEMO', 'TEACHERS', 'fits', 'Typed', 'Training', 'Mixing', 'Generation', 'Terms',
+           'featured', 'Recipe', 'change', 'differences', 'Variant', 'Family', 'scaled', 'title', 'policy_rows']
 
 # %% ../nbs/02_recipes.ipynb #ea3d6a49
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import tyro
 
 from .core import lookup
 
+# %% ../nbs/02_recipes.ipynb #084824d5
+def fits(value, kind) -> bool:  # kind: a class, several with a bar between them, or a tuple of such
+    "Whether a value is of a declared type."
+    of, parts = get_origin(kind), get_args(kind)
+    if of is UnionType: return any(fits(value, part) for part in parts)
+    if of is tuple and isinstance(value, tuple):
+        if parts[-1] is not ...: return len(value) == len(parts) and all(map(fits, value, parts))
+        return all(fits(v, parts[0]) for v in value)
+    if isinstance(value, bool): return kind is bool             # Python takes True for 1
+    return isinstance(value, (int, float) if kind is float else of or kind)
+
+class Typed:
+    "A base of dataclasses: a value of another type than its field declares is a ValueError."
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not fits(value, kind): raise ValueError(f"Expected {name} of {type(self).__name__} to be of type {kind if get_origin(kind) else kind.__name__}, got {value!r}.")
+
 # %% ../nbs/02_recipes.ipynb #70cb5594
 @dataclass(frozen=True)
-class Training:
+class Training(Typed):
     "Stochastic gradient descent with a step schedule. The defaults are the paper's for CIFAR-100."
     epochs: int = 600                                    # passes over the natural images (S 1.1)
     batch_size: int = 128                                # natural images an update (S 1.1)
@@ -42,7 +62,7 @@ class Training:
 
 # %% ../nbs/02_recipes.ipynb #90fadaa7
 @dataclass(frozen=True)
-class Mixing:
+class Mixing(Typed):
     "The parameters of SuperMix. The defaults are the paper's for CIFAR-100."
     k: int = 2               # images a mixing set (main: 2 and 3)
     mask_size: int = 8       # w, height and width of θ (S 1.1)
@@ -63,7 +83,7 @@ EAGER = FAST | dict(max_iter=20, give_up=4.5)
 
 # %% ../nbs/02_recipes.ipynb #f991edd4
 @dataclass(frozen=True)
-class Generation:
+class Generation(Typed):
     "A store of mixed images: what is mixed, how, and how many."
     data: str = "auto"                # a data set of `supermix.data`; "auto": Fashion-MNIST where it can be had, else digits
     teacher: str = "auto"             # "auto": the one shipped for the data; or a file that `zoo.save` wrote; or an ImageNet network of the zoo
@@ -78,7 +98,7 @@ class Generation:
 
 # %% ../nbs/02_recipes.ipynb #8e0f3704
 @dataclass(frozen=True)
-class Terms:
+class Terms(Typed):
     "The weights of a student's loss."
     ce: float = 0.0        # cross-entropy with the label, natural images
     kd: float = 0.0        # the loss on logits, natural images
@@ -123,7 +143,7 @@ LOW = ("mobilenetv2", "shufflenetv1", "shufflenetv2")                           
 
 # %% ../nbs/02_recipes.ipynb #b56db0bf
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Typed):
     "A distillation run: data, teacher, student, and how they are trained and mixed."
     data: str = "cifar100"                # a data set of `supermix.data`
     teacher: str = "wrn_40_2"             # a network of `supermix.zoo`
@@ -203,7 +223,7 @@ CRD_BENCHMARK = replace(CIFAR100, training=BENCHMARK, low_lr=0.01, scales={
 
 # %% ../nbs/02_recipes.ipynb #4682d948
 @dataclass(frozen=True)
-class Variant:
+class Variant(Typed):
     "A row of a table: what the student learns from."
     method: str = "alone"         # a name of `METHODS`
     mixer: str | None = None      # mixup, cutmix (λ = ½), mixup_beta, cutmix_beta (λ ~ Beta(1, 1)), puzzlemix, supermix; None: natural images only
@@ -221,7 +241,7 @@ class Variant:
 
 # %% ../nbs/02_recipes.ipynb #dd885bd1
 @dataclass(frozen=True)
-class Family:
+class Family(Typed):
     "Runs that share a table: a recipe, and what is varied in it."
     recipe: Recipe
     pairs: tuple[tuple[str, str], ...]   # teachers and students

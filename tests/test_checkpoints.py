@@ -51,6 +51,15 @@ def test_any_changed_byte_is_an_error(tmp_path):
         with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to go on"): load_checkpoint(path)
 
 
+def test_a_renamed_checkpoint_is_an_error(tmp_path):
+    first, second = (save_checkpoint(tmp_path, step, STATE) for step in (1, 2))
+    assert first.name[15:] != second.name[15:]  # one content, two steps
+    false = first.rename(tmp_path / first.name.replace("step-000000001", "step-000000003"))
+    assert checkpoints(tmp_path)[-1] == false
+    with pytest.raises(ValueError, match=f"{false.name} was changed or cut off, or renamed.*Delete it to go on"): load_checkpoint(false)
+    assert load_checkpoint(false.rename(first))["position"] == load_checkpoint(second)["position"] == STATE["position"]
+
+
 class Trap:
     def __init__(self, target): self.target = target
 
@@ -60,7 +69,7 @@ class Trap:
 @pytest.mark.parametrize("write", [lambda trap, path: path.write_bytes(pickle.dumps({"network": trap})), lambda trap, path: torch.save({"network": trap}, path)])
 def test_code_in_a_checkpoint_never_runs(write, tmp_path):
     write(Trap(tmp_path / "ran"), tmp_path / "evil")
-    path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{digest((tmp_path / 'evil').read_bytes())}.pt")
+    path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{digest(1, (tmp_path / 'evil').read_bytes())}.pt")
     with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(save_checkpoint(tmp_path, 2, {"network": nn.Linear(1, 1)}))

@@ -24,7 +24,7 @@ def exercises(path):
     return [int(n) for n in re.findall(r"^(\d+)\. ", section[1], re.MULTILINE)] if section else None
 
 
-TO_BE_WRITTEN = {"34_engine", "38_large", "39_puzzlemix", "45_distillation", "47_policysearch"}
+TO_BE_WRITTEN = {"34_engine", "38_large", "39_puzzlemix"}
 WITH_EXERCISES = {path.stem: numbers for path in CHAPTERS if (numbers := exercises(path)) is not None}
 
 
