@@ -1,5 +1,6 @@
 """The README's snippets, run as they stand, in a folder that looks as they expect; and its tables against what they are drawn from."""
 
+import ast
 import json
 import re
 import subprocess
@@ -177,3 +178,31 @@ def test_the_paths_take_as_long_as_they_say():
     for path, hours in paths: assert round(sum(reading(by_number[n]) for n in path.split(", ")) / 60) in range(int(hours) - 1, int(hours) + 2)
     read, do = map(int, re.search(r"about (\d+) hours to read, (\d+) for the exercises", README).groups())
     assert abs(sum(map(reading, COURSE)) / 60 - read) < 3 and abs(sum(int(c[2]) for c in COURSE.values() if c[2] != "–") / 60 - do) < 3
+
+
+# ---- the glossary: symbols that all chapters keep
+
+GLOSSARY = notebook("glossary")[0]
+ENTRIES = re.findall(r"^\| (?:.*?) \| (`.*?) \| .*? \| .* \| \[(\d\d)\]\(([\w.]+)\.ipynb\) \|$", GLOSSARY, re.MULTILINE)
+ALIASES = {"lmbda", "lambd", "lamb", "lambda_", "mixing_weights", "sig", "sigma_s", "lam_s", "sparsity_weight", "temp", "T", "thetas", "n_classes", "nclasses", "nb_classes",
+           "n_class", "rng", "gen", "soft_label", "y_hat", "x_hat", "student_z", "teacher_z", "z_s", "z_t", "s_logits", "t_logits", "logits_student", "logits_teacher", "learning_rate", "bs"}
+
+
+@pytest.mark.parametrize("names, chapter, file", ENTRIES, ids=lambda value: value.replace("`", ""))
+def test_a_symbol_is_introduced_where_the_glossary_says(names, chapter, file):
+    assert file.startswith(chapter) and (ROOT / "nbs" / f"{file}.ipynb").is_file()
+    text = "\n".join(notebook(file))
+    for name in re.findall(r"`(\w+)", names): assert re.search(rf"\b{name}\b", text), f"chapter {chapter} has no {name}"
+
+
+def test_the_glossary_has_its_entries(): assert len(ENTRIES) == sum(line.endswith(".ipynb) |") for line in GLOSSARY.splitlines()) > 30
+
+
+def test_no_signature_has_another_name_for_a_symbol():
+    found = []
+    for path in (ROOT / "supermix").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                found += [f"{path.stem}.{getattr(node, 'name', 'lambda')}: {a.arg}" for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg in ALIASES]
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ALIASES: found.append(f"{path.stem}: {node.target.id}")
+    assert not found
