@@ -6,7 +6,7 @@
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'evenly', 'Batches', 'Images',
            'ArrayImages', 'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data',
            'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'load_fashion_mnist', 'PlainUnpickler',
-           'read_cifar', 'load_cifar100', 'load_imagenet', 'load_data']
+           'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
 import gzip
@@ -33,7 +33,7 @@ from .core import lookup, seeded
 @dataclass(frozen=True)
 class Info:
     "What is known about a data set, beside its images."
-    name: str                          # as in `load_data`
+    name: str                          # as in `load_data`, or that of a folder
     classes: tuple[str, ...]           # the names of the classes, in the order of the labels
     size: int                          # height and width of the images that a network gets, in pixels
     mean: tuple[float, float, float]   # of each channel, for pixels in 0 … 1
@@ -396,23 +396,40 @@ def load_cifar100(root=None, download: bool = True) -> Data:
         split.append(ArrayImages(info, torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels))
     return Data(info, *split, str(folder))
 
-# %% ../nbs/01_data.ipynb #be2d6d5a
+# %% ../nbs/01_data.ipynb #6a27c19d
+def load_folder(root: str | Path,             # holds train/<class>/*.jpg and val/<class>/*.jpg (or test), or just <class>/*.jpg
+                size: int = 224,              # height and width at which the networks get the images
+                mean=(0.485, 0.456, 0.406),   # of each channel, for pixels in 0 … 1, as the teacher was trained; ImageNet's
+                std=(0.229, 0.224, 0.225),    # the same
+                flip: bool = True,            # whether a mirror image still shows the same class
+                held_out: float = 0.2,        # share of the images for testing, where they have no folder of their own
+                name: str | None = None,      # what the data are called; None: as the folder
+                ) -> Data:
+    "Pictures of yours: files in one folder a class."
+    from torchvision.datasets import ImageFolder
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir(): raise FileNotFoundError(f"There is no folder {root}.")
+    names = [n for n in ("train", "val", "test") if (root / n).is_dir()][:2]
+    if names and (names[0] != "train" or len(names) < 2):
+        raise FileNotFoundError(f"{root / ('val' if 'train' in names else 'train')} is missing: the data set is only half there.")
+    parts = [ImageFolder(str(root / n)) for n in names or [""]]
+    if parts[0].classes != parts[-1].classes:
+        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise ValueError(f"{root}: train has {len(parts[0].classes)} classes and {names[1]} {len(parts[1].classes)}; only in one: {odd[:5]}.")
+    info = Info(name or root.name, tuple(parts[0].classes), size, tuple(mean), tuple(std), flip)
+    split = [FolderImages(info, [path for path, _ in part.samples], torch.tensor(part.targets)) for part in parts]
+    if names: return Data(info, *split, str(root))
+    test, train = split[0].split(round(held_out * len(split[0])))
+    return Data(info, train, test, f"{root}, {held_out:.0%} of it for testing")
+
+# %% ../nbs/01_data.ipynb #90a9be58
 def load_imagenet(root=None, download: bool = False) -> Data:
     "An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, seen at 224×224. There is no download."
-    from torchvision.datasets import ImageFolder
     candidates = [folder / sub for folder in data_folders(root) for sub in ("imagenet", "") if sub or root]
     folder = next((f for f in candidates if (f / "train").is_dir() or (f / "val").is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"There is no ImageNet in {' or '.join(map(str, candidates))}: expected the folders train and val.")
-    for name in ("train", "val"):
-        if not (folder / name).is_dir(): raise FileNotFoundError(f"{folder / name} is missing: the data set is only half there.")
-    train, val = (ImageFolder(str(folder / name)) for name in ("train", "val"))
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"{folder}: train has {len(train.classes)} classes and val {len(val.classes)}; only in one: {odd[:5]}.")
-    info = Info("imagenet", tuple(train.classes), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    split = [FolderImages(info, [path for path, _ in part.samples], torch.tensor(part.targets)) for part in (train, val)]
-    return Data(info, *split, str(folder))
+    return load_folder(folder, name="imagenet")
 
 # %% ../nbs/01_data.ipynb #2b3d4bfc
 DATA_SETS = {"digits": load_digits, "fashion_mnist": load_fashion_mnist, "cifar100": load_cifar100, "imagenet": load_imagenet}

@@ -253,7 +253,7 @@ def train(network: nn.Module,                 # is trained in place
             end_epoch(run, images, held, time.perf_counter() - begun, before, log, bar)
             run.save()
     log.close()
-    if hasattr(network, "info"): network.info = images.info
+    network.info = images.info  # so that `predict` takes it, whoever made it
     network.eval()
     if test is not None: run.history.test = accuracy(network, test)
     return run.history

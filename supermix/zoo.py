@@ -165,7 +165,8 @@ def save(network: nn.Module,   # made by `create`, or loaded
          ) -> Path:            # `path`
     "Save a network so that `load` needs nothing but the file."
     if not hasattr(network, "name"):
-        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(network).__name__} without a registered name.")
+        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(network).__name__} without a registered name. "
+                         "Keep that one with torch.save(network.state_dict(), path).")
     card |= {"network": network.name, "num_classes": network.num_classes}
     if network.info is not None: card["info"] = {**vars(network.info)}
     return save_tensors(path, network.state_dict(), card)

@@ -188,7 +188,7 @@ def test_total_variation():
 
 
 def test_a_folder_of_another_run(folder, tmp_path):
-    with pytest.raises(ValueError, match="made otherwise .*recipe"): generate(replace(RECIPE, seed=1), folder)
+    with pytest.raises(ValueError, match=r"made otherwise \(recipe.seed: 0 there, 1 now\)"): generate(replace(RECIPE, seed=1), folder)
     assert Store(folder).manifest()["images"] == 300
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     generate(RECIPE, folder)  # finished: nothing is to do

@@ -313,3 +313,10 @@ def test_accuracy_counts_and_leaves_the_network_as_it_was(digits):
 
     network = Brightness(nn.BatchNorm1d(10)).train()
     assert accuracy(network, images, batch_size=3) == pytest.approx(100 * 5 / 7) and network.training
+
+
+def test_what_was_trained_can_be_asked_whoever_made_it(digits):
+    from supermix.zoo import predict
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    train(network, digits.train.subset(100), Training(epochs=1, batch_size=50, lr=0.01, milestones=()))
+    assert predict(network, digits.test[:3][0]).labels[0] in digits.info.classes

@@ -102,7 +102,7 @@ def sources():
     index = "".join(cell["source"] for cell in pages["index"]["cells"] if cell["cell_type"] == "markdown").partition("## The chapters")[2]
     order = list(dict.fromkeys(re.findall(r"\]\(([\w./]+)\.ipynb\)", index)))
     modules = {name: module_of(name) for name in order if module_of(name)}
-    numbered = lambda names: [f"{name.rpartition('/')[2][:2]} {title_of(pages[name])} <{name}>" for name in names]
+    numbered = lambda names: [f"{''.join(re.findall(r'^[0-9]+', name.rpartition('/')[2]))} {title_of(pages[name])} <{name}>".strip() for name in names]  # the glossary has no number
     pages["index"]["cells"] += [*tree_of("Chapters", numbered(n for n in order if "/" not in n)),
                                 *tree_of("Runs of the paper", numbered(n for n in order if "/" in n)),
                                 *tree_of("Solutions", numbered(f"solutions/{n}" for n in order if n in solved)),

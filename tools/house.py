@@ -43,7 +43,7 @@ def readme_text():
     index["metadata"]["language_info"] = {"name": "python"}  # nbdev_clean takes it out; the fences name it
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdin", "--stdout"]
     text = subprocess.run(command, input=json.dumps(index), check=True, capture_output=True, text=True).stdout
-    return re.sub(r"\]\((?=images/|\d\d_|runs/)", "](nbs/", text).strip() + "\n"
+    return re.sub(r"\]\((?=images/|\d\d_|runs/|glossary)", "](nbs/", text).strip() + "\n"
 
 
 def differing(a: dircmp, prefix=""):
