@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PASSES', 'DRAWS', 'UPDATES', 'RACES', 'SEARCHES', 'plain_way', 'norms_behind', 'fold_pairs', 'fold_norms',
-           'Sets', 'draw_block', 'Found', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock', 'work_on',
-           'Engine', 'race', 'summary', 'figures', 'trade_off', 'races']
+           'Sets', 'draw_block', 'Found', 'joined', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock',
+           'work_on', 'Tally', 'Engine', 'solve_blocks', 'shared', 'processes_of', 'summary', 'figures', 'race',
+           'trade_off', 'races']
 
 # %% ../nbs/34_engine.ipynb #557d80bb
 import copy
 import json
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import multiprocessing, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .core import progress, seeded, write_atomic
@@ -138,6 +141,11 @@ class Found(NamedTuple):
     logits: torch.Tensor   # float32 (n, N): the teacher's, of the image that these θ give
     steps: torch.Tensor    # int64 (n,): updates
 
+def joined(parts: list[Found]) -> Found:
+    "All parts as one; a ValueError where nothing was solved."
+    if not parts: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
+    return Found(*map(torch.cat, zip(*parts)))
+
 # %% ../nbs/34_engine.ipynb #fec02a76
 def encode(theta: torch.Tensor,  # (n, k, w, w)
            held: bool,           # whether the sparsity is held: then the largest entry of each cell is REST
@@ -246,8 +254,20 @@ def work_on(slots: Slots, ask, m: Mixing, device, clock: Clock):  # Found, and w
     clock.book(UPDATES, since)
     return found, free
 
+# %% ../nbs/34_engine.ipynb #2d1f6a40
+class Tally:
+    "What an engine counts."
+    def reset(self) -> None:
+        "Count from 0."
+        self.tried, self.passes, self.solved_after, self.clock = 0, 0, torch.zeros(self.mixing.max_iter + 1, dtype=torch.int64), Clock()
+
+    def add(self, other: "Tally") -> None:
+        "Take over what another one counted."
+        self.tried, self.passes, self.solved_after = self.tried + other.tried, self.passes + other.passes, self.solved_after + other.solved_after
+        for what, seconds in other.clock.items(): self.clock[what] = self.clock.get(what, 0.0) + seconds
+
 # %% ../nbs/34_engine.ipynb #223df22d
-class Engine:
+class Engine(Tally):
     "Solves a queue of sets, as many at a time as there are slots, and hands the solved ones out as they come."
     def __init__(self,
                  teacher,                            # a network, or any callable from images (B, C, H, W) to logits (B, N)
@@ -261,7 +281,7 @@ class Engine:
         if isinstance(teacher, nn.Module):
             self.device = next(teacher.parameters(), x).device
             self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype, memory_format=torch.channels_last)
-        self.tried, self.passes, self.solved_after, self.clock = 0, 0, torch.zeros(mixing.max_iter + 1, dtype=torch.int64), Clock()
+        self.reset()
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
         "The teacher's logits (B, N), float32."
@@ -290,39 +310,28 @@ class Engine:
             self.clock.book(UPDATES, since + sum(self.clock.values()) - booked)  # less what drawing has booked
             going = len(slots.theta) > 0
 
-# %% ../nbs/34_engine.ipynb #4e353dd3
-def race(teacher: nn.Module,                # the teacher
-         images: Images,                    # the sources
-         ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; the plain way has the paper's numbers
-         rounds: int = 3,                   # blocks of the plain way
-         blocks: int = 8,                   # the engine's blocks for each of them
-         seed: int = 0) -> dict[str, dict]: # figures of "plain" and of each way
-    "The engine against the plain way: solved images a second, share solved, sparsity, KL."
-    teacher, of = copy.deepcopy(teacher).eval().requires_grad_(False), next(iter(ways.values()))
-    before = Mixing(k=of.k, mask_size=of.mask_size, sigma=of.sigma)
-    engines = {name: Engine(teacher, images[:2][0], mixing) for name, mixing in ways.items()}
-    runs, both = {name: [] for name in ("plain", *ways)}, {name: [] for name in ways}
-    for r in range(rounds):
-        start = time.perf_counter()
-        sets = draw_block(images, teacher, before, seed, r * blocks)
-        theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
-        runs["plain"].append((time.perf_counter() - start, len(solved), (plain := figures(sets, theta, logits))[solved]))
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            found = list(engine.run(draw_block(images, engine.see, engine.mixing, seed, r * blocks + b) for b in range(blocks)))
-            took, found = time.perf_counter() - start, Found(*map(torch.cat, zip(*found)))
-            values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits, sets.images.shape[-2:])
-            runs[name].append((took, blocks * BLOCK, values))
-            rows = (found.index < sets.index[0] + BLOCK).nonzero().flatten()
-            rows = rows[solved[found.index[rows] - sets.index[0]]]  # those that both solve
-            both[name].append(torch.stack([values[rows, 1], plain[found.index[rows] - sets.index[0], 1]], 1))
-    result = {name: summary(*zip(*of)) for name, of in runs.items()}
-    for name, engine in engines.items():
-        ours, theirs = torch.cat(both[name]).mean(0).tolist()
-        result[name] |= {"ratio": result[name]["images/s"] / result["plain"]["images/s"], "KL, where both solve": ours, "the plain way's KL there": theirs,
-                         "passes an image": engine.passes / int(engine.solved_after.sum()), "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values())}
-    return result
+# %% ../nbs/34_engine.ipynb #2d1f6a31
+def solve_blocks(engine: Engine, images: Images, seed: int, blocks: range):  # Found, and the engine with its counts
+    "Solve all sets of these blocks, counting from 0."
+    engine.reset()
+    return joined(list(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks))), engine
 
+def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Executor | None, processes: int) -> Found:
+    "The same by the processes of a pool, each with its share of the blocks; the engine gets their counts."
+    if pool is None: return joined(list(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks)))
+    jobs = [pool.submit(solve_blocks, engine, images, seed, blocks[i::processes]) for i in range(processes)]
+    parts = [job.result() for job in jobs]
+    for _, other in parts: engine.add(other)
+    return joined([found for found, _ in parts])
+
+def processes_of(n: int):  # a pool to be used in a `with`; None for a single process
+    "A pool of n processes of one thread each, forked and awake."
+    if n == 1: return nullcontext()
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context("fork"), torch.set_num_threads, (1,))
+    list(pool.map(time.sleep, [0.1] * n))
+    return pool
+
+# %% ../nbs/34_engine.ipynb #2d1f6a50
 def summary(seconds, tried, values) -> dict[str, float]:
     "Figures of one way, from those of its rounds."
     solved = torch.cat(values)
@@ -333,6 +342,41 @@ def figures(sets, theta, logits, size=None):  # Sets or Found -> (n, 2): sparsit
     masks = masks_from_theta(theta, size or sets.images.shape[-2:])
     target = soft_labels(sets.classes, sets.lam, logits.shape[1])
     return torch.stack([sparsity(masks), F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)], 1)
+
+# %% ../nbs/34_engine.ipynb #4e353dd3
+def race(teacher: nn.Module,                # the teacher
+         images: Images,                    # the sources
+         ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; the plain way has the paper's numbers
+         rounds: int = 3,                   # blocks of the plain way
+         blocks: int = 8,                   # the engine's blocks for each of them
+         seed: int = 0, processes: int = 1, # of the engine, with one thread each; 1: one process with all threads, as the plain way has
+         ) -> dict[str, dict]:              # figures of "plain" and of each way
+    "The engine against the plain way: solved images a second, share solved, sparsity, KL."
+    teacher, of = copy.deepcopy(teacher).eval().requires_grad_(False), next(iter(ways.values()))
+    before = Mixing(k=of.k, mask_size=of.mask_size, sigma=of.sigma)
+    engines = {name: Engine(teacher, images[:2][0], mixing) for name, mixing in ways.items()}
+    runs, both = {name: [] for name in ("plain", *ways)}, {name: [] for name in ways}
+    with processes_of(processes) as pool:
+        for r in range(rounds):
+            start = time.perf_counter()
+            sets = draw_block(images, teacher, before, seed, r * blocks)
+            theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
+            runs["plain"].append((time.perf_counter() - start, len(solved), (plain := figures(sets, theta, logits))[solved]))
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                found = shared(engine, images, seed, range(r * blocks, (r + 1) * blocks), pool, processes)
+                took = time.perf_counter() - start
+                values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits, sets.images.shape[-2:])
+                runs[name].append((took, blocks * BLOCK, values))
+                rows = (found.index < sets.index[0] + BLOCK).nonzero().flatten()
+                rows = rows[solved[found.index[rows] - sets.index[0]]]  # those that both solve
+                both[name].append(torch.stack([values[rows, 1], plain[found.index[rows] - sets.index[0], 1]], 1))
+    result = {name: summary(*zip(*of)) for name, of in runs.items()}
+    for name, engine in engines.items():
+        ours, theirs = torch.cat(both[name]).mean(0).tolist()
+        result[name] |= {"ratio": result[name]["images/s"] / result["plain"]["images/s"], "KL, where both solve": ours, "the plain way's KL there": theirs,
+                         "passes an image": engine.passes / int(engine.solved_after.sum()), "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values())}
+    return result
 
 # %% ../nbs/34_engine.ipynb #050eabc7
 RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine, giving up early": Mixing(**EAGER, k=k)} for k in (2, 3)}
@@ -353,9 +397,12 @@ def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 
 
 # %% ../nbs/34_engine.ipynb #c8e6f8eb
 def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.json", rounds: int = 3) -> dict:
-    "The races and the trade-offs of this chapter, written to a file; some minutes."
+    "The races and the trade-offs of this chapter, written to a file; some ten minutes."
     report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "supermix race"}
-    report["races"] = {k: race(teacher, images, ways, rounds=rounds) for k, ways in RACES.items()}
+    several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1
+    for name, processes in (("races", several), ("races in one process", 1)):
+        report[name] = {k: race(teacher, images, ways, rounds, 16, processes=processes) for k, ways in RACES.items()}
+    report["processes"] = several
     report["trade-offs"] = {k: {name: trade_off(teacher, images, Mixing(**{**changes, "k": int(k)})) for name, changes in progress(SEARCHES.items(), f"trade-offs, k = {k}")}
                             for k in RACES}
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())

@@ -193,13 +193,14 @@ def table(rows: dict[str, dict[int, dict]],      # by row and seed
 # %% ../nbs/60_study.ipynb #5f195fd0
 def plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure:
     "Accuracy of each row against its core seconds, with the 95 % intervals."
-    figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, seeds in rows.items():
-        if not seeds: continue
+    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    for number, (name, seeds) in enumerate(((name, seeds) for name, seeds in rows.items() if seeds), 1):
         mean, half = interval([r["accuracy"] for r in seeds.values()])
         took = sum(sum(r["core_seconds"].values()) for r in seeds.values()) / len(seeds)
-        colour = "#1b3a5b" if "SuperMix" in name else "#58a4b0" if "Mix" in name else "#d08c28" if "double" in name else "#999999"
-        ax.errorbar(took, mean, 0 if half == float("inf") else half, fmt="o" if "KD" in name else "s", color=colour, capsize=3)
-        ax.annotate(name, (took, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        colour = "#1b3a5b" if "SuperMix" in name else "#58a4b0" if "Mix" in name else "#d08c28" if "double" in name else "#777777"
+        ax.errorbar(took, mean, 0 if half == float("inf") else half, color=colour, capsize=3, elinewidth=1)
+        ax.plot(took, mean, "o" if "KD" in name else "s", color=colour, markersize=13, label=f"{number}  {name}")
+        ax.annotate(str(number), (took, mean), color="white", fontsize=8, ha="center", va="center")
     ax.set(xlabel="core seconds, with the making of mixes", ylabel="test accuracy (%)", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.5, title="circles: with KD", frameon=False)
     return figure
