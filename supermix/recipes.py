@@ -79,7 +79,7 @@ class Mixing(Typed):
 # differences of the engine's quickest search (ours, measured in chapter 34)
 FAST = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)
 # a set that lacks much after two updates makes room for another: fewer are solved, and sooner (ours, measured in chapter 34)
-EAGER = dict(FAST, max_iter=20, give_up=4.5)
+EAGER = dict(FAST, max_iter=20, give_up=4.75)
 
 # %% ../nbs/02_recipes.ipynb #f991edd4
 @dataclass(frozen=True)
