@@ -20,7 +20,7 @@ def test_the_grid_is_the_studys():
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
     assert len({seen(t) for t in trials if t.group == "longer"}) == 1 and {t.seed for t in trials if t.group == "longer"} == {0, 1}
-    for group in ("n=500", "n=5000", "WRN-16-1"): assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
+    for group in ("n=500", "n=5000", "WRN-16-1", "further"): assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
     for t in trials:
         assert t.method in METHODS and (t.mixer is None or t.mixer in MIXERS)
         assert t.training.epochs * ceil(t.images / t.batch_size) == t.updates
