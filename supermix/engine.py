@@ -141,10 +141,14 @@ class Found(NamedTuple):
     logits: torch.Tensor   # float32 (n, N): the teacher's, of the image that these θ give
     steps: torch.Tensor    # int64 (n,): updates
 
-def joined(parts: list[Found]) -> Found:
+def joined(parts: Iterable[Found]) -> Found:
     "All parts as one; a ValueError where nothing was solved."
-    if not parts: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
-    return Found(*map(torch.cat, zip(*parts)))
+    kept, fresh = [], []
+    for part in parts:
+        fresh.append(part)
+        if len(fresh) == BLOCK: kept, fresh = [*kept, Found(*map(torch.cat, zip(*fresh)))], []
+    if not kept + fresh: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
+    return Found(*map(torch.cat, zip(*kept, *fresh)))
 
 # %% ../nbs/34_engine.ipynb #fec02a76
 def encode(theta: torch.Tensor,  # (n, k, w, w)
@@ -314,11 +318,11 @@ class Engine(Tally):
 def solve_blocks(engine: Engine, images: Images, seed: int, blocks: range):  # Found, and the engine with its counts
     "Solve all sets of these blocks, counting from 0."
     engine.reset()
-    return joined(list(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks))), engine
+    return joined(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks)), engine
 
 def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Executor | None, processes: int) -> Found:
     "The same by the processes of a pool, each with its share of the blocks; the engine gets their counts."
-    if pool is None: return joined(list(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks)))
+    if pool is None: return joined(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks))
     jobs = [pool.submit(solve_blocks, engine, images, seed, blocks[i::processes]) for i in range(processes)]
     parts = [job.result() for job in jobs]
     for _, other in parts: engine.add(other)
@@ -390,8 +394,7 @@ SEARCHES = {  # for the picture of trade-offs: what differs from the paper's rec
 def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 4, seed: int = 1) -> dict:
     "Share solved, sparsity, KL and passes an image of one way to search."
     engine = Engine(teacher, images[:2][0], mixing)
-    found = list(engine.run(draw_block(images, engine.see, mixing, seed, b) for b in range(blocks)))
-    found = Found(*map(torch.cat, zip(*found)))
+    found = joined(engine.run(draw_block(images, engine.see, mixing, seed, b) for b in range(blocks)))
     values = figures(found, decode(found.code, mixing.hold is not None), found.logits, images[:1][0].shape[-2:]).mean(0).tolist()
     return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": engine.passes / len(found.index)}
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import progress
 from .data import Images, load_data
-from .engine import BLOCK, Engine, Found, draw_block
+from .engine import BLOCK, Engine, Found, draw_block, joined
 from .recipes import Generation
 from .store import Store, finish
 from .zoo import create, load, names, pretrained
@@ -67,13 +67,12 @@ def missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of the
 # %% ../nbs/36_generate.ipynb #5f85450e
 def make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, on_found=lambda n: None):
     "Solve the sets of a shard: what was found, and how many sets were begun."
-    begun, blocks, parts = engine.tried, recipe.shard // BLOCK, []
-    for found in engine.run(draw_block(images, engine.see, recipe.mixing, recipe.seed, shard * blocks + b) for b in range(blocks)):
-        parts.append(found)
-        on_found(len(found.index))
-    sets = engine.tried - begun
-    if not parts: raise ValueError(f"None of {sets} sets was solved in {recipe.mixing.max_iter} updates: is the teacher trained, and are images and teacher normalised alike?")
-    return Found(*map(torch.cat, zip(*parts))), sets
+    begun, blocks = engine.tried, recipe.shard // BLOCK
+    def told():
+        for found in engine.run(draw_block(images, engine.see, recipe.mixing, recipe.seed, shard * blocks + b) for b in range(blocks)):
+            on_found(len(found.index))
+            yield found
+    return joined(told()), engine.tried - begun
 
 # %% ../nbs/36_generate.ipynb #727ed571
 def generate(recipe: Generation = Generation(),

@@ -73,7 +73,7 @@ def quality(mixed: MixedDataset,
 # %% ../nbs/37_quality.ipynb #4174ce4f
 def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
     "Six pictures: yield, KL, sparsity, what the teacher sees against λ, a second network likewise, area against λ."
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
+    fig, axes = plt.subplots(2, 3, figsize=(9.5, 5.4), constrained_layout=True)
     for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
         axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")
         for ax, x in ((axes[0, 1], q.kl), (axes[0, 2], q.sparsity)): ax.ecdf(x.numpy(), color=colour, label=name)

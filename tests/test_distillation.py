@@ -58,7 +58,7 @@ def test_sets_that_are_never_solved_end_in_an_error(few):
         side = x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3))
         return torch.stack([side, -side, torch.zeros_like(side)], 1)
 
-    with pytest.raises(ValueError, match="None of 128 sets was solved in 2 updates"):
+    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"):
         make_mixes(in_between, few, 4, Mixing(max_iter=2))
 
 

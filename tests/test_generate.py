@@ -192,7 +192,7 @@ class Torn(torch.nn.Module):
 
 
 def test_a_teacher_whose_sets_are_never_solved_is_an_error(tmp_path, digits):
-    with pytest.raises(ValueError, match="None of 128 sets was solved in 14 updates: is the teacher trained"): generate(RECIPE, tmp_path / "store", digits.train, Torn())
+    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"): generate(RECIPE, tmp_path / "store", digits.train, Torn())
     assert not list((tmp_path / "store").glob("*.safetensors"))
 
 
