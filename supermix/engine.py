@@ -143,12 +143,17 @@ class Found(NamedTuple):
 
 def joined(parts: Iterable[Found]) -> Found:
     "All parts as one; a ValueError where nothing was solved."
-    kept, fresh = [], []
+    whole, n = None, 0
     for part in parts:
-        fresh.append(part)
-        if len(fresh) == BLOCK: kept, fresh = [*kept, Found(*map(torch.cat, zip(*fresh)))], []
-    if not kept + fresh: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
-    return Found(*map(torch.cat, zip(*kept, *fresh)))
+        end = n + len(part.index)
+        if whole is None or end > len(whole.index):  # twice the room
+            room, old = Found(*(torch.empty(max(BLOCK, 2 * end), *t.shape[1:], dtype=t.dtype) for t in part)), whole or part
+            for new, t in zip(room, old): new[:n] = t[:n]
+            whole = room
+        for mine, new in zip(whole, part): mine[n:end] = new
+        n = end
+    if not n: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
+    return Found(*(t[:n].clone() for t in whole))
 
 # %% ../nbs/34_engine.ipynb #fec02a76
 def encode(theta: torch.Tensor,  # (n, k, w, w)

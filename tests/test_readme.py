@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 from supermix import accuracy, load, load_folder
 from supermix.demo import Row, as_table
+from supermix.study import results, table
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,13 @@ def test_every_picture_says_what_is_to_be_seen(): assert all(len(alt) > 40 for a
 def test_the_table_is_the_one_that_was_measured():
     rows = json.loads((ROOT / "results" / "demo.json").read_text())["rows"]
     assert as_table([Row(**row) for row in rows]) in README
+
+
+def test_the_studys_table_is_the_one_that_was_measured():
+    found = results(ROOT / "results" / "study")
+    rows = found["core"] | found["budget"]
+    wanted = ("alone", "KD", *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")), "KD, double updates")
+    assert table({name: rows[name] for name in wanted}, rows["KD"]) in README and all(len(rows[name]) == 5 for name in wanted)
 
 
 THERE = "the plain way's KL there"
