@@ -47,8 +47,8 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
 LARGE = dict(FAST, mask_size=IMAGENET.mixing.mask_size, sigma=IMAGENET.mixing.sigma, margin=0.2, max_iter=30)
 
 # %% ../nbs/38_large.ipynb #870dee82
-def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large.json", sets: int = 32, blocks: int = 8, slots: int = 16) -> dict:
-    "The engine against the plain way at a large size, and the memory of both: a quarter of an hour."
+def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large.json", sets: int = 32, blocks: int = 4, slots: int = 16) -> dict:
+    "The engine against the plain way at a large size, and the memory of both: some ten minutes."
     before, mixing = Mixing(mask_size=16, sigma=2.0), Mixing(**LARGE)
     engine, memory, start = Engine(teacher, images[:2][0], mixing, slots), [], time.perf_counter()
     def queue():
