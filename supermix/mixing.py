@@ -248,5 +248,4 @@ class SuperMix(Mixer):
 
     def choose_masks(self, sets, draw, generator=None):
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
-
     def weights(self, masks, draw): return draw.lam

@@ -48,7 +48,7 @@ def home(tmp_path_factory):
     torch.manual_seed(0)
     images, teacher = load_folder(home / "photos", size=64).train, torchvision.models.resnet18(num_classes=4)
     optimiser = torch.optim.AdamW(teacher.parameters(), 1e-3)
-    for epoch in range(10):
+    for epoch in range(16):
         for x, y, _ in images.batches(16, seed=0, epoch=epoch):
             optimiser.zero_grad()
             F.cross_entropy(teacher(x), y).backward()
