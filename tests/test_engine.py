@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from supermix.data import load_data
-from supermix.engine import BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, plain_way, race, rounded
+from supermix.engine import BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, joined, plain_way, race, rounded
 from supermix.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing import SuperMix, is_solved
 from supermix.recipes import FAST, Mixing
@@ -159,6 +159,19 @@ def test_any_callable_and_bad_ones(teacher, digits):
     with pytest.raises(ValueError, match="hold between 0 and 0.25"): SuperMix(teacher, hold=0.5)
     with pytest.raises(ValueError, match="Did you mean 'regions'"): SuperMix(teacher, hold=0.06, start="region")
     with pytest.raises(ValueError, match="sparsity to hold for start='regions'"): SuperMix(teacher, start="regions")
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 5], [200, 1, 300, 7], [1] * 300])
+def test_joined_parts_are_their_concatenation(sizes):
+    g = torch.Generator().manual_seed(0)
+    parts = [Found(*(torch.randint(100, (n, 3)[:1 + (i > 0)], generator=g) for i in range(len(Found._fields)))) for n in sizes]
+    whole = joined(iter(parts))
+    for field, of_parts in zip(whole, zip(*parts)):
+        assert torch.equal(field, torch.cat(of_parts)) and field.untyped_storage().nbytes() == field.nbytes  # and no spare room is kept
+
+
+def test_nothing_to_join_is_an_error():
+    with pytest.raises(ValueError, match="None of the sets was solved"): joined([])
 
 
 def test_memory_does_not_grow_with_the_images(teacher, digits):
