@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
-from .mixing import advance, ask, hinge, is_hopeless, is_solved, objective
+from .mixing import advance, ask, check_settings, hinge, is_hopeless, is_solved, objective
 from .recipes import EAGER, FAST, Mixing
 
 # %% ../nbs/34_engine.ipynb #3f77fabf
@@ -285,11 +286,15 @@ class Engine(Tally):
                  slots: int = 128,                   # sets that are worked on at the same time
                  bfloat16: bool = False,             # the teacher's passes in bfloat16
                  ):
+        check_settings(teacher, **asdict(mixing))
         if slots < 1: raise ValueError(f"Expected 1 or more slots, got {slots}.")
+        if mixing.mask_size > min(x.shape[-2:]): raise ValueError(f"Expected masks no larger than the images, {tuple(x.shape[-2:])}, got mask_size {mixing.mask_size}.")
         self.mixing, self.slots, self.dtype, self.device, self.network = mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, x.device, teacher
         if isinstance(teacher, nn.Module):
             self.device = next(teacher.parameters(), x).device
             self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype, memory_format=torch.channels_last)
+        self.reset()
+        self.see(x)  # what is no teacher is found out now
         self.reset()
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
@@ -319,15 +324,19 @@ class Engine(Tally):
             self.clock.book(UPDATES, since + sum(self.clock.values()) - booked)  # less what drawing has booked
             going = len(slots.theta) > 0
 
+    def solve(self, images: Images, seed: int, blocks: Iterable[int]) -> Found:
+        "Draw the sets of these blocks, and solve them."
+        return joined(self.run(draw_block(images, self.see, self.mixing, seed, b) for b in blocks))
+
 # %% ../nbs/34_engine.ipynb #2d1f6a31
 def solve_blocks(engine: Engine, images: Images, seed: int, blocks: range):  # Found, and the engine with its counts
     "Solve all sets of these blocks, counting from 0."
     engine.reset()
-    return joined(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks)), engine
+    return engine.solve(images, seed, blocks), engine
 
 def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Executor | None, processes: int) -> Found:
     "The same by the processes of a pool, each with its share of the blocks; the engine gets their counts."
-    if pool is None: return joined(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks))
+    if pool is None: return engine.solve(images, seed, blocks)
     jobs = [pool.submit(solve_blocks, engine, images, seed, blocks[i::processes]) for i in range(processes)]
     parts = [job.result() for job in jobs]
     for _, other in parts: engine.add(other)
@@ -399,7 +408,7 @@ SEARCHES = {  # for the picture of trade-offs: what differs from the paper's rec
 def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 4, seed: int = 1) -> dict:
     "Share solved, sparsity, KL and passes an image of one way to search."
     engine = Engine(teacher, images[:2][0], mixing)
-    found = joined(engine.run(draw_block(images, engine.see, mixing, seed, b) for b in range(blocks)))
+    found = engine.solve(images, seed, range(blocks))
     values = figures(found, decode(found.code, mixing.hold is not None), found.logits, images[:1][0].shape[-2:]).mean(0).tolist()
     return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": engine.passes / len(found.index)}
 

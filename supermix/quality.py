@@ -72,24 +72,24 @@ def quality(mixed: MixedDataset,
 
 # %% ../nbs/37_quality.ipynb #4174ce4f
 def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
-    "Six pictures: yield, KL, sparsity, what the teacher sees against λ, a second network likewise, area against λ."
-    fig, axes = plt.subplots(2, 3, figsize=(9.5, 5.4), constrained_layout=True)
+    "Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ, a second network likewise, area against λ."
+    fig, axes = plt.subplots(2, 4, figsize=(12.5, 5.4), constrained_layout=True)
     for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
         axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")
-        for ax, x in ((axes[0, 1], q.kl), (axes[0, 2], q.sparsity)): ax.ecdf(x.numpy(), color=colour, label=name)
-        for ax, y in ((axes[1, 0], q.teacher), (axes[1, 1], q.second), (axes[1, 2], q.areas)):
+        for ax, x in zip(axes[0, 1:], (q.kl, q.sparsity, q.variation)): ax.ecdf(x.numpy(), color=colour, label=name)
+        for ax, y in zip(axes[1], (q.teacher, q.second, q.areas)):
             if y is None: continue
             edges = torch.linspace(0, 1, 9)
             which = torch.bucketize(q.lam.flatten(), edges[1:-1])
             middle = [(q.lam.flatten()[which == b].mean(), y.flatten()[which == b].mean()) for b in range(8) if (which == b).sum() > 3]
             ax.plot(*zip(*middle), color=colour, label=name, marker="o")
     axes[0, 0].set(xlabel="updates", ylabel="share of sets solved", ylim=(0, 1))
-    axes[0, 1].set(xlabel="KL(ŷ ‖ p)  (nats)", ylabel="share of the mixes below", ylim=(0, 1))
-    axes[0, 2].set(xlabel="m(1 − m)", ylabel="share of the mixes below", ylim=(0, 1))
+    for ax, what in zip(axes[0, 1:], ("KL(ŷ ‖ p)  (nats)", "m(1 − m)", "total variation")): ax.set(xlabel=what, ylabel="share of the mixes below", ylim=(0, 1))
     for ax, what in zip(axes[1], ("teacher's probability", "second network's probability", "area in the image")):
         ax.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, zorder=0)
         ax.set(xlabel="λ of a source", ylabel=what, xlim=(0, 1), ylim=(0, 1))
-    axes[0, 0].legend(fontsize=8)
+    axes[1, 3].set_axis_off()
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
     return fig
 
 # %% ../nbs/37_quality.ipynb #51e8b2d1

@@ -219,8 +219,8 @@ def test_the_race(k, least):
     torch.set_num_threads(1)
     for name in RACES[str(k)]:
         ours = result[name]
-        assert ours["ratio"] >= least and ours["solved"] >= result["plain"]["solved"] - 0.01
-        assert ours["m(1-m)"] <= 0.065 and ours["share of time in passes"] >= 0.88
+        assert ours["ratio"] >= least and ours["solved"] >= result["plain"]["solved"]
+        assert ours["m(1-m)"] <= 0.065 and ours["share of time in passes"] >= 0.9
         assert ours["KL, where both solve"] <= ours["the plain way's KL there"]
 
 

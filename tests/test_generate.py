@@ -39,28 +39,43 @@ def whole(tmp_path_factory):
     return generate(RECIPE, tmp_path_factory.mktemp("whole") / "store").folder
 
 
-def killed(folder, kills, seed=0):
-    "Start, kill at a random moment, start again; then to the end."
-    chance, times = random.Random(seed), []
-    while len(times) < kills:
-        process = start(folder)
-        moment = chance.uniform(2, 8)
-        try: process.wait(moment)
+def shards(folder): return sorted(Path(folder).glob("[0-9]*.safetensors"))
+
+
+def at_work(folder, since):
+    "Whether a process that was started then has begun a shard: it holds a lock that is younger."
+    for lock in Path(folder).glob(".[0-9]*.lock"):
+        try: young = lock.stat().st_mtime >= since
+        except FileNotFoundError: continue
+        if young: return True
+    return False
+
+
+def killed(folder, kills, whole, seed=0):
+    "Start, kill at a random moment of its work, start again, and compare whenever a run comes to its end; at last to the end. Shards that were there at each kill, runs that ended."
+    chance, there, ended = random.Random(seed), [], 0
+    while len(there) < kills:
+        since, process = time.time(), start(folder)
+        while process.poll() is None and not at_work(folder, since): time.sleep(0.01)
+        try: process.wait(chance.uniform(0, 3))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            times.append(round(moment, 2))
+            there.append(len(shards(folder)))
             continue
-        shutil.rmtree(folder)  # done before it could be killed: from the beginning
+        assert process.returncode == 0 and contents(folder) == contents(whole)  # done before it could be killed
+        ended += 1
+        shutil.rmtree(folder)
     process = start(folder)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    return times
+    assert contents(folder) == contents(whole)
+    return there, ended + 1
 
 
 def test_killed_three_times(whole, tmp_path):
-    killed(tmp_path / "store", 3)
-    assert contents(tmp_path / "store") == contents(whole)
+    there, _ = killed(tmp_path / "store", 3, whole)
+    assert len(there) == 3
 
 
 def test_killed_in_the_middle_of_a_write(whole, tmp_path):
@@ -79,11 +94,17 @@ def test_killed_in_the_middle_of_a_write(whole, tmp_path):
 @pytest.mark.slow
 def test_killed_fifty_times(whole, tmp_path):
     "Kept in results/kills.json."
-    times = killed(tmp_path / "store", 50)
-    same = contents(tmp_path / "store") == contents(whole)
-    result = {"kills": len(times), "seconds after the start": times, "byte-identical": same, "command": "pytest tests/test_generate.py --slow -k fifty"}
-    (ROOT / "results" / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
-    assert same
+    there, ended = killed(tmp_path / "store", 50, whole)
+    assert max(there) > 0 and 0 in there  # before the first shard, and after
+    result = {"kills": len(there), "shards at each kill": there, "runs that ended": ended, "byte-identical": True, "command": "pytest tests/test_generate.py --slow -k fifty"}
+    (ROOT / "results" / "kills.json").write_text(json.dumps(result) + "\n")
+
+
+def test_the_kept_kills():
+    "What the chapter shows."
+    kept = json.loads((ROOT / "results" / "kills.json").read_text())
+    assert kept["kills"] == len(kept["shards at each kill"]) == 50 and kept["byte-identical"] and max(kept["shards at each kill"]) > 0
+    assert json.loads((ROOT / "results" / "scaling.json").read_text())["speedup"] >= 1.8
 
 
 def test_two_processes_make_the_same(whole, tmp_path):
@@ -109,6 +130,16 @@ def test_under_torchrun(whole, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     assert out.count("500 mixed images") == 1  # one of them reports
+    assert contents(tmp_path / "store") == contents(whole)
+
+
+def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
+    process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m"))
+    while not shards(tmp_path / "store"): time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "SIGKILL" in err + out or "restart" in err, err[-2000:]
     assert contents(tmp_path / "store") == contents(whole)
 
 
@@ -153,6 +184,45 @@ def test_threads_do_not_matter(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.parametrize("spoil, message", [
+    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "00001.safetensors was changed: its SHA-256 is not"),
+    (lambda content: content[:500], "00001.safetensors was changed"),
+])
+def test_a_run_that_is_repeated_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    (store / "00001.safetensors").write_bytes(spoil((store / "00001.safetensors").read_bytes()))
+    with pytest.raises(ValueError, match=message): generate(RECIPE, store)
+    (store / "00001.safetensors").unlink()  # as the message says
+    generate(RECIPE, store)
+    assert contents(store) == contents(whole)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda store: (store / "00001.safetensors").write_bytes((store / "00000.safetensors").read_bytes()), "it holds shard 0"),
+    (lambda store: (store / "00001.safetensors").write_bytes((store / "00001.safetensors").read_bytes()[:-1] + b"\x07"), "its tensors are not those of its card"),
+    (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
+])
+def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key not in ("shards", "images")}))  # as before the end
+    spoil(store)
+    with pytest.raises(ValueError, match=f"00001.safetensors was changed: {message}"): generate(RECIPE, store)
+
+
+@pytest.mark.parametrize("size", ["4k", "16k"])
+def test_a_disk_that_is_full_from_the_beginning(size, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode: pytest.skip("a small disk cannot be mounted here")
+    try:
+        (disk / "filler").write_bytes(b"x" * 4096)
+        with pytest.raises(OSError, match="is full. 0 images are kept"): generate(RECIPE, disk / "store")
+    finally: subprocess.run(["umount", disk], check=True)
+
+
 def test_claims(tmp_path):
     with claimed(tmp_path / "a") as first:
         code = "import sys; from pathlib import Path; from supermix.generate import claimed\nwith claimed(Path(sys.argv[1])) as mine: print(mine)"
@@ -178,10 +248,15 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     (dict(shard=100), "multiple of 128 sets, got count 500 and shard 100"), (dict(count=0), "count of 1 or more"),
     (dict(teacher="nobody"), "Unknown teacher 'nobody'"), (dict(data="digit"), "Did you mean 'digits'"),
-    (dict(mixing=Mixing(k=11, **FAST)), "at least k = 11"),
+    (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"), (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
+    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "1 or more slots"), (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
+    (dict(mixing=replace(RECIPE.mixing, hold=None)), "sparsity to hold"), (dict(mixing=replace(RECIPE.mixing, start="region")), "Did you mean 'regions'"),
+    (dict(mixing=replace(RECIPE.mixing, step=0.0)), "step above 0"), (dict(mixing=replace(RECIPE.mixing, k=1)), "k of 2 or more"),
 ])
 def test_what_cannot_be_made(changes, message, tmp_path):
+    "And no folder is left behind, in which the corrected command would find another run."
     with pytest.raises(ValueError, match=message): generate(replace(RECIPE, **changes), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 class Torn(torch.nn.Module):
@@ -200,6 +275,13 @@ def test_a_teacher_from_a_file(teacher, digits, tmp_path):
     path = save(teacher, tmp_path / "mine.safetensors")
     store = generate(replace(RECIPE, teacher=str(path), count=60), tmp_path / "store")
     assert len(MixedDataset(store.folder, load_data("digits").train)) == 60
+
+
+def test_python_has_nothing_to_say_of_the_module(tmp_path):
+    "`python -m supermix.generate` runs a module that nobody has imported before."
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import sys, supermix; assert 'supermix.generate' not in sys.modules; assert supermix.distill and supermix.make_mixes"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" not in subprocess.run([sys.executable, "-m", "supermix.generate", "--help"], capture_output=True, text=True).stderr
 
 
 def test_the_command_line():
