@@ -17,7 +17,7 @@ from .demo import demo
 from .engine import races
 from .generate import command as generate
 from .large import large_teacher, measure, photographs
-from .runs import distill_command, train_command
+from .runs import commands, distill_command, train_command
 from .study import study
 from .throughput import throughput
 from .training import make_teacher
@@ -53,6 +53,7 @@ COMMANDS = {"demo": demo, "distill": distill_command, "train": train_command, "t
 
 def main(args: list[str] | None = None) -> None:
     "The command `supermix`."
-    try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="supermix", args=args, description="SuperMix: mixed images that a teacher asks for.")
+    args = sys.argv[1:] if args is None else args
+    try: tyro.extras.subcommand_cli_from_dict(COMMANDS | commands(args), prog="supermix", args=args, description="SuperMix: mixed images that a teacher asks for.")
     except (ValueError, OSError, ArithmeticError, ImportError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped.")

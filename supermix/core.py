@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,7 +28,9 @@ def lookup(table: dict,        # what there is, by name
     "The entry of `table` under `name`; an unknown name raises a `ValueError` that shows the nearest ones."
     if name in table: return table[name]
     known = [str(key) for key in table if key != ""]  # "" is how torch calls the root among a network's modules
-    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    small = {key.lower(): key for key in known}
+    longer = [key for key in small if name and str(name).lower() in key]  # resnet18: imagenet_resnet18
+    near = [small[key] for key in dict.fromkeys(longer + get_close_matches(str(name).lower(), small, n=3, cutoff=0.5))][:3]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")
 
@@ -73,7 +76,8 @@ def load_tensors(path: str | Path,                      # a file that `save_tens
             card = json.loads((file.metadata() or {}).get("card", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, card
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}).") from error
+        hint = " It was written by `torch.save`: read it with `torch.load(…, weights_only=True)`." if zipfile.is_zipfile(path) else ""
+        raise ValueError(f"{path} is not a whole safetensors file ({error}).{hint}") from error
 
 # %% ../nbs/00_core.ipynb #8412d787
 def file_hash(path: str | Path) -> str:  # 64 hexadecimal digits

@@ -247,7 +247,7 @@ def opened(path):
     try:
         with Image.open(path) as image: yield image
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"{path} cannot be read as an image ({error}). Is the data set only half downloaded?") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}). Delete it, or put a whole one in its place.") from error
 
 def open_image(path) -> Image.Image:
     "The image as RGB."
@@ -406,6 +406,9 @@ def load_folder(root: str | Path,             # holds train/<class>/*.jpg and va
                 name: str | None = None,      # what the data are called; None: as the folder
                 ) -> Data:
     "Pictures of yours: files in one folder a class."
+    for what, three in (("mean", mean), ("std", std)):
+        if not isinstance(three, tuple | list) or len(three) != 3 or not all((what == "mean") * -1e-9 < v <= 1 for v in three):
+            raise ValueError(f"Expected {what} of three channels, each of pixels in 0 … 1 (where it is of 0 … 255, divide it by 255), got {three}.")
     from torchvision.datasets import ImageFolder
     root = Path(root).expanduser().resolve()
     if not root.is_dir(): raise FileNotFoundError(f"There is no folder {root}.")

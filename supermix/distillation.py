@@ -30,7 +30,7 @@ from .training import Batch, History, to_device, train, world
 
 # %% ../nbs/45_distillation.ipynb #885b24f2
 def make_mixes(teacher,                           # images (B, 3, H, W) to logits (B, N)
-               images: Images,                    # the sources
+               images: Images | Data,             # the sources; of a data set its training images
                count: int,                        # mixed images that are wanted
                mixing: Mixing = Mixing(**FAST),   # how they are searched for
                seed: int = 0,                     # of all draws
@@ -38,6 +38,7 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
                mixed_pad: int = 2,                # random crops of the mixed images in training may be off by this many pixels
                ) -> MixedDataset:
     "Make `count` SuperMix images from random views of `images`."
+    if isinstance(images, Data): images = images.train
     recipe = Generation(images.info.name, "given", count, mixing, shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         with evaluating(teacher): generate(recipe, place, images, teacher)
@@ -102,12 +103,17 @@ class Distillation(Staged):
         fast = isinstance(teacher, nn.Module) and images is not None and not terms.features
         self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last) if fast else teacher]  # in a list: no part of ours
 
+    @property
+    def prepare(self):
+        "For a stock, whose images have to be mixed again: how that is done, for the loop to do it ahead; else None."
+        return (lambda batch: mix_batch(self.mixer, batch, self.terms.label)) if isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self.first else None
+
     def forward(self, student, batch: Batch) -> torch.Tensor:
         terms, n, both, soft = self.terms, len(batch.images), batch.images, None
         if self.first: return sum(term.first_loss(student, self.teacher, both) for term in self.firsts)
         if isinstance(self.mixer, Mixer) and n < self.mixer.k: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)  # a short last batch
         if terms.mixes:
-            mixed, soft = mix_batch(self.mixer, batch, terms.label)
+            mixed, soft = batch.prepared or mix_batch(self.mixer, batch, terms.label)
             both = to_device(torch.cat([both, mixed]), student)
         ours = see(student, both) if terms.features else Seen([], student(both))
         theirs = ask_teacher(self.teacher, both, n, terms) if terms.teaches else Seen([], None)
@@ -133,7 +139,7 @@ def make_terms(terms: Terms, student: nn.Module, teacher: nn.Module, images: Ima
     "The terms on features, made for these networks; a ValueError where a combination is impossible."
     for name, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "features") or not (hasattr(network, "parts") or hasattr(network, "head")):
-            raise ValueError(f"Expected a {name} with `features` for {terms.features[0][0]!r}, got {type(network).__name__}: wrap it in `supermix.models.hooked.Hooked` (chapter 18).")
+            raise ValueError(f"Expected a {name} with `features` for {terms.features[0][0]!r}, got {type(network).__name__}: wrap it, as in Hooked(network, 'maxpool', ('layer1', 'layer2', 'layer3', 'layer4'), 'fc') for torchvision's ResNets (`supermix.models.hooked`, chapter 18).")
     x = images[:2][0]
     with torch.no_grad(), evaluating(student), evaluating(teacher): ours, theirs = see(student, to_device(x, student)), see(teacher, to_device(x, teacher))
     return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
@@ -149,7 +155,9 @@ def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module
     if terms.teaches: widths["teacher"] = classify(teacher, to_device(images[:1][0], teacher)).shape[1]
     for name, width in widths.items():
         if width < len(images.info.classes): raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes of {images.info.name}, got {width}.")
-    if (terms.kd or terms.mixed_kd or terms.mixed_ce and terms.label in ("teacher", "softmax")) and widths["student"] != widths["teacher"]: raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}.")
+    compared = terms.kd or terms.mixed_kd or terms.mixed_ce and terms.label in ("teacher", "softmax")
+    if compared and widths["student"] != widths["teacher"]:
+        raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}: give both a head for the {len(images.info.classes)} of {images.info.name}.")
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
 def distill(teacher,                              # images to logits; None where nothing asks for it
@@ -165,17 +173,23 @@ def distill(teacher,                              # images to logits; None where
             **options,                            # of `train`: title, minutes, live
             ) -> History:
     "Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was."
+    for what, of, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images), ("a student that is a network", student, nn.Module), ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
+        if not isinstance(of, kind): raise ValueError(f"Expected {what}, got {type(of).__name__}.")
+    if student is teacher: raise ValueError("Expected a student beside the teacher, got the teacher itself.")
+    if mixes is not None and mixer != "supermix": raise ValueError(f"Expected mixer='supermix' where a number of mixes is given, got {mixer!r}.")
     images, test = (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms = method if isinstance(method, Terms) else lookup(METHODS, method, "method")
     if mixer is not None: terms = terms.mixed()
     make = lookup(MIXERS, mixer, "mixer") if isinstance(mixer, str) else None
     check_parts(teacher, terms, mixer, images, student)
-    if terms.features: make_terms(terms, student, teacher, images)  # an impossible one ends here
+    firsts = [name for name, term in make_terms(terms, student, teacher, images).items() if term.first] if terms.features else []  # an impossible one ends here
+    if firsts and recipe.first_stage >= recipe.epochs:
+        raise ValueError(f"Expected a first stage of {', '.join(firsts)} shorter than the {recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     if make: mixer = make(teacher, len(images.info.classes))
     elif mixer == "supermix":
         if world()[1] > 1 and folder is None: raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
-        mixer = make_mixes(teacher, learned, mixes or 10 * len(learned), mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
+        mixer = make_mixes(teacher, learned, 10 * len(learned) if mixes is None else mixes, mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
     with evaluating(teacher) if teacher is not None else nullcontext():
-        objective = Distillation(teacher, terms, mixer, student, learned, min(recipe.first_stage, recipe.epochs))
+        objective = Distillation(teacher, terms, mixer, student, learned, recipe.first_stage)
         return train(student, images, recipe, objective, test=test, folder=folder, **{"title": method if isinstance(method, str) else "distilling", **options})

@@ -28,7 +28,7 @@ from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
-from .mixing import advance, ask, check_settings, hinge, is_hopeless, is_solved, objective
+from .mixing import advance, ask, check_classes, check_settings, hinge, is_hopeless, is_solved, objective
 from .recipes import EAGER, FAST, Mixing
 
 # %% ../nbs/34_engine.ipynb #3f77fabf
@@ -125,6 +125,7 @@ def draw_block(images: Images,  # the sources
     lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
     pixels = images.info.normalize(images.fetch(which, views))
     with torch.no_grad(): classes = ask(teacher, pixels, mixing.k).argmax(1).cpu()
+    check_classes(classes, mixing.k)
     rows = draw_partners(classes, mixing.k, g)
     crop, flip = (v.cpu()[rows] for v in (views.crop, views.flip))
     return Sets(block * BLOCK + torch.arange(BLOCK), which[rows], crop, flip, lam, angle, classes[rows], pixels[rows])

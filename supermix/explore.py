@@ -487,7 +487,7 @@ def thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
     w, key, rules = widgets(), f"supermix-{id(pictures):x}", []
     buttons = []
     for i, (picture, label) in enumerate(zip(pictures, labels)):
-        button = w.ToggleButton(description=label, tooltip=f"image {i}: {label}", layout=w.Layout(width=f"{side + 8}px", height=f"{side + 26}px", margin="3px"))
+        button = w.ToggleButton(description=label, tooltip=f"image {i + 1}: {label}", layout=w.Layout(width=f"{side + 8}px", height=f"{side + 26}px", margin="3px"))
         for name in ("supermix-thumb", f"{key}-{i}"): button.add_class(name)
         url = base64.b64encode(as_png(as_tile(picture, side))).decode()
         rules.append(f".{key}-{i} {{ background: #f2f2f2 url(data:image/png;base64,{url}) no-repeat center 4px !important; }}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'hinge', 'is_hopeless', 'advance', 'is_solved', 'Mixed', 'check_sets', 'start_from',
-           'check_settings', 'ask', 'see', 'classes_of', 'iterate', 'solve', 'SuperMix']
+           'check_settings', 'ask', 'check_classes', 'see', 'classes_of', 'iterate', 'solve', 'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
 from dataclasses import dataclass
@@ -141,13 +141,23 @@ def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step
 # %% ../nbs/33_mixing.ipynb #0f1d12c5
 def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N), N at least k
     "The teacher's logits of images, checked."
-    logits = teacher(images)
+    try: logits = teacher(images)
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError): raise
+        raise ValueError(f"The teacher does not take images {tuple(images.shape)} of {images.dtype}: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"Expected the teacher to give logits ({len(images)}, N), got {got}.")
     if logits.shape[1] < k: raise ValueError(f"Expected a teacher of at least k = {k} classes, got {logits.shape[1]}.")
     if not torch.isfinite(logits).all(): raise ValueError("Expected finite logits, got NaN or infinity from the teacher.")
+    if (logits >= 0).all() and (logits.detach().float().sum(1) - 1).abs().max() < 1e-3: raise ValueError("Expected logits, got rows that are 0 or more and sum to 1: is there a softmax at the teacher's end? Leave it out.")
     return logits
+
+def check_classes(classes: torch.Tensor, k: int) -> None:
+    "A ValueError unless the teacher sees k different classes (B,) in a batch."
+    seen = classes.unique().tolist()
+    if len(seen) < k: raise ValueError(f"Expected a teacher that sees at least k = {k} different classes in the {len(classes)} images, got {len(seen)}: {', '.join(map(str, seen))}. "
+                                       "Is it trained on these classes, and are the images' size, mean and std those of its training?")
 
 # %% ../nbs/33_mixing.ipynb #7b7cd4eb
 def see(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N)
@@ -237,6 +247,7 @@ class SuperMix(Mixer):
     def draw(self, images, labels=None, generator=None):
         logits = see(self.teacher, images, self.k)
         classes = logits.argmax(1)
+        check_classes(classes, self.k)
         partners = draw_partners(classes, self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device), logits.shape[1])
 

@@ -282,7 +282,7 @@ OTHER_ROWS = {                                                        # the abla
 
 TINY = {"pairs": (("resnet14", "resnet8"),), "rows": {name: (METHOD_ROWS | MIX_ROWS)[name] for name in ("student alone", "KD", "CRD", "CutMix + KD", "SuperMix", "SuperMix + KD")}}
 CIFAR100_DISTILLATION = Family(CIFAR100, PAIRS, METHOD_ROWS | MIX_ROWS | OTHER_ROWS, scaled(CIFAR100, **TINY))
-CRD_DISTILLATION = Family(CRD_BENCHMARK, PAIRS, METHOD_ROWS, scaled(CRD_BENCHMARK, **TINY))
+CRD_DISTILLATION = Family(CRD_BENCHMARK, PAIRS, METHOD_ROWS, scaled(CRD_BENCHMARK, pairs=TINY["pairs"], rows={name: METHOD_ROWS[name] for name in ("KD", "CRD")}))
 
 # %% ../nbs/02_recipes.ipynb #8379bf88
 IMAGENET_ROWS = {name: (METHOD_ROWS | MIX_ROWS)[name] for name in ("student alone", "KD", "AT", "CRD", "CRD + KD", "MixUp", "CutMix", "SuperMix", "MixUp + KD", "CutMix + KD", "SuperMix + KD")}

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MIXES', 'WEIGHTS', 'SIZES', 'BASES', 'CLASSIFIER_BASES', 'Base', 'Scale', 'write_cifar100', 'write_imagenet',
            'miniature', 'open_data', 'terms_of', 'asks_teacher', 'Impossible', 'check_row', 'short_hash', 'fetched',
-           'open_teacher', 'meet', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result', 'check_teacher',
-           'run', 'report', 'run_distillation', 'run_classification', 'Cost', 'seconds_an_image', 'training_step',
-           'bytes_a_mix', 'cost', 'search_step', 'measured', 'cell', 'table', 'run_family', 'notebook_places', 'settle',
-           'Places', 'carry_out', 'distill_command', 'train_command', 'main']
+           'open_teacher', 'meet', 'mixing_of', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result',
+           'check_teacher', 'run', 'report', 'run_distillation', 'run_classification', 'Cost', 'seconds_an_image',
+           'training_step', 'bytes_a_mix', 'cost', 'search_step', 'measured', 'cell', 'table', 'run_family',
+           'notebook_places', 'for_base', 'Places', 'carry_out', 'distill_command', 'train_command', 'commands', 'main']
 
 # %% ../nbs/62_runs.ipynb #aacf8dde
+import argparse
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +39,7 @@ from .generate import claimed, patiently
 from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
 from .published import published, source
-from .recipes import CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Recipe, Terms, Training, Variant, differences, change
+from .recipes import CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training, Variant
 from .store import fingerprint, weights_hash
 from .study import commit
 from .training import Batch, join, label_objective, to_device, train, world
@@ -162,10 +164,14 @@ def meet() -> None:
     if world()[1] > 1: dist.barrier()
 
 # %% ../nbs/62_runs.ipynb #b7a21e0a
+def mixing_of(recipe: Recipe, variant: Variant) -> Mixing:
+    "How masks are searched for: as the recipe has it, of as many sources as the row has."
+    return replace(recipe.mixing, k=variant.k) if variant.k else recipe.mixing
+
 def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder: Path):  # a Mixer, a MixedDataset, or None
     "Where the row's mixed images come from."
     if variant.mixer != "supermix": return MIXES[variant.mixer](teacher, len(images.info.classes)) if variant.mixer else None
-    mixing = replace(recipe.mixing, k=variant.k) if variant.k else recipe.mixing
+    mixing = mixing_of(recipe, variant)
     sources = images.split(recipe.training.held_out)[1] if recipe.training.held_out else images
     what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources))
     return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed, folder / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
@@ -180,21 +186,19 @@ def augmented(images: Images, variant: Variant, epochs: int, policies: str | Pat
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
-    "The file of a run's result."
-    return Path(results) / f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-{recipe.training.seed}.json"
+    "The file of a run's result; its name holds a hash of all numbers of the recipe but the seed, which stands at the end."
+    what = plain(recipe)
+    seed = what["training"].pop("seed")
+    return Path(results) / f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-{short_hash(what)}-{seed}.json"
 
 def plain(recipe: Recipe) -> dict:
     "A recipe as JSON has it, without its scales."
     return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name != "scales"}))
 
 def find_result(recipe: Recipe, variant: Variant, results: str | Path) -> dict | None:
-    "The result of a run, or None where there is none; an error where the file is of another recipe."
+    "The result of a run, or None where there is none."
     path = result_path(recipe, variant, results)
-    if not path.is_file(): return None
-    found = json.loads(path.read_text())
-    odd = [name for name, value in plain(recipe).items() if found["recipe"].get(name) != value]
-    if odd: raise ValueError(f"{path} is the result of another recipe; it differs in {', '.join(odd)}. Choose another folder, or move it away.")
-    return found
+    return json.loads(path.read_text()) if path.is_file() else None
 
 def check_teacher(found: dict, teacher: nn.Module | None, path: Path) -> dict:
     "The result; an error where it is another teacher's."
@@ -229,10 +233,10 @@ def run(recipe: Recipe,
         torch.manual_seed(recipe.training.seed)
         student = create(recipe.student, len(data.info.classes)).to(device)
         history = distill(tutor, student, Data(data.info, natural, data.test, data.source), terms_of(variant), mixer, recipe.training,
-                          folder=folder / "students" / f"{path.stem}-{short_hash(plain(recipe))}", **{"title": path.stem, **options})
+                          folder=folder / "students" / path.stem, **{"title": path.stem, **options})
         result = report(recipe, variant, data, tutor, student, history, device)
         if world()[0] == 0:
-            save(student, folder / "students" / f"{path.stem}-{short_hash(plain(recipe))}.safetensors", accuracy=history.test)
+            save(student, folder / "students" / f"{path.stem}.safetensors", accuracy=history.test)
             write_atomic(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         meet()
     return result
@@ -300,20 +304,19 @@ def training_step(network, objective, x, labels, recipe: Training):
     return step
 
 # %% ../nbs/62_runs.ipynb #8c1753a2
-def bytes_a_mix(recipe: Recipe) -> int:
+def bytes_a_mix(m: Mixing) -> int:
     "Roughly, of a stored mix."
-    m = recipe.mixing
     return 2 * (m.k - (m.hold is not None)) * m.mask_size ** 2 + 15 * m.k + 35
 
 def cost(recipe: Recipe, variant: Variant = Variant("kd"), data: Data | None = None,  # data: None for the real sets' sizes
-         probe: int | None = None,  # images a step that is timed; None: the recipe's batch on a GPU, 16 elsewhere
+         probe: int = 16,           # images a step that is timed on a processor; on a GPU it is the recipe's batch
          steps: int = 2, device: str | None = None,
          given: bool = False,       # whether the teacher's weights are given as a file
          ) -> Cost:
     "What a run costs here, from a few steps of its networks on noise."
     device, (_, processes) = join(device), world()
     n, classes, size, room = lookup(SIZES, recipe.data, "data set of known size") if data is None else (len(data.train), len(data.info.classes), data.info.size, 0.0)
-    size, probe = recipe.size or size, probe or (max(1, recipe.training.batch_size // processes) if device.type == "cuda" else 16)
+    size, probe = recipe.size or size, max(1, recipe.training.batch_size // processes) if device.type == "cuda" else probe
     learned = min(n, recipe.train_images or n) - recipe.training.held_out
     noise = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(learned, -1, -1, -1)  # one image as many, for a memory is as long as the data
     noise = ArrayImages(Info("noise", tuple(map(str, range(classes))), size, (0.5,) * 3, (0.25,) * 3), noise, torch.arange(learned) % classes)
@@ -331,7 +334,7 @@ def cost(recipe: Recipe, variant: Variant = Variant("kd"), data: Data | None = N
     mixing = hours(search_step(teacher, x)) * recipe.mixes * recipe.mixing.max_iter if variant.mixer == "supermix" else 0.0
     weights = [sum(p.numel() for p in network.parameters()) for network in (student, objective, *([teacher] if taught else []))]
     memory = sum(b.nbytes for b in objective.buffers())
-    return Cost(training, learning, mixing, room, recipe.mixes * bytes_a_mix(recipe) / 1e9 if mixing else 0.0, (4 * 5 * sum(weights) + 2 * memory) / 1e9,
+    return Cost(training, learning, mixing, room, recipe.mixes * bytes_a_mix(mixing_of(recipe, variant)) / 1e9 if mixing else 0.0, (4 * 5 * sum(weights) + 2 * memory) / 1e9,
                 torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads")
 
 # %% ../nbs/62_runs.ipynb #76ee3e98
@@ -344,13 +347,9 @@ def search_step(teacher, x):
 # %% ../nbs/62_runs.ipynb #18539221
 def measured(recipe: Recipe, variant: Variant, results: str | Path) -> list[float]:
     "Test accuracies (%) of a run, one a seed."
-    seedless = lambda r: {**r, "training": {**r["training"], "seed": None}, "teacher_training": {**r["teacher_training"], "seed": None}}
-    pattern, found = result_path(recipe, variant, results).name.rpartition("-")[0], []
-    for path in sorted(Path(results).glob(f"{pattern}-*.json")):
-        if not path.stem.removeprefix(pattern + "-").isdigit(): continue
-        content = json.loads(path.read_text())
-        if seedless(content["recipe"]) == seedless(plain(recipe)): found.append(content["figures"]["test_accuracy"])
-    return found
+    pattern = result_path(recipe, variant, results).stem.rpartition("-")[0]
+    files = [path for path in sorted(Path(results).glob(f"{pattern}-*.json")) if path.stem.removeprefix(f"{pattern}-").isdigit()]
+    return [json.loads(path.read_text())["figures"]["test_accuracy"] for path in files]
 
 def cell(values: list[float], other: float | None) -> str:
     "What stands in a table: '74.90 (74.92)', or 'not run (74.92)'."
@@ -399,11 +398,13 @@ def notebook_places(recipe: Recipe, scale: str, top: str | Path = "../..") -> di
 BASES = {"cifar100": CIFAR100, "crd_benchmark": CRD_BENCHMARK, "imagenet": IMAGENET}
 CLASSIFIER_BASES = {name: replace(base, teacher=network, student=network) for (name, base), network in zip(BASES.items(), ("wrn_40_2a", "wrn_40_2", "imagenet_resnet50"))}
 
-def settle(asked: Recipe, bases: dict[str, Recipe], base: str, scale: str) -> Recipe:
-    "The base at a scale, with all that was asked for otherwise than the first base has it."
-    recipe, said = lookup(bases, base, "base").at(scale), {name: new for name, (_, new) in differences(next(iter(bases.values())), asked).items()}
-    recipe = recipe.pair(said.get("teacher", recipe.teacher), said.get("student", recipe.student))
-    return change(recipe, said)
+def for_base(command, bases: dict[str, Recipe], args: list[str]):
+    "The command, its recipe's defaults those of the base, scale and networks that the options name."
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("base", "scale", "teacher", "student"): peek.add_argument(f"--{name}")
+    said = peek.parse_known_args(args)[0]
+    recipe = lookup(bases, said.base or next(iter(bases)), "base").at(said.scale or "paper")
+    return partial(command, recipe=recipe.pair(said.teacher or recipe.teacher, said.student or recipe.student))
 
 # %% ../nbs/62_runs.ipynb #24958a34
 Base, Scale = Literal["cifar100", "crd_benchmark", "imagenet"], Literal["paper", "mini", "smoke"]
@@ -436,7 +437,7 @@ def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100
     """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command again.
 
     Args:
-        recipe: all numbers of the run. What is given changes the base at its scale; what equals the value shown here (the base cifar100's, at the scale paper) changes nothing.
+        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are named beside it.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.
@@ -444,7 +445,7 @@ def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100
         mixer: where mixed images come from.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    carry_out(settle(recipe, BASES, base, scale), Variant(method, mixer), scale, places, only_cost)
+    carry_out(recipe, Variant(method, mixer), scale, places, only_cost)
 
 def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["cifar100"], places: Annotated[Places, tyro.conf.arg(name="")] = Places(), base: Base = "cifar100",
                   scale: Scale = "paper", policy: str = "none", cutout: int | None = None, mixer: Literal[tuple(MIXES)[1:]] | None = None, label: Literal["lam", "softmax", "teacher", "area"] = "lam",
@@ -452,7 +453,7 @@ def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER
     """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on with it: run the same command again.
 
     Args:
-        recipe: all numbers of the run. What is given changes the base at its scale; what equals the value shown here (the base cifar100's, at the scale paper) changes nothing.
+        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are named beside it.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.
@@ -462,12 +463,17 @@ def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER
         label: of mixed images: lam is the soft label ŷ, softmax the teacher's prediction.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    recipe = settle(recipe, CLASSIFIER_BASES, base, scale)
     carry_out(recipe, Variant("alone", mixer, label if mixer else None, policy, cutout), scale, places, only_cost)
+
+def commands(args: list[str]) -> dict:  # the commands by name
+    "Both commands, as these arguments of `supermix` want them."
+    both = {"distill": (distill_command, BASES), "train": (train_command, CLASSIFIER_BASES)}
+    return {name: for_base(*of, args[1:] if args[:1] == [name] else []) for name, of in both.items()}
 
 def main(args: list[str] | None = None) -> None:
     "For `python -m supermix.runs` and torchrun."
-    try: tyro.extras.subcommand_cli_from_dict({"distill": distill_command, "train": train_command}, prog="supermix", args=args)
+    args = sys.argv[1:] if args is None else args
+    try: tyro.extras.subcommand_cli_from_dict(commands(args), prog="supermix", args=args)
     except (ValueError, OSError, ArithmeticError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped. Run the same command again to go on.")
     finally:

@@ -197,17 +197,20 @@ def table(rows: dict[str, dict[int, dict]],      # by row and seed
 
 # %% ../nbs/60_study.ipynb #5f195fd0
 def plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure:
-    "Accuracy of each row against its core seconds, with the 95 % intervals."
-    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-    for number, (name, seeds) in enumerate(((name, seeds) for name, seeds in rows.items() if seeds), 1):
+    "Accuracy of each row with its 95 % interval, and beside it its core seconds; the cheapest row is at the bottom."
+    seconds = lambda seeds, part: sum(r["core_seconds"][part] for r in seeds.values()) / len(seeds)
+    rows = sorted(((name, seeds) for name, seeds in rows.items() if seeds), key=lambda row: seconds(row[1], "mixing") + seconds(row[1], "training"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.26 * len(rows)), sharey=True, layout="constrained", width_ratios=(2, 1))
+    for y, (name, seeds) in enumerate(rows):
         mean, half = interval([r["accuracy"] for r in seeds.values()])
-        took = sum(sum(r["core_seconds"].values()) for r in seeds.values()) / len(seeds)
         colour = "#1b3a5b" if "SuperMix" in name else "#58a4b0" if "Mix" in name else "#d08c28" if "double" in name else "#777777"
-        ax.errorbar(took, mean, 0 if half == float("inf") else half, color=colour, capsize=3, elinewidth=1)
-        ax.plot(took, mean, "o" if "KD" in name else "s", color=colour, markersize=13, label=f"{number}  {name}")
-        ax.annotate(str(number), (took, mean), color="white", fontsize=8, ha="center", va="center")
-    ax.set(xlabel="core seconds, with the making of mixes", ylabel="test accuracy (%)", title=title)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.5, title="circles: with KD", frameon=False)
+        left.errorbar(mean, y, xerr=0 if half == float("inf") else half, fmt="o" if "KD" in name else "s", color=colour, capsize=3, elinewidth=1)
+        right.barh(y, seconds(seeds, "training"), color=colour)
+        right.barh(y, seconds(seeds, "mixing"), left=seconds(seeds, "training"), color=colour, alpha=0.5, hatch="///")
+    left.set_yticks(range(len(rows)), [name for name, _ in rows])
+    left.grid(axis="y", color="#eeeeee")
+    left.set(xlabel="test accuracy (%), mean and 95 % interval", title=title)
+    right.set(xlabel="core seconds (hatched: to make the mixes)")
     return figure
 
 # %% ../nbs/60_study.ipynb #60aa0002

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_device', 'accuracy', 'Batch', 'label_objective', 'History', 'world', 'join', 'Loss', 'wrap', 'Run', 'take_up',
-           'check_losses', 'check_weights', 'run_epoch', 'end_epoch', 'train', 'make_teacher']
+           'check_losses', 'check_weights', 'coming', 'run_epoch', 'end_epoch', 'train', 'make_teacher']
 
 # %% ../nbs/22_training.ipynb #5efae590
 import json
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoints import checkpoints, load_checkpoint, random_state, restore_random, save_checkpoint
 from .core import evaluating, file_hash, lookup, progress, seeded, write_atomic
-from .data import Images, load_data
+from .data import Images, load_data, one_ahead
 from .logs import Log
 from .recipes import TEACHERS, Training
 from .zoo import create, save
@@ -54,6 +54,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor         # int64 (B,)
     indices: torch.Tensor        # int64 (B,): the images' numbers in the data set
     generator: torch.Generator   # for draws; depends on seed, epoch and batch alone
+    prepared: object = None      # what the objective's `prepare` gave for this batch
 
 # %% ../nbs/22_training.ipynb #0adf113a
 def label_objective(network, batch: Batch) -> torch.Tensor:
@@ -83,8 +84,8 @@ class History:
 
     def __repr__(self):
         last = f"loss {self.rows[-1]['loss']:.3f} at the end, " if self.rows else ""
-        best = f", {self.best[1]:.2f} % of the held-out images in epoch {self.best[0]}" if self.best else ""
-        test = f", {self.test:.2f} % of the test images after the last epoch" if self.test is not None else ""
+        best = f", {self.best[1]:.2f} % of the held-out images right in epoch {self.best[0]}" if self.best else ""
+        test = f", {self.test:.2f} % of the test images right after the last epoch" if self.test is not None else ""
         return f"{len(self.rows)} epochs, {last}{self.speed:,.0f} images/s{best}{test}"
 
 # %% ../nbs/22_training.ipynb #2fe8e8aa
@@ -194,15 +195,23 @@ def check_weights(run: Run) -> None:
     raise FloatingPointError(f"{name} is no number any more after update {run.updates:,}, whose loss still was one: try a lower learning rate.{saved}")
 
 # %% ../nbs/22_training.ipynb #5f2e2fe7
+def coming(run: Run, images: Images, device):  # yields Batch
+    "The batches of the rest of an epoch. Where the objective has something to prepare, that is done in a thread, a step ahead."
+    r, objective, (rank, size), prepare = run.recipe, run.loss.objective, world(), getattr(run.loss.objective, "prepare", None)
+    def batches():
+        for step, (x, labels, indices) in enumerate(images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)), run.step):
+            batch = Batch(to_device(x, run.loss.network), labels.to(device), indices.to(device), seeded(r.seed, "batch", run.epoch, step, rank))
+            yield batch._replace(prepared=prepare(batch)) if prepare else batch
+    return one_ahead(batches()) if prepare else batches()
+
 def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: float) -> None:
     "The rest of an epoch, from the run's position."
     r, steps, (rank, size) = run.recipe, ceil(len(images) / run.recipe.batch_size), world()
     since, written, checked = [], time.perf_counter(), 50 if device.type == "cuda" else 1
-    for x, labels, indices in images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)):
+    for batch in coming(run, images, device):
         for group in run.optimiser.param_groups: group["lr"] = run.lr(run.epoch + run.step / steps)
         whole = min(r.batch_size, len(images) - run.step * r.batch_size)       # images of this batch in all processes
-        weight = size * len(x) / whole if whole >= size > 1 else 1.0
-        batch = Batch(to_device(x, run.loss.network), labels.to(device), indices.to(device), seeded(r.seed, "batch", run.epoch, run.step, rank))
+        weight = size * len(batch.labels) / whole if whole >= size > 1 else 1.0
         with torch.autocast(device.type, torch.bfloat16, enabled=r.bfloat16): loss = ask(batch, weight)
         since.append(loss.detach())
         run.updates += 1

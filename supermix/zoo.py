@@ -221,7 +221,7 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
             images,              # anything that `as_batch` takes
             ) -> Prediction:
     "The classes that `network` sees in `images`."
-    if getattr(network, "info", None) is None: raise ValueError("Expected a network that knows its data: one that was trained or loaded.")
+    if getattr(network, "info", None) is None: raise ValueError("Expected a network that knows its data: one that `distill` or `train` trained, or `load` loaded. For another one, say `network.info = data.info`.")
     device = next(network.parameters()).device
     with evaluating(network): probabilities = network(as_batch(images, network.info).to(device)).float().softmax(1).cpu()
     classes = probabilities.argmax(1)

@@ -16,10 +16,15 @@ from torch import nn
 @pytest.mark.parametrize("name, message", [
     ("resnet21", r"^Unknown network 'resnet21'\. Did you mean 'resnet20'\? Known: resnet20, wrn_40_2\.$"),
     ("vgg", r"^Unknown network 'vgg'\. Known: resnet20, wrn_40_2\.$"),
-    (20, "^Unknown network 20"),
+    (20, "^Unknown network 20"), ("ResNet20", "Did you mean 'resnet20'"), ("40_2", "Did you mean 'wrn_40_2'"),
 ])
 def test_lookup_shows_what_there_is(name, message):
     with pytest.raises(ValueError, match=message): lookup({"resnet20": 1, "wrn_40_2": 2}, name, "network")
+
+
+def test_a_file_of_torch_save_is_named(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=r"teacher.pt is not a whole safetensors file .* written by `torch.save`"): load_tensors(tmp_path / "teacher.pt")
 
 
 SIZE = 2_000_000

@@ -12,7 +12,7 @@ import pytest
 import supermix.data
 import torch
 from PIL import Image
-from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_imagenet,
+from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_folder, load_imagenet,
                            open_image, read_idx)
 from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
@@ -354,3 +354,16 @@ def test_evenly_chooses_from_as_many_images_as_imagenet_has(seeded):
 ])
 def test_arrays_that_are_no_images(pixels, labels, message, digits):
     with pytest.raises(ValueError, match=message): ArrayImages(digits.info, pixels, labels)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(mean=(123.7, 116.3, 103.5)), r"Expected mean of three channels, each of pixels in 0 … 1 .*divide it by 255.*got \(123.7"), (dict(std=(0.2, 0.0, 0.2)), "Expected std of three channels"),
+    (dict(mean=0.5), "Expected mean of three channels.* got 0.5"), (dict(std=(0.5,)), "Expected std of three channels"),
+])
+def test_a_folder_under_an_odd_normalisation(options, message, photos, tmp_path):
+    for name, photo in photos.items():
+        (tmp_path / name).mkdir()
+        for i in range(3): Image.fromarray(photo[i:200 + i, :200]).save(tmp_path / name / f"{i}.png")
+    data = load_folder(tmp_path, size=32, mean=[0.5, 0.5, 0.5], std=(0.5, 0.5, 0.5))
+    assert len(data.train) + len(data.test) == 12 and data.train[:2][0].shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match=message): load_folder(tmp_path, **options)

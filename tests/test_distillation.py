@@ -1,5 +1,6 @@
 """Making mixes, and the loss of a student that learns from a teacher on natural and mixed images."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from supermix.masks import areas, soft_labels
 from supermix.mixers import MixUp
 from supermix.mixing import SuperMix
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
+from supermix.store import MixedDataset
 from supermix.training import Batch, accuracy, train
 from supermix.zoo import create
 from torch import nn
@@ -229,7 +231,15 @@ MISFITS = {
     "classes": (lambda t, few, m: distill(t, create("resnet8", 12), few, "kd", recipe=SHORT), "12.* 10|10.* 12"),
     "a teacher of too few classes": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), create("resnet8", 10), few), "at least the 10 classes of digits, got 5"),
     "no mixes": (lambda t, few, m: make_mixes(t, few, 0), "Expected .*got.* 0"),
-    "no features": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"), "teacher with `features` for 'crd', got Sequential: wrap it in .*Hooked"),
+    "none of the stock": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=0), "count of 1 or more.* got count 0"),
+    "a number of mixes and no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100), "mixer='supermix' where a number of mixes is given, got None"),
+    "a recipe in words": (lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}), "recipe that is a .*Training.*got dict"),
+    "a pair": (lambda t, few, m: distill(t, create("resnet8", 10), few[:]), "data of `load_data` or `load_folder`.*got tuple"),
+    "no student": (lambda t, few, m: distill(t, None, few), "student that is a network, got NoneType"),
+    "the teacher itself": (lambda t, few, m: distill(t, t, few), "student beside the teacher"),
+    **{f"a first stage of {method} and nothing after it": (lambda t, few, m, method=method: distill(t, create("resnet8", 10), few, method, recipe=Training(epochs=5, milestones=(4,))),
+       f"first stage of {method} shorter than the 5 epochs .* got first_stage 30") for method in ("ab", "ft", "fsp")},
+    "no features": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"), "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),
 }
 
 
@@ -237,6 +247,27 @@ MISFITS = {
 def test_what_does_not_fit_together(case, teacher, few, mixes):
     act, message = MISFITS[case]
     with pytest.raises(ValueError, match=message): act(teacher, few, mixes)
+
+
+def test_a_stock_of_a_whole_data_set(teacher, digits): assert len(make_mixes(teacher, digits, 20)) == 20  # its training images
+
+
+@pytest.mark.parametrize("method, epochs", [("kd", 2), ("alone", 1)])
+def test_a_stock_is_mixed_ahead_and_changes_nothing(method, epochs, teacher, few, mixes, monkeypatch):
+    "The images that are mixed in a thread while the network learns are those that it would mix itself."
+    def go():
+        torch.manual_seed(0)
+        student, by = create("resnet8", 10), []
+        kept = MixedDataset.sample
+        monkeypatch.setattr(MixedDataset, "sample", lambda self, n, generator: by.append(threading.current_thread() is threading.main_thread()) or kept(self, n, generator))
+        distill(teacher, student, few, method, mixes, replace(SHORT, epochs=epochs))
+        monkeypatch.undo()
+        return student.state_dict(), by
+    ahead, by = go()
+    assert by and not any(by)
+    monkeypatch.setattr(Distillation, "prepare", None)
+    plain, by = go()
+    assert all(by) and all(torch.equal(ahead[name], plain[name]) for name in plain)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION, IMAGENET,
                               IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS, Variant, change, differences)
 from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result, measured, miniature, open_data,
-                           open_teacher, result_path, run, run_classification, run_distillation, settle, table, run_family)
+                           open_teacher, result_path, run, run_classification, run_distillation, table, run_family)
 from supermix.zoo import CRD_KEYS, create, crd_keys, load, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION, IMAGENET_CLASSIFICATION]
@@ -59,6 +59,12 @@ def test_every_pair_is_the_benchmarks(teacher, student):
         assert type(network).__name__ in CRD_KEYS and crd_keys(network)
     low = student in ("mobilenetv2", "shufflenetv1", "shufflenetv2")
     assert (recipe.training.lr, CRD_BENCHMARK.pair(teacher, student).training.lr) == ((0.02, 0.01) if low else (0.1, 0.05))
+
+
+def test_no_two_families_meet_in_a_file():
+    for scale in ("paper", "mini", "smoke"):
+        files = [{result_path(recipe, variant, "").name for recipe, _, variant in family.at(scale).runs()} for family in FAMILIES]
+        assert len(set.union(*files)) == sum(map(len, files))
 
 
 def test_the_pairs_are_thirteen(): assert len(set(PAIRS)) == 13 and COLUMNS == PAIRS
@@ -164,7 +170,7 @@ def test_a_result_is_found_again_and_never_overwritten(places):
     path = result_path(TINY, Variant("kd", "mixup"), places["results"])
     before = path.stat().st_mtime_ns
     assert run_distillation(TINY, "kd", "mixup", **places) == first and path.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="the result of another recipe; it differs in training"): run_distillation(change(TINY, {"training.lr": 0.2}), "kd", "mixup", **places)
+    assert result_path(change(TINY, {"training.lr": 0.2}), Variant("kd", "mixup"), places["results"]) != path  # two recipes do not meet in a file
     assert find_result(TINY, Variant("kd", "no"), places["results"]) is None
 
 
@@ -216,7 +222,7 @@ def test_costs_grow_with_what_is_asked(places):
     one, ten = (cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data, probe=4) for n in (1, 100))
     assert 20 < ten.training / one.training < 500 and 20 < ten.mixing / one.mixing < 500 and ten.mixes == pytest.approx(100 * one.mixes)
     plain = cost(TINY, Variant("alone"), data, probe=4)
-    assert plain.teacher == plain.mixing == plain.mixes == 0 < plain.training and 100 < bytes_a_mix(CIFAR100) < bytes_a_mix(IMAGENET) < 1200
+    assert plain.teacher == plain.mixing == plain.mixes == 0 < plain.training and 100 < bytes_a_mix(CIFAR100.mixing) < bytes_a_mix(IMAGENET.mixing) < 1200
     assert not asks_teacher(Variant()) and asks_teacher(Variant(mixer="supermix", label="lam"))
 
 
@@ -246,13 +252,28 @@ def test_torchvisions_weights_are_those_of_plain_training(name):
 
 # ---- commands
 
-def test_options_change_the_base_at_its_scale():
-    asked = change(CIFAR100, {"student": "shufflenetv1", "mixing.k": 3})
-    settled = settle(asked, BASES, "crd_benchmark", "mini")
-    assert settled == replace(change(CRD_BENCHMARK.at("mini"), {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01}))
-    for bases in (BASES, CLASSIFIER_BASES):
-        for base in bases:
-            for scale in ("paper", "mini", "smoke"): assert settle(bases["cifar100"], bases, base, scale) == bases[base].at(scale)
+@pytest.mark.parametrize("command, line, changes", [
+    ("distill", "", {}), ("train", "", {}), ("distill", "--base crd_benchmark --scale mini --student shufflenetv1 --mixing.k 3", {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01}),
+    *((command, f"--base {base} --scale {scale}", {}) for command in ("distill", "train") for base in BASES for scale in ("paper", "mini", "smoke")),
+    ("distill", "--base crd_benchmark --training.lr 0.1", {"training.lr": 0.1}), ("distill", "--base=imagenet --training.batch-size 128", {"training.batch_size": 128}),  # what the first base has, too,
+    ("distill", "--student mobilenetv2 --training.lr 0.1", {"student": "mobilenetv2"}), ("distill", "--scale mini --training.epochs 600", {"training.epochs": 600}),      # is said all the same
+    ("distill", "--scale smoke --student wrn_16_2 --teacher wrn_40_2", {"student": "wrn_16_2", "teacher": "wrn_40_2"}),
+    ("train", "--base crd_benchmark --student wrn_16_2", {"student": "wrn_16_2"}),
+])
+def test_options_change_the_base_at_its_scale(command, line, changes, monkeypatch):
+    asked, said = [], line.replace("=", " ").split()
+    of = lambda name, other: said[said.index(name) + 1] if name in said else other
+    monkeypatch.setattr(runs, "carry_out", lambda recipe, *rest: asked.append(recipe))
+    runs.main([command, *line.split()])
+    base = (BASES if command == "distill" else CLASSIFIER_BASES)[of("--base", "cifar100")].at(of("--scale", "paper"))
+    assert asked == [change(base, changes)]
+
+
+def test_the_help_shows_the_bases_numbers(capsys):
+    for line, rate in (("", "0.1"), ("--base crd_benchmark", "0.05"), ("--base crd_benchmark --student mobilenetv2", "0.01")):
+        with pytest.raises(SystemExit): runs.main(["distill", *line.split(), "--help"])
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"initial learning rate (S 1.1) (default: {rate})" in shown
 
 
 THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}

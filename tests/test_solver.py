@@ -1,5 +1,6 @@
 """The solver against its oracle and a slow twin, on any shape, with other people's networks, and with bad input."""
 
+import copy
 import json
 import math
 from contextlib import nullcontext
@@ -435,7 +436,11 @@ BAD = {
                   "at least k = 2 classes, got 1"),
     "no gradient": (lambda t, s, lam: SuperMix(nets(torch.detach)).solve(s, lam), "[Gg]radient|differentiable|detach"),
     "one class": (lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)),
-                  "at least k = 2 different classes in the batch, got 1 .* among 5"),
+                  "sees at least k = 2 different classes in the 5 images, got 1: .*size, mean and std"),
+    "a softmax at the end": (lambda t, s, lam: SuperMix(nets(lambda z: z.softmax(1)))(s[:, 0]), "Expected logits, got rows that .* sum to 1"),
+    "a teacher in half precision": (lambda t, s, lam: SuperMix(copy.deepcopy(t).half())(s[:, 0]), r"does not take images \(4, 3, 32, 32\) of torch.float32"),
+    "grey images": (lambda t, s, lam: SuperMix(t)(s[:, 0, :1]), r"does not take images \(4, 1, 32, 32\)"),
+    "channels last": (lambda t, s, lam: SuperMix(t)(s[:, 0].permute(0, 2, 3, 1)), r"does not take images \(4, 32, 32, 3\)"),
     "soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(4)),
                     r"class indices \(4,\), .* got torch.float32 \(4, 4\)"),
     "an empty list": (lambda t, s, lam: SuperMix(t)([]), "[Ee]mpty|at least|0 images"),

@@ -37,6 +37,7 @@ def listen(network: nn.Module, names: dict, x: torch.Tensor) -> dict[str, Kept]:
     kept, find, head = {}, network.get_submodule, names["head"]
     def keep(name, tensor):
         if not isinstance(tensor, torch.Tensor): raise ValueError(f"Expected a tensor at {name!r}, got a {type(tensor).__name__}: name another module.")
+        if name != head and tensor.ndim != 4: raise ValueError(f"Expected a map (B, C, H, W) at {name!r}, got {tuple(tensor.shape)}: name a module in front of the pooling.")
         kept[name] = Kept(name, tensor)
     with ExitStack() as hooks:
         for name in (names["stem"], *names["stages"]):
