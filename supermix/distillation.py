@@ -176,7 +176,7 @@ def distill(teacher,                              # images to logits; None where
     for what, of, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images), ("a student that is a network", student, nn.Module), ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
         if not isinstance(of, kind): raise ValueError(f"Expected {what}, got {type(of).__name__}.")
     if student is teacher: raise ValueError("Expected a student beside the teacher, got the teacher itself.")
-    if mixes is not None and mixer != "supermix": raise ValueError(f"Expected mixer='supermix' where a number of mixes is given, got {mixer!r}.")
+    if mixes is not None and mixer is None: raise ValueError("Expected mixer='supermix' where a number of mixes is given, got None.")
     images, test = (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms = method if isinstance(method, Terms) else lookup(METHODS, method, "method")
     if mixer is not None: terms = terms.mixed()

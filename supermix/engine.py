@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PASSES', 'DRAWS', 'UPDATES', 'RACES', 'SEARCHES', 'plain_way', 'norms_behind', 'fold_pairs', 'fold_norms',
            'Sets', 'draw_block', 'Found', 'joined', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock',
-           'work_on', 'Tally', 'Engine', 'solve_blocks', 'shared', 'processes_of', 'summary', 'figures', 'race',
-           'trade_off', 'races']
+           'work_on', 'Tally', 'check_engine', 'Engine', 'solve_blocks', 'solve_counting', 'shared', 'processes_of',
+           'summary', 'figures', 'race', 'trade_off', 'races']
 
 # %% ../nbs/34_engine.ipynb #557d80bb
 import copy
@@ -277,6 +277,12 @@ class Tally:
         self.tried, self.passes, self.solved_after = self.tried + other.tried, self.passes + other.passes, self.solved_after + other.solved_after
         for what, seconds in other.clock.items(): self.clock[what] = self.clock.get(what, 0.0) + seconds
 
+def check_engine(teacher, x: torch.Tensor, mixing: Mixing, slots: int) -> None:
+    "A ValueError unless these settings fit together, and images like x."
+    check_settings(teacher, **asdict(mixing))
+    if slots < 1: raise ValueError(f"Expected 1 or more slots, got {slots}.")
+    if mixing.mask_size > min(x.shape[-2:]): raise ValueError(f"Expected masks no larger than the images, {tuple(x.shape[-2:])}, got mask_size {mixing.mask_size}.")
+
 # %% ../nbs/34_engine.ipynb #223df22d
 class Engine(Tally):
     "Solves a queue of sets, as many at a time as there are slots, and hands the solved ones out as they come."
@@ -287,16 +293,13 @@ class Engine(Tally):
                  slots: int = 128,                   # sets that are worked on at the same time
                  bfloat16: bool = False,             # the teacher's passes in bfloat16
                  ):
-        check_settings(teacher, **asdict(mixing))
-        if slots < 1: raise ValueError(f"Expected 1 or more slots, got {slots}.")
-        if mixing.mask_size > min(x.shape[-2:]): raise ValueError(f"Expected masks no larger than the images, {tuple(x.shape[-2:])}, got mask_size {mixing.mask_size}.")
+        check_engine(teacher, x, mixing, slots)
         self.mixing, self.slots, self.dtype, self.device, self.network = mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, x.device, teacher
         if isinstance(teacher, nn.Module):
             self.device = next(teacher.parameters(), x).device
             self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype, memory_format=torch.channels_last)
         self.reset()
-        self.see(x)  # what is no teacher is found out now
-        self.reset()
+        with torch.no_grad(): self.ask(x)  # what is no teacher is found out now
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
         "The teacher's logits (B, N), float32."
@@ -325,20 +328,21 @@ class Engine(Tally):
             self.clock.book(UPDATES, since + sum(self.clock.values()) - booked)  # less what drawing has booked
             going = len(slots.theta) > 0
 
-    def solve(self, images: Images, seed: int, blocks: Iterable[int]) -> Found:
-        "Draw the sets of these blocks, and solve them."
-        return joined(self.run(draw_block(images, self.see, self.mixing, seed, b) for b in blocks))
+# %% ../nbs/34_engine.ipynb #34aa0007
+def solve_blocks(engine: Engine, images: Images, seed: int, blocks: Iterable[int]) -> Found:
+    "Draw the sets of these blocks, and solve them."
+    return joined(engine.run(draw_block(images, engine.see, engine.mixing, seed, b) for b in blocks))
 
 # %% ../nbs/34_engine.ipynb #2d1f6a31
-def solve_blocks(engine: Engine, images: Images, seed: int, blocks: range):  # Found, and the engine with its counts
-    "Solve all sets of these blocks, counting from 0."
+def solve_counting(engine: Engine, images: Images, seed: int, blocks: range):  # Found, and the engine with its counts
+    "The same, counting from 0."
     engine.reset()
-    return engine.solve(images, seed, blocks), engine
+    return solve_blocks(engine, images, seed, blocks), engine
 
 def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Executor | None, processes: int) -> Found:
     "The same by the processes of a pool, each with its share of the blocks; the engine gets their counts."
-    if pool is None: return engine.solve(images, seed, blocks)
-    jobs = [pool.submit(solve_blocks, engine, images, seed, blocks[i::processes]) for i in range(processes)]
+    if pool is None: return solve_blocks(engine, images, seed, blocks)
+    jobs = [pool.submit(solve_counting, engine, images, seed, blocks[i::processes]) for i in range(processes)]
     parts = [job.result() for job in jobs]
     for _, other in parts: engine.add(other)
     return joined([found for found, _ in parts])
@@ -409,7 +413,7 @@ SEARCHES = {  # for the picture of trade-offs: what differs from the paper's rec
 def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 4, seed: int = 1) -> dict:
     "Share solved, sparsity, KL and passes an image of one way to search."
     engine = Engine(teacher, images[:2][0], mixing)
-    found = engine.solve(images, seed, range(blocks))
+    found = solve_blocks(engine, images, seed, range(blocks))
     values = figures(found, decode(found.code, mixing.hold is not None), found.logits, images[:1][0].shape[-2:]).mean(0).tolist()
     return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": engine.passes / len(found.index)}
 

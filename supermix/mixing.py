@@ -143,7 +143,7 @@ def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> 
     "The teacher's logits of images, checked."
     try: logits = teacher(images)
     except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError): raise
+        if not isinstance(teacher, torch.nn.Module) or isinstance(error, torch.cuda.OutOfMemoryError): raise
         raise ValueError(f"The teacher does not take images {tuple(images.shape)} of {images.dtype}: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -153,11 +153,12 @@ def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> 
     if (logits >= 0).all() and (logits.detach().float().sum(1) - 1).abs().max() < 1e-3: raise ValueError("Expected logits, got rows that are 0 or more and sum to 1: is there a softmax at the teacher's end? Leave it out.")
     return logits
 
-def check_classes(classes: torch.Tensor, k: int) -> None:
-    "A ValueError unless the teacher sees k different classes (B,) in a batch."
+def check_classes(classes: torch.Tensor, k: int) -> torch.Tensor:
+    "The classes (B,) that the teacher sees in a batch; a ValueError unless there are k different ones."
     seen = classes.unique().tolist()
     if len(seen) < k: raise ValueError(f"Expected a teacher that sees at least k = {k} different classes in the {len(classes)} images, got {len(seen)}: {', '.join(map(str, seen))}. "
                                        "Is it trained on these classes, and are the images' size, mean and std those of its training?")
+    return classes
 
 # %% ../nbs/33_mixing.ipynb #7b7cd4eb
 def see(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N)
@@ -246,8 +247,7 @@ class SuperMix(Mixer):
 
     def draw(self, images, labels=None, generator=None):
         logits = see(self.teacher, images, self.k)
-        classes = logits.argmax(1)
-        check_classes(classes, self.k)
+        classes = check_classes(logits.argmax(1), self.k)
         partners = draw_partners(classes, self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device), logits.shape[1])
 

@@ -465,6 +465,7 @@ def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER
     """
     carry_out(recipe, Variant("alone", mixer, label if mixer else None, policy, cutout), scale, places, only_cost)
 
+# %% ../nbs/62_runs.ipynb #62aa0001
 def commands(args: list[str]) -> dict:  # the commands by name
     "Both commands, as these arguments of `supermix` want them."
     both = {"distill": (distill_command, BASES), "train": (train_command, CLASSIFIER_BASES)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['small', 'pack', 'unpack_logits', 'fingerprint', 'weights_hash', 'tensors_hash', 'origin', 'flat', 'Store',
-           'load_card', 'check_tensors', 'changed', 'finish', 'MixedBatch', 'check_store', 'gather', 'remix',
-           'seen_anew', 'MixedDataset', 'export_images']
+           'load_card', 'check_tensors', 'changed', 'check_files', 'finish', 'MixedBatch', 'check_store', 'gather',
+           'remix', 'seen_anew', 'MixedDataset', 'export_images']
 
 # %% ../nbs/35_store.ipynb #1b5c7cf1
 import csv
@@ -103,7 +103,7 @@ class Store:
             was, now = flat({key: old.get(key) for key in new}), flat(json.loads(json.dumps(new)))
             odd = [f"{key}: {was.get(key)} there, {now.get(key)} now" for key in {**now, **was} if was.get(key) != now.get(key)]
             if odd: raise ValueError(f"{self.folder} holds a store that was made otherwise ({'; '.join(odd)}). Choose another folder, or delete it.")
-            self.check(old)
+            check_files(self, old)
             return old
         write_atomic(self.manifest_path, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
         return new
@@ -113,12 +113,6 @@ class Store:
         tensors = dict(sorted(pack(found, top).items()))
         card = {"shard": shard, "images": len(found.index), "sets": sets, "logits": found.logits.shape[1], "tensors": tensors_hash(tensors)}
         return save_tensors(self.shard_path(shard), tensors, card)
-
-    def check(self, manifest: dict) -> None:
-        "A ValueError where a shard that is there is not the one that the manifest lists."
-        for entry in manifest.get("shards", []):
-            path = self.folder / entry["file"]
-            if path.is_file() and file_hash(path) != entry["sha256"]: raise changed(path, "its SHA-256 is not the manifest's")
 
     def counts(self) -> dict[int, tuple[int, int]]:
         "Of each shard that is there: images and sets that were begun."
@@ -141,6 +135,12 @@ def check_tensors(path: Path) -> None:
     if tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]: raise changed(path, "its tensors are not those of its card")
 
 def changed(path: Path, how: str) -> ValueError: return ValueError(f"The shard {path} was changed: {how}. Delete it and run the store's command again.")
+
+def check_files(store: Store, manifest: dict) -> None:
+    "A ValueError where a shard that is there is not the one that the manifest lists."
+    for entry in manifest.get("shards", []):
+        path = store.folder / entry["file"]
+        if path.is_file() and file_hash(path) != entry["sha256"]: raise changed(path, "its SHA-256 is not the manifest's")
 
 # %% ../nbs/35_store.ipynb #77f559d6
 def finish(store: Store, count: int) -> dict:
@@ -188,7 +188,7 @@ def check_store(store: Store, images: Images, hashes: bool = True) -> dict:
     for entry in manifest["shards"]:
         path = store.folder / entry["file"]
         if not path.is_file(): raise FileNotFoundError(f"The shard {path} is missing.")
-    if hashes: store.check(manifest)
+    if hashes: check_files(store, manifest)
     return manifest
 
 # %% ../nbs/35_store.ipynb #59052c4c

@@ -217,6 +217,6 @@ def plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure:
 def compare(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
     "What the first row's accuracy has over the second's, seed by seed, with its 95 % interval and in a word."
     seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2: return f"{len(seeds)} common seeds: too few to say"
+    if len(seeds) < 2: return f"{len(seeds)} common seed{'' if len(seeds) == 1 else 's'}: too few to say"
     mean, half = interval([ours[s]["accuracy"] - theirs[s]["accuracy"] for s in seeds])
     return f"{mean:+.2f} ± {half:.2f} over {len(seeds)} seeds: **{'more' if mean > half else 'less' if mean < -half else 'level'}**"

@@ -362,8 +362,8 @@ def test_arrays_that_are_no_images(pixels, labels, message, digits):
 ])
 def test_a_folder_under_an_odd_normalisation(options, message, photos, tmp_path):
     for name, photo in photos.items():
-        (tmp_path / name).mkdir()
-        for i in range(3): Image.fromarray(photo[i:200 + i, :200]).save(tmp_path / name / f"{i}.png")
-    data = load_folder(tmp_path, size=32, mean=[0.5, 0.5, 0.5], std=(0.5, 0.5, 0.5))
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3): Image.fromarray(photo[i:200 + i, :200]).save(tmp_path / "photos" / name / f"{i}.png")
+    data = load_folder(tmp_path / "photos", size=32, mean=[0.5, 0.5, 0.5], std=(0.5, 0.5, 0.5))
     assert len(data.train) + len(data.test) == 12 and data.train[:2][0].shape == (2, 3, 32, 32)
-    with pytest.raises(ValueError, match=message): load_folder(tmp_path, **options)
+    with pytest.raises(ValueError, match=message): load_folder(tmp_path / "photos", **options)

@@ -139,7 +139,7 @@ def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "SIGKILL" in err + out or "restart" in err, err[-2000:]
+    assert process.returncode == 0 and "exitcode: -9" in err, err[-2000:]
     assert contents(tmp_path / "store") == contents(whole)
 
 
@@ -147,7 +147,7 @@ def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
     took = []
     for attempt in range(3):  # it takes a second; on a busy machine a process may be held up for longer than five, but not each time
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
-        process = start(tmp_path / "store")
+        process = start(tmp_path / "store", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs, and their children, ignore it
         while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         begun = time.time()
@@ -239,8 +239,8 @@ def test_which_shards_are_missing(counts, count, missing): assert missing_shards
 def test_a_shard_too_many_is_let_go(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "store")
     manifest = json.loads((whole / "manifest.json").read_text())
-    extra = len(manifest["shards"])
-    shutil.copy(whole / "00000.safetensors", tmp_path / "store" / f"{extra:05d}.safetensors")
+    extra = f"{len(manifest['shards']):05d}.safetensors"
+    shutil.copy(generate(replace(RECIPE, count=700), tmp_path / "more").folder / extra, tmp_path / "store" / extra)
     generate(RECIPE, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(whole)
 

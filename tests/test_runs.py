@@ -110,7 +110,7 @@ def places(tmp_path_factory):
     return {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
 
 
-TINY = change(CIFAR100.at("smoke"), {"train_images": 40, "training.epochs": 1, "training.milestones": (), "teacher_training.epochs": 2, "teacher_training.milestones": (),
+TINY = change(CIFAR100.at("smoke"), {"train_images": 40, "training.epochs": 1, "training.first_stage": 0, "training.milestones": (), "teacher_training.epochs": 2, "teacher_training.milestones": (),
                                      "mixes": 24, "teacher": "resnet8", "training.lr": 0.01})
 
 

@@ -242,7 +242,7 @@ def test_images_that_are_held_out_are_never_trained_on(digits, tmp_path):
     held = [row["held_out"] for row in history.rows]
     assert history.best == (1 + held.index(max(held)), max(held)) and len(held) == 4
     assert read_log(tmp_path / "log.csv")[-1]["held_out"] == pytest.approx(held[-1])
-    assert "held-out images in epoch" in repr(history) and f"{history.test:.2f} % of the test images" in repr(history)
+    assert "held-out images right in epoch" in repr(history) and f"{history.test:.2f} % of the test images" in repr(history)
 
 
 def test_tensorboard_reads_what_was_logged(digits, tmp_path):
