@@ -372,6 +372,7 @@ def race(teacher: nn.Module,                # the teacher
          ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; the plain way has the paper's numbers
          rounds: int = 3,                   # blocks of the plain way
          blocks: int = 8,                   # the engine's blocks for each of them
+         batch: int = BLOCK,                # sets of its block that the plain way works on
          seed: int = 0, processes: int = 1, # of the engine, with one thread each; 1: one process with all threads, as the plain way has
          ) -> dict[str, dict]:              # figures of "plain" and of each way
     "The engine against the plain way: solved images a second, share solved, sparsity, KL."
@@ -382,7 +383,7 @@ def race(teacher: nn.Module,                # the teacher
     with processes_of(processes) as pool:
         for r in range(rounds):
             start = time.perf_counter()
-            sets = draw_block(images, teacher, before, seed, r * blocks)
+            sets = Sets(*(t[:batch] for t in draw_block(images, teacher, before, seed, r * blocks)))
             theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
             runs["plain"].append((time.perf_counter() - start, len(solved), (plain := figures(sets, theta, logits))[solved]))
             for name, engine in engines.items():
@@ -391,7 +392,7 @@ def race(teacher: nn.Module,                # the teacher
                 took = time.perf_counter() - start
                 values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits, sets.images.shape[-2:])
                 runs[name].append((took, blocks * BLOCK, values))
-                rows = (found.index < sets.index[0] + BLOCK).nonzero().flatten()
+                rows = (found.index < sets.index[0] + batch).nonzero().flatten()
                 rows = rows[solved[found.index[rows] - sets.index[0]]]  # those that both solve
                 both[name].append(torch.stack([values[rows, 1], plain[found.index[rows] - sets.index[0], 1]], 1))
     result = {name: summary(*zip(*of)) for name, of in runs.items()}
