@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     images: torch.Tensor         # float (B, 3, H, W), normalised
     labels: torch.Tensor         # int64 (B,)
     indices: torch.Tensor        # int64 (B,): the images' numbers in the data set
-    generator: torch.Generator   # for draws; depends on seed, epoch and batch alone
+    generator: torch.Generator   # for draws; depends on seed, epoch, batch and, with many processes, rank alone
     prepared: object = None      # what the objective's `prepare` gave for this batch
 
 # %% ../nbs/22_training.ipynb #0adf113a
