@@ -99,6 +99,6 @@ def show_extremes(mixed: MixedDataset, report: Quality, each: int = 3) -> plt.Fi
     middle = len(order) // 2
     rows = torch.cat([order[:each], order[middle:middle + each], order[-each:]])
     batch, names = mixed.batch(rows), mixed.info.classes
-    titles = [f"KL {report.kl[r]:.2f}\n" + ", ".join(f"{names[c]} {p:.0%}" for c, p in zip(cs, ps))
+    titles = [f"KL {report.kl[r]:.2f}\n" + ", ".join(f"{p:.0%} {names[c]}" for c, p in zip(cs, ps))
               for r, cs, ps in zip(rows, batch.classes.tolist(), report.teacher[rows].tolist())]
     return show_mixes(mixed.info, batch.sets, batch.masks, titles, name="Smallest, median and largest KL; what the teacher sees")
