@@ -47,16 +47,20 @@ def save_checkpoint(folder: str | Path,  # is made if need be
 
 # %% ../nbs/20_checkpoints.ipynb #21bb97d7
 def load_checkpoint(path: str | Path) -> dict:
-    "Read what `save_checkpoint` wrote. A file that was changed, cut off or renamed, or that holds code, is an error that names it."
+    """Read what `save_checkpoint` wrote.
+    A file that was changed, cut off or renamed, or that holds code, is an error that names it."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"There is no checkpoint {path}.")
     content, name = path.read_bytes(), NAME.fullmatch(path.name)
     advice = "Delete it to go on from the one before."
     if name is None: raise ValueError(f"Expected a checkpoint named step-<updates>-<sha256>.pt, got {path}.")
-    if digest(int(name[1]), content) != name[2]: raise ValueError(f"The checkpoint {path} was changed or cut off, or renamed: its content does not fit its name. {advice}")
+    if digest(int(name[1]), content) != name[2]:
+        raise ValueError(f"The checkpoint {path} was changed or cut off, or renamed: "
+                         f"its content does not fit its name. {advice}")
     try: return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
-        raise ValueError(f"The checkpoint {path} holds more than plain values, and was not read ({str(error).splitlines()[0]}). {advice}") from error
+        raise ValueError(f"The checkpoint {path} holds more than plain values, and was not read "
+                         f"({str(error).splitlines()[0]}). {advice}") from error
 
 # %% ../nbs/20_checkpoints.ipynb #898aa27c
 def random_state() -> dict:

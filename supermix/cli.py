@@ -35,25 +35,33 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
     images = load_data(data).train
     for k, result in races(pretrained(images.info.name), images, out, rounds)["races"].items():
         for way, values in result.items():
-            if way != "plain": print(f"k = {k}, {way}: {values['ratio']:.1f} times the plain way, {values['solved']:.1%} of the sets solved (plain: {result['plain']['solved']:.1%})")
+            if way != "plain":
+                print(f"k = {k}, {way}: {values['ratio']:.1f} times the plain way, "
+                      f"{values['solved']:.1%} of the sets solved (plain: {result['plain']['solved']:.1%})")
 
 def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str = "efficientnet_lite0") -> None:
-    """The engine against the plain way at 224×224, with an ImageNet teacher on photographs (chapter 38); some ten minutes.
+    """The engine against the plain way at 224×224, with an ImageNet teacher on photographs (chapter 38);
+    some ten minutes.
 
     Args:
         out: the file that is written.
         blocks: blocks of 128 sets that the engine makes.
-        teacher: EfficientNet-Lite0, whose weights come with a Python package, or an ImageNet network of the zoo, such as imagenet_resnet34, whose weights are fetched.
+        teacher: EfficientNet-Lite0, whose weights come with a Python package, or an ImageNet network of the zoo,
+            such as imagenet_resnet34, whose weights are fetched.
     """
     network, *wants = large_teacher(teacher)
-    with tempfile.TemporaryDirectory() as folder: result = measure(network, photographs(folder, *wants), out, blocks=blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(network, photographs(folder, *wants), out, blocks=blocks)
     print(f"{result['ratio']:.1f} times the plain way")
 
-COMMANDS = {"demo": demo, "distill": distill_command, "train": train_command, "teacher": make_teacher, "generate": generate, "race": race, "large": large, "study": study, "throughput": throughput}
+COMMANDS = {"demo": demo, "distill": distill_command, "train": train_command, "teacher": make_teacher,
+            "generate": generate, "race": race, "large": large, "study": study, "throughput": throughput}
 
 def main(args: list[str] | None = None) -> None:
     "The command `supermix`."
     args = sys.argv[1:] if args is None else args
-    try: tyro.extras.subcommand_cli_from_dict(COMMANDS | commands(args), prog="supermix", args=args, description="SuperMix: mixed images that a teacher asks for.")
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS | commands(args), prog="supermix", args=args,
+                                             description="SuperMix: mixed images that a teacher asks for.")
     except (ValueError, OSError, ArithmeticError, ImportError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped.")

@@ -18,7 +18,7 @@ from .losses import Seen, Term, vectors
 from .relations import CC, PKT, RKD, SP
 
 # %% ../nbs/43_contrast.ipynb #cee44296
-def nce_loss(similarity: torch.Tensor,    # (B, 1 + K): of unit vectors; column 0 the pair from one image, the others negatives
+def nce_loss(similarity: torch.Tensor,    # (B, 1 + K): of unit vectors; column 0 one image's pair, the others negatives
              log_z: torch.Tensor,         # a number: log of the normalisation constant Z
              images: int,                 # n, among which the negatives were drawn
              temperature: float = 0.07,   # T (the paper: 0.07 to 0.1)
@@ -34,7 +34,8 @@ def draw_negatives(labels: torch.Tensor,   # int64 (B,): the class of each image
                    count: int,             # K, negatives for each image
                    generator: torch.Generator | None = None,
                    ) -> torch.Tensor:      # int64 (B, K): indices of training images, with replacement
-    "Negatives of each image: uniform over all training images of other classes; over all images where there is no other class."
+    """Negatives of each image: uniform over all training images of other classes;
+    over all images where there is no other class."""
     ordered, order = classes.sort(stable=True)
     start = torch.searchsorted(ordered, labels)[:, None]
     own = torch.searchsorted(ordered, labels, right=True)[:, None] - start
@@ -61,17 +62,20 @@ def similarities(embeddings: torch.Tensor,  # (B, dim)
                  chosen: torch.Tensor,      # int64 (B, K): rows for each embedding
                  ) -> torch.Tensor:         # (B, K)
     "Inner products of each embedding with its rows of a memory; the memory may change afterwards."
-    if chosen.numel() * memory.shape[1] < (len(embeddings) + memory.shape[1]) * len(memory): return (memory[chosen] @ embeddings[:, :, None])[:, :, 0]
+    if chosen.numel() * memory.shape[1] < (len(embeddings) + memory.shape[1]) * len(memory):
+        return (memory[chosen] @ embeddings[:, :, None])[:, :, 0]
     return (embeddings @ memory.clone().T).gather(1, chosen)
 
 # %% ../nbs/43_contrast.ipynb #54ac4d62
-def estimate_log_z(similarity: torch.Tensor, images: int, temperature: float = 0.07) -> torch.Tensor:  # (B, 1 + K) -> a number
+def estimate_log_z(similarity: torch.Tensor,  # (B, 1 + K)
+                   images: int, temperature: float = 0.07,
+                   ) -> torch.Tensor:         # a number
     "log of n times the mean of exp(similarity / T)."
     return (similarity / temperature).flatten().logsumexp(0) - math.log(similarity.numel()) + math.log(images)
 
 # %% ../nbs/43_contrast.ipynb #b07933c3
 def gather_ranks(x: torch.Tensor,    # (B, …), with a B of its own on each process
-                 ) -> torch.Tensor:  # (all B together, …), the same on all processes, without gradient; x where there is one process
+                 ) -> torch.Tensor:  # (all B together, …), the same on all processes, without gradient; x if only one
     "Put together what all processes of torch.distributed hold, in the order of their ranks."
     x = x.detach()
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1: return x
@@ -98,7 +102,8 @@ class CRD(Term):
         ours, theirs = vectors(student, teacher)
         self.embed_student, self.embed_teacher = nn.Linear(ours.shape[1], dim), nn.Linear(theirs.shape[1], dim)
         self.negatives, self.temperature, self.momentum = min(negatives, images - 1), temperature, momentum
-        for name in ("memory_student", "memory_teacher"): self.register_buffer(name, F.normalize(torch.randn(images, dim)))
+        for name in ("memory_student", "memory_teacher"):
+            self.register_buffer(name, F.normalize(torch.randn(images, dim)))
         self.register_buffer("classes", torch.full((images,), -1))            # −1: not met yet
         self.register_buffer("log_z", torch.full((2,), -math.inf))            # −∞: not estimated yet
 
@@ -122,4 +127,5 @@ class CRD(Term):
         return sum(nce_loss(p, z, n, self.temperature) for p, z in zip(pairs, log_z))
 
 # %% ../nbs/43_contrast.ipynb #237ad742
-TERMS = {"fitnet": FitNet, "at": AT, "sp": SP, "cc": CC, "vid": VID, "rkd": RKD, "pkt": PKT, "ab": AB, "ft": FT, "fsp": FSP, "nst": NST, "crd": CRD}
+TERMS = {"fitnet": FitNet, "at": AT, "sp": SP, "cc": CC, "vid": VID, "rkd": RKD, "pkt": PKT, "ab": AB, "ft": FT,
+         "fsp": FSP, "nst": NST, "crd": CRD}

@@ -30,9 +30,11 @@ def lookup(table: dict,        # what there is, by name
     known = [str(key) for key in table if key != ""]  # "" is how torch calls the root among a network's modules
     small = {key.lower(): key for key in known}
     longer = [key for key in small if name and str(name).lower() in key]  # resnet18: imagenet_resnet18
-    near = [small[key] for key in dict.fromkeys(longer + get_close_matches(str(name).lower(), small, n=3, cutoff=0.5))][:3]
+    near = [small[key]
+            for key in dict.fromkeys(longer + get_close_matches(str(name).lower(), small, n=3, cutoff=0.5))][:3]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")
+    raise ValueError(f"Unknown {what} {name!r}.{hint} "
+                     f"Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")
 
 # %% ../nbs/00_core.ipynb #c6ee483a
 def write_atomic(path: str | Path, # where the file shall appear
@@ -76,7 +78,8 @@ def load_tensors(path: str | Path,                      # a file that `save_tens
             card = json.loads((file.metadata() or {}).get("card", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, card
     except (SafetensorError, ValueError) as error:
-        hint = " It was written by `torch.save`: read it with `torch.load(…, weights_only=True)`." if zipfile.is_zipfile(path) else ""
+        hint = (" It was written by `torch.save`: read it with `torch.load(…, weights_only=True)`."
+                if zipfile.is_zipfile(path) else "")
         raise ValueError(f"{path} is not a whole safetensors file ({error}).{hint}") from error
 
 # %% ../nbs/00_core.ipynb #8412d787
@@ -103,12 +106,14 @@ def seeded(*names) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # %% ../nbs/00_core.ipynb #0dd9702f
-def progress(items=None,          # what to go through; may be left out where `total` is given and the bar is updated by hand
+def progress(items=None,          # what to go through; optional where `total` is given and the bar is updated by hand
              title: str = "",     # what the bar is called
              total: int | None = None,  # how many there are, where `items` cannot tell
              unit: str = "it",    # what is counted
              delay: float = 1.0,  # seconds before the bar appears
              **kwargs):           # anything else that tqdm takes
-    "A tqdm progress bar that appears only where the work takes longer than `delay` seconds; TQDM_DISABLE=1 silences it."
+    """A tqdm progress bar that appears only where the work takes longer than `delay` seconds;
+    TQDM_DISABLE=1 silences it."""
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return tqdm(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True, **{"disable": silent, **kwargs})
+    return tqdm(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True,
+                **{"disable": silent, **kwargs})

@@ -55,7 +55,7 @@ class Info:
 @dataclass(frozen=True)
 class Views:
     "Where each image of a batch is cropped, and whether it is mirrored."
-    crop: torch.Tensor  # int64 (B, 2): top and left, in pixels of the framed image; or (B, 4): top, left, height, width in the file's
+    crop: torch.Tensor  # int64 pixels (B, 2): top, left once framed; or (B, 4): top, left, height, width in the file's
     flip: torch.Tensor  # bool (B,)
 
     def __getitem__(self, rows): return Views(self.crop[rows], self.flip[rows])
@@ -71,7 +71,8 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
     fill = torch.as_tensor(fill, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
     framed = fill.expand(B, C, H + 2 * pad, W + 2 * pad).clone()
     framed[..., pad:pad + H, pad:pad + W] = images
-    windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # a view (B, C, 2·pad + 1, 2·pad + 1, H, W) of all windows: nothing is copied yet
+    # a view (B, C, 2·pad + 1, 2·pad + 1, H, W) of all windows: nothing is copied yet
+    windows = framed.unfold(2, H, 1).unfold(3, W, 1)
     cut = windows[torch.arange(B, device=images.device), :, views.crop[:, 0], views.crop[:, 1]]
     return torch.where(views.flip[:, None, None, None], cut.flip(-1), cut)
 
@@ -97,10 +98,11 @@ class Batches:
                 seed: int | None = None,  # with one: shuffled and augmented; without: in order and plain
                 epoch: int = 0,           # each has an order and views of its own
                 start: int = 0,           # number of the first batch that is given
-                share: tuple[int, int] = (0, 1),  # (which, of how many) part of each batch; a batch of fewer images goes to all
+                share: tuple[int, int] = (0, 1),  # (which, of how many) part of each batch; one of fewer goes to all
                 ):                        # yields images (B, 3, H, W), labels (B,), indices (B,)
         "Once through all images."
-        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=seeded(seed, "order", epoch))
+        order = (torch.arange(len(self)) if seed is None
+                 else torch.randperm(len(self), generator=seeded(seed, "order", epoch)))
         for number, indices in enumerate(order.split(batch_size)[start:], start):
             views = None if seed is None else self.draw(indices, seeded(seed, "views", epoch, number))
             if len(indices) >= share[1] > 1:
@@ -141,7 +143,8 @@ class Images(Batches, torch.utils.data.Dataset):
         order = evenly(self.labels, n, seed)
         return self._take(order[:n].sort().values), self._take(order[n:].sort().values)
 
-    def __repr__(self): return f"{type(self).__name__}({self.info.name}: {len(self):,} images, {len(self.info.classes)} classes)"
+    def __repr__(self):
+        return f"{type(self).__name__}({self.info.name}: {len(self):,} images, {len(self.info.classes)} classes)"
 
 # %% ../nbs/01_data.ipynb #81eefac1
 class ArrayImages(Images):
@@ -171,7 +174,8 @@ class ArrayImages(Images):
 
     def to(self, device):
         "The same images on another device."
-        return ArrayImages(self.info, self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3].to(device), self.labels.to(device))
+        return ArrayImages(self.info, self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3].to(device),
+                           self.labels.to(device))
 
     def _take(self, indices): return ArrayImages(self.info, self.pixels[indices], self.labels[indices])
 
@@ -214,7 +218,8 @@ class FolderImages(Images):
 
     def batches(self, *args, **kwargs): return one_ahead(super().batches(*args, **kwargs))
 
-    def _take(self, indices): return FolderImages(self.info, [self.files[i] for i in indices], self.labels[indices], self.workers)
+    def _take(self, indices):
+        return FolderImages(self.info, [self.files[i] for i in indices], self.labels[indices], self.workers)
 
 # %% ../nbs/01_data.ipynb #f6548313
 def sample_boxes(sizes: torch.Tensor,         # int64 (B, 2): height and width of each image
@@ -233,7 +238,8 @@ def sample_boxes(sizes: torch.Tensor,         # int64 (B, 2): height and width o
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     first = fits.double().argmax(1, keepdim=True)
     h, w, y, x = (t.gather(1, first) for t in (h, w, u[..., 2], u[..., 3]))
-    full_h, full_w = torch.minimum(height, (width / ratio[0]).round()), torch.minimum(width, (height * ratio[1]).round())
+    full_h, full_w = (torch.minimum(height, (width / ratio[0]).round()),
+                      torch.minimum(width, (height * ratio[1]).round()))
     none = ~fits.any(1, keepdim=True)
     h, w = torch.where(none, full_h, h), torch.where(none, full_w, w)
     top = torch.where(none, ((height - h) / 2).round(), (y * (height - h + 1)).floor())
@@ -247,7 +253,8 @@ def opened(path):
     try:
         with Image.open(path) as image: yield image
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"{path} cannot be read as an image ({error}). Delete it, or put a whole one in its place.") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}). "
+                         "Delete it, or put a whole one in its place.") from error
 
 def open_image(path) -> Image.Image:
     "The image as RGB."
@@ -293,7 +300,8 @@ def read_idx(path: str | Path) -> torch.Tensor:  # uint8, of the shape that the 
         shape = struct.unpack(f">{dims}I", content[4:4 + 4 * dims])
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an idx file ({error}). Delete it and fetch it again.") from error
-    if (zero, kind) != (0, 8): raise ValueError(f"{path} is not an idx file of bytes: it starts with {content[:4].hex()}.")
+    if (zero, kind) != (0, 8):
+        raise ValueError(f"{path} is not an idx file of bytes: it starts with {content[:4].hex()}.")
     values = content[4 + 4 * dims:]
     if len(values) != prod(shape):
         raise ValueError(f"{path} should hold {prod(shape):,} bytes {shape} but has {len(values):,}: it is only half "
@@ -311,18 +319,21 @@ def data_folders(root=None) -> list[Path]:
     return [*named, Path("data"), CACHE, Path("/usr/share/datasets")]
 
 # %% ../nbs/01_data.ipynb #a98e95b2
-FASHION_FILES = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+FASHION_FILES = [f"{split}-{kind}"
+                 for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 def find_fashion(root=None) -> list[Path] | None:
     "The four files of Fashion-MNIST, or None where no folder has any; a folder that has only some is an error."
     for folder in data_folders(root):
         for place in (folder / "FashionMNIST" / "raw", folder / "fashion-mnist", folder):
-            found = {name: path for name in FASHION_FILES for path in (place / name, place / f"{name}.gz") if path.is_file()}
+            found = {name: path
+                     for name in FASHION_FILES for path in (place / name, place / f"{name}.gz") if path.is_file()}
             if len(found) == len(FASHION_FILES): return [found[name] for name in FASHION_FILES]
             if found:
                 missing = ", ".join(name for name in FASHION_FILES if name not in found)
-                raise FileNotFoundError(f"{place} is only half downloaded: {missing} missing. Delete it and fetch it again.")
+                raise FileNotFoundError(f"{place} is only half downloaded: {missing} missing. "
+                                        "Delete it and fetch it again.")
     return None
 
 # %% ../nbs/01_data.ipynb #fd865d6b
@@ -334,15 +345,17 @@ def load_fashion_mnist(root=None, download: bool = True) -> Data:
         target = Path(root).expanduser() if root else CACHE
         try: FashionMNIST(str(target), download=True)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"Fashion-MNIST is in none of the data folders, and its download failed ({error}). On Debian: "
-                                    "apt-get install dataset-fashion-mnist.") from error
+            raise FileNotFoundError(f"Fashion-MNIST is in none of the data folders, and its download failed ({error}). "
+                                    "On Debian: apt-get install dataset-fashion-mnist.") from error
         files = find_fashion(target)
     if files is None:
         raise FileNotFoundError(f"Fashion-MNIST is in none of {', '.join(map(str, data_folders(root)))}.")
     info = Info("fashion_mnist", FASHION_CLASSES, 32, (0.2860,) * 3, (0.3530,) * 3)
     pixels, labels = [read_idx(f) for f in files[::2]], [read_idx(f) for f in files[1::2]]
     for file, p in zip(files[::2], pixels):
-        if p.shape[1:] != (28, 28): raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. Delete it and fetch it again.")
+        if p.shape[1:] != (28, 28):
+            raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. "
+                             "Delete it and fetch it again.")
     split = [ArrayImages(info, F.pad(p, (2, 2, 2, 2))[:, None], l) for p, l in zip(pixels, labels)]
     return Data(info, *split, str(files[0].parent))
 
@@ -360,13 +373,15 @@ class PlainUnpickler(pickle.Unpickler):
 def read_cifar(path: str | Path, *keys: str) -> list:
     "The entries `keys` of one file of the python version of CIFAR-100."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: CIFAR-100 is not there, or only half downloaded.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: CIFAR-100 is not there, or only half downloaded.")
     try: content = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({error}). Delete it and fetch it again.") from error
     if not isinstance(content, dict) or not set(keys) <= set(content):
         got = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{path} should hold {' and '.join(keys)}, got {got}. Is it of CIFAR-100, and of its python version?")
+        raise ValueError(f"{path} should hold {' and '.join(keys)}, got {got}. "
+                         "Is it of CIFAR-100, and of its python version?")
     return [content[key] for key in keys]
 
 # %% ../nbs/01_data.ipynb #10895221
@@ -379,7 +394,8 @@ def load_cifar100(root=None, download: bool = True) -> Data:
         target = Path(root).expanduser() if root else CACHE
         try: CIFAR100(str(target), download=True)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"CIFAR-100 is in none of the data folders, and its download failed ({error}).") from error
+            raise FileNotFoundError("CIFAR-100 is in none of the data folders, "
+                                    f"and its download failed ({error}).") from error
         folder = target / "cifar-100-python"
     if folder is None: raise FileNotFoundError(f"There is no {' or '.join(map(str, folders))}.")
     classes = tuple(read_cifar(folder / "meta", "fine_label_names")[0])
@@ -392,33 +408,38 @@ def load_cifar100(root=None, download: bool = True) -> Data:
             raise ValueError(f"{folder / name} should hold rows of 3,072 bytes and a label for each, got {data.dtype} "
                              f"{data.shape} and {len(labels)} labels. Delete it and fetch it again.")
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"{folder / name} should hold labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}.")
+            raise ValueError(f"{folder / name} should hold labels from 0 to {len(classes) - 1}, "
+                             f"got {labels.min()} to {labels.max()}.")
         split.append(ArrayImages(info, torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels))
     return Data(info, *split, str(folder))
 
 # %% ../nbs/01_data.ipynb #6a27c19d
-def load_folder(root: str | Path,             # holds train/<class>/*.jpg and val/<class>/*.jpg (or test), or just <class>/*.jpg
-                size: int = 224,              # height and width at which the networks get the images
-                mean=(0.485, 0.456, 0.406),   # of each channel, for pixels in 0 … 1, as the teacher was trained; ImageNet's
-                std=(0.229, 0.224, 0.225),    # the same
-                flip: bool = True,            # whether a mirror image still shows the same class
-                held_out: float = 0.2,        # share of the images for testing, where they have no folder of their own
-                name: str | None = None,      # what the data are called; None: as the folder
+def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/*.jpg (or test); or just <class>/*.jpg
+                size: int = 224,             # height and width at which the networks get the images
+                mean=(0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as the teacher was trained; ImageNet's
+                std=(0.229, 0.224, 0.225),   # the same
+                flip: bool = True,           # whether a mirror image still shows the same class
+                held_out: float = 0.2,       # share of the images for testing, where they have no folder of their own
+                name: str | None = None,     # what the data are called; None: as the folder
                 ) -> Data:
     "Pictures of yours: files in one folder a class."
     for what, three in (("mean", mean), ("std", std)):
-        if not isinstance(three, tuple | list) or len(three) != 3 or not all((what == "mean") * -1e-9 < v <= 1 for v in three):
-            raise ValueError(f"Expected {what} of three channels, each of pixels in 0 … 1 (where it is of 0 … 255, divide it by 255), got {three}.")
+        if (not isinstance(three, tuple | list) or len(three) != 3
+            or not all((what == "mean") * -1e-9 < v <= 1 for v in three)):
+            raise ValueError(f"Expected {what} of three channels, each of pixels in 0 … 1 "
+                             f"(where it is of 0 … 255, divide it by 255), got {three}.")
     from torchvision.datasets import ImageFolder
     root = Path(root).expanduser().resolve()
     if not root.is_dir(): raise FileNotFoundError(f"There is no folder {root}.")
     names = [n for n in ("train", "val", "test") if (root / n).is_dir()][:2]
     if names and (names[0] != "train" or len(names) < 2):
-        raise FileNotFoundError(f"{root / ('val' if 'train' in names else 'train')} is missing: the data set is only half there.")
+        raise FileNotFoundError(f"{root / ('val' if 'train' in names else 'train')} is missing: "
+                                "the data set is only half there.")
     parts = [ImageFolder(str(root / n)) for n in names or [""]]
     if parts[0].classes != parts[-1].classes:
         odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
-        raise ValueError(f"{root}: train has {len(parts[0].classes)} classes and {names[1]} {len(parts[1].classes)}; only in one: {odd[:5]}.")
+        raise ValueError(f"{root}: train has {len(parts[0].classes)} classes and {names[1]} {len(parts[1].classes)}; "
+                         f"only in one: {odd[:5]}.")
     info = Info(name or root.name, tuple(parts[0].classes), size, tuple(mean), tuple(std), flip)
     split = [FolderImages(info, [path for path, _ in part.samples], torch.tensor(part.targets)) for part in parts]
     if names: return Data(info, *split, str(root))
@@ -427,15 +448,18 @@ def load_folder(root: str | Path,             # holds train/<class>/*.jpg and va
 
 # %% ../nbs/01_data.ipynb #90a9be58
 def load_imagenet(root=None, download: bool = False) -> Data:
-    "An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, seen at 224×224. There is no download."
+    """An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, seen at 224×224.
+    There is no download."""
     candidates = [folder / sub for folder in data_folders(root) for sub in ("imagenet", "") if sub or root]
     folder = next((f for f in candidates if (f / "train").is_dir() or (f / "val").is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"There is no ImageNet in {' or '.join(map(str, candidates))}: expected the folders train and val.")
+        raise FileNotFoundError(f"There is no ImageNet in {' or '.join(map(str, candidates))}: "
+                                "expected the folders train and val.")
     return load_folder(folder, name="imagenet")
 
 # %% ../nbs/01_data.ipynb #2b3d4bfc
-DATA_SETS = {"digits": load_digits, "fashion_mnist": load_fashion_mnist, "cifar100": load_cifar100, "imagenet": load_imagenet}
+DATA_SETS = {"digits": load_digits, "fashion_mnist": load_fashion_mnist, "cifar100": load_cifar100,
+             "imagenet": load_imagenet}
 
 def load_data(name: str = "auto",      # one of `DATA_SETS`; "auto": Fashion-MNIST where it can be had, else digits
               root=None,               # a folder to look in first; where data are downloaded to

@@ -68,19 +68,22 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
         student = create(recipe.student, num_classes=len(info.classes))
         history = distill(teacher, student, images, method, source, recipe.training, title=name)
         rows.append(Row(name, accuracy(student, data.test), history.speed))
-        save(student, Path(out) / f"{name.lower().replace(' + ', '_').replace(' ', '_')}.safetensors", accuracy=rows[-1].accuracy)
+        save(student, Path(out) / f"{name.lower().replace(' + ', '_').replace(' ', '_')}.safetensors",
+             accuracy=rows[-1].accuracy)
     report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows],
               "seconds": round(time.perf_counter() - start, 1), "command": f"supermix demo --scale {scale}",
               "torch": torch.__version__, "device": f"CPU, {torch.get_num_threads()} threads"}
     write_atomic(Path(out) / "result.json", json.dumps(report, indent=1, default=str).encode())
-    print("\n" + as_table(rows) + f"\n\n{report['seconds']:.0f} seconds; picture {picture}, students and numbers beside it")
+    print("\n" + as_table(rows)
+          + f"\n\n{report['seconds']:.0f} seconds; picture {picture}, students and numbers beside it")
     return rows
 
 # %% ../nbs/50_demo.ipynb #8a085bfb
 def as_table(rows: list[Row]) -> str:
     "The rows as a Markdown table."
     lines = [f"| {row.name:13s} | {row.accuracy:17.2f} | {row.speed:16,.0f} |" for row in rows]
-    return "\n".join(["| method        | test accuracy (%) | natural images/s |", "|---------------|------------------:|-----------------:|", *lines])
+    return "\n".join(["| method        | test accuracy (%) | natural images/s |",
+                      "|---------------|------------------:|-----------------:|", *lines])
 
 # %% ../nbs/50_demo.ipynb #05b1ec3b
 def draw_picture(mixer: SuperMix, images, path: Path, rows: int = 5) -> Path:
@@ -92,7 +95,8 @@ def draw_picture(mixer: SuperMix, images, path: Path, rows: int = 5) -> Path:
     mixed = mixer.solve(x[draw.partners], draw.lam, mixer.first_theta(draw.lam, x.shape[-2:], generator), draw)
     order = (~mixed.solved).to(torch.int8).argsort(stable=True)[:rows]  # solved ones first
     name = images.info.classes
-    titles = ["\n".join(f"{share:.0%} {name[c]}" for share, c in zip(mixed.lam[i].tolist(), mixed.classes[i])) for i in order]
+    titles = ["\n".join(f"{share:.0%} {name[c]}" for share, c in zip(mixed.lam[i].tolist(), mixed.classes[i]))
+              for i in order]
     figure = show_mixes(images.info, x[draw.partners][order], mixed.masks[order], titles)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

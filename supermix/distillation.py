@@ -34,12 +34,13 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
                count: int,                        # mixed images that are wanted
                mixing: Mixing = Mixing(**FAST),   # how they are searched for
                seed: int = 0,                     # of all draws
-               folder: str | Path | None = None,  # of the store; a store that was begun there goes on; None: in memory only
-               mixed_pad: int = 2,                # random crops of the mixed images in training may be off by this many pixels
+               folder: str | Path | None = None,  # of the store; one that was begun there goes on; None: in memory only
+               mixed_pad: int = 2,                # random crops of the mixes in training may be off by this many pixels
                ) -> MixedDataset:
     "Make `count` SuperMix images from random views of `images`."
     if isinstance(images, Data): images = images.train
-    recipe = Generation(images.info.name, "given", count, mixing, shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
+    recipe = Generation(images.info.name, "given", count, mixing,
+                        shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         with evaluating(teacher): generate(recipe, place, images, teacher)
         return MixedDataset(place, images, mixed_pad, check=folder is not None)
@@ -81,13 +82,13 @@ class Staged(nn.Module):
 
     def lr_at(self, recipe: Training, epoch: float) -> float:
         "The learning rate: constant in the first stage, and the recipe's afterwards."
-        return min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.firsts)) if self.first else recipe.lr_at(epoch)
+        return (min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.firsts)) if self.first
+                else recipe.lr_at(epoch))
 
 # %% ../nbs/45_distillation.ipynb #c9802c88
 class Distillation(Staged):
     "An objective for `train`: the student's loss on a natural batch, and on a mixed one."
     teacher = property(lambda self: self.asked[0])
-
     def __init__(self,
                  teacher,                      # images to logits; None where no term asks for it
                  terms: Terms,                 # the weights of the loss's terms
@@ -98,37 +99,46 @@ class Distillation(Staged):
                  ):
         super().__init__(make_terms(terms, student, teacher, images) if terms.features else {}, first_stage)
         self.terms, self.mixer = terms, mixer
-        self.about = {**{f"terms.{name}": value for name, value in asdict(terms).items()}, "mixer": type(mixer).__name__,
+        self.about = {**{f"terms.{name}": value for name, value in asdict(terms).items()},
+                      "mixer": type(mixer).__name__,
                       "teacher": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}
         fast = isinstance(teacher, nn.Module) and images is not None and not terms.features
-        self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last) if fast else teacher]  # in a list: no part of ours
+        self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last)
+                      if fast else teacher]  # in a list: no part of ours
 
     @property
     def prepare(self):
         "For a stock, whose images have to be mixed again: how that is done, for the loop to do it ahead; else None."
-        return (lambda batch: mix_batch(self.mixer, batch, self.terms.label)) if isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self.first else None
+        return ((lambda batch: mix_batch(self.mixer, batch, self.terms.label))
+                if isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self.first else None)
 
     def forward(self, student, batch: Batch) -> torch.Tensor:
         terms, n, both, soft = self.terms, len(batch.images), batch.images, None
         if self.first: return sum(term.first_loss(student, self.teacher, both) for term in self.firsts)
-        if isinstance(self.mixer, Mixer) and n < self.mixer.k: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)  # a short last batch
+        if isinstance(self.mixer, Mixer) and n < self.mixer.k:  # a short last batch
+            terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
         if terms.mixes:
             mixed, soft = batch.prepared or mix_batch(self.mixer, batch, terms.label)
             both = to_device(torch.cat([both, mixed]), student)
         ours = see(student, both) if terms.features else Seen([], student(both))
         theirs = ask_teacher(self.teacher, both, n, terms) if terms.teaches else Seen([], None)
         zs, zt = ours.logits.float(), theirs.logits
-        loss = student_loss(terms, zs[:n], batch.labels, *((zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)), soft)
+        loss = student_loss(terms, zs[:n], batch.labels,
+                            *((zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)), soft)
         for name, weight in terms.features:
-            if self.features[name].later: loss = loss + weight * self.features[name](Seen([f[:n] for f in ours.features], zs[:n]), theirs, batch.labels, batch.indices, batch.generator)
+            if self.features[name].later:
+                loss = loss + weight * self.features[name](Seen([f[:n] for f in ours.features], zs[:n]), theirs,
+                                                           batch.labels, batch.indices, batch.generator)
         return loss
 
 # %% ../nbs/45_distillation.ipynb #de679164
 @torch.no_grad()
-def ask_teacher(teacher, both: torch.Tensor, n: int, terms: Terms) -> Seen:  # features of the natural images, logits (B + B', N)
+def ask_teacher(teacher, both: torch.Tensor, n: int, terms: Terms,
+                ) -> Seen:  # features of the natural images, logits (B + B', N)
     "What the teacher sees in n natural images and the mixed ones behind them, as far as the terms look at it."
     natural = see(teacher, both[:n]) if terms.features else Seen([], None)
-    wanted = slice(0 if terms.kd else n, len(both) if terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax")) else n)
+    wanted = slice(0 if terms.kd else n,
+                   len(both) if terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax")) else n)
     if wanted.start == wanted.stop: return natural
     some = teacher(both[wanted]).float()
     logits = some.new_zeros(len(both), some.shape[1])
@@ -139,57 +149,77 @@ def make_terms(terms: Terms, student: nn.Module, teacher: nn.Module, images: Ima
     "The terms on features, made for these networks; a ValueError where a combination is impossible."
     for name, network in (("student", student), ("teacher", teacher)):
         if not hasattr(network, "features") or not (hasattr(network, "parts") or hasattr(network, "head")):
-            raise ValueError(f"Expected a {name} with `features` for {terms.features[0][0]!r}, got {type(network).__name__}: wrap it, as in Hooked(network, 'maxpool', ('layer1', 'layer2', 'layer3', 'layer4'), 'fc') for torchvision's ResNets (`supermix.models.hooked`, chapter 18).")
+            raise ValueError(f"Expected a {name} with `features` for {terms.features[0][0]!r}, "
+                             f"got {type(network).__name__}: wrap it, as in "
+                             "Hooked(network, 'maxpool', ('layer1', 'layer2', 'layer3', 'layer4'), 'fc') "
+                             "for torchvision's ResNets (`supermix.models.hooked`, chapter 18).")
     x = images[:2][0]
-    with torch.no_grad(), evaluating(student), evaluating(teacher): ours, theirs = see(student, to_device(x, student)), see(teacher, to_device(x, teacher))
+    with torch.no_grad(), evaluating(student), evaluating(teacher):
+        ours, theirs = see(student, to_device(x, student)), see(teacher, to_device(x, teacher))
     return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
 
 # %% ../nbs/45_distillation.ipynb #19fdb848
 def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module) -> None:
     "A ValueError where teacher, student, method and mixer do not fit together."
-    if terms.mixes and mixer is None: raise ValueError("This method has a term for mixed images: give a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
+    if terms.mixes and mixer is None:
+        raise ValueError("This method has a term for mixed images: "
+                         "give a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
     lookup({"teacher": 0, "softmax": 0, "lam": 0, "area": 0}, terms.label, "label of mixed images")
-    if (terms.teaches or isinstance(mixer, str) and mixer == "supermix") and teacher is None: raise ValueError("This method or mixer needs a teacher, got None.")
-    if terms.label == "area" and isinstance(mixer, Mixer) and mixer.weights.__func__ is not Mixer.weights: raise ValueError("Expected a mixer that labels by areas for label='area', or a stock of mixes.")
+    if (terms.teaches or isinstance(mixer, str) and mixer == "supermix") and teacher is None:
+        raise ValueError("This method or mixer needs a teacher, got None.")
+    if terms.label == "area" and isinstance(mixer, Mixer) and mixer.weights.__func__ is not Mixer.weights:
+        raise ValueError("Expected a mixer that labels by areas for label='area', or a stock of mixes.")
     with torch.no_grad(), evaluating(student): widths = {"student": student(to_device(images[:1][0], student)).shape[1]}
     if terms.teaches: widths["teacher"] = classify(teacher, to_device(images[:1][0], teacher)).shape[1]
     for name, width in widths.items():
-        if width < len(images.info.classes): raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes of {images.info.name}, got {width}.")
+        if width < len(images.info.classes):
+            raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes "
+                             f"of {images.info.name}, got {width}.")
     compared = terms.kd or terms.mixed_kd or terms.mixed_ce and terms.label in ("teacher", "softmax")
     if compared and widths["student"] != widths["teacher"]:
-        raise ValueError(f"Expected a student and a teacher of the same classes, got {widths['student']} and {widths['teacher']}: give both a head for the {len(images.info.classes)} of {images.info.name}.")
+        raise ValueError("Expected a student and a teacher of the same classes, "
+                         f"got {widths['student']} and {widths['teacher']}: "
+                         f"give both a head for the {len(images.info.classes)} of {images.info.name}.")
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
 def distill(teacher,                              # images to logits; None where nothing asks for it
             student: nn.Module,                   # is trained in place
             data: Data | Images,                  # with test images, whose accuracy is then told; or without
             method: str | Terms = "kd",           # a name of `METHODS`, or weights of your own
-            mixer: str | Mixer | MixedDataset | None = None,  # a name of `MIXERS`, or one of your own; None: natural images only
+            mixer: str | Mixer | MixedDataset | None = None,  # a name of `MIXERS`, or yours; None: natural images only
             recipe: Training = Training(),        # the numbers of the training
             mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": how masks are searched for
-            mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten for each natural image
-            mixed_pad: int = 2,                   # for mixer="supermix": random crops of mixed images may be off by this many pixels
+            mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten a natural image
+            mixed_pad: int = 2,                   # for mixer="supermix": pixels that random crops of mixes may be off
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             **options,                            # of `train`: title, minutes, live
             ) -> History:
     "Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was."
-    for what, of, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images), ("a student that is a network", student, nn.Module), ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
+    for what, of, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images),
+                           ("a student that is a network", student, nn.Module),
+                           ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
         if not isinstance(of, kind): raise ValueError(f"Expected {what}, got {type(of).__name__}.")
     if student is teacher: raise ValueError("Expected a student beside the teacher, got the teacher itself.")
-    if mixes is not None and mixer is None: raise ValueError("Expected mixer='supermix' where a number of mixes is given, got None.")
+    if mixes is not None and mixer is None:
+        raise ValueError("Expected mixer='supermix' where a number of mixes is given, got None.")
     images, test = (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms = method if isinstance(method, Terms) else lookup(METHODS, method, "method")
     if mixer is not None: terms = terms.mixed()
     make = lookup(MIXERS, mixer, "mixer") if isinstance(mixer, str) else None
     check_parts(teacher, terms, mixer, images, student)
-    firsts = [name for name, term in make_terms(terms, student, teacher, images).items() if term.first] if terms.features else []  # an impossible one ends here
+    firsts = ([name for name, term in make_terms(terms, student, teacher, images).items() if term.first]
+              if terms.features else [])  # an impossible one ends here
     if firsts and recipe.first_stage >= recipe.epochs:
-        raise ValueError(f"Expected a first stage of {', '.join(firsts)} shorter than the {recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
+        raise ValueError(f"Expected a first stage of {', '.join(firsts)} shorter than the {recipe.epochs} epochs "
+                         f"that it is a part of, got first_stage {recipe.first_stage}.")
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     if make: mixer = make(teacher, len(images.info.classes))
     elif mixer == "supermix":
-        if world()[1] > 1 and folder is None: raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
-        mixer = make_mixes(teacher, learned, 10 * len(learned) if mixes is None else mixes, mixing, recipe.seed, folder and Path(folder) / "mixes", mixed_pad)
+        if world()[1] > 1 and folder is None:
+            raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
+        mixer = make_mixes(teacher, learned, 10 * len(learned) if mixes is None else mixes, mixing, recipe.seed,
+                           folder and Path(folder) / "mixes", mixed_pad)
     with evaluating(teacher) if teacher is not None else nullcontext():
         objective = Distillation(teacher, terms, mixer, student, learned, recipe.first_stage)
-        return train(student, images, recipe, objective, test=test, folder=folder, **{"title": method if isinstance(method, str) else "distilling", **options})
+        return train(student, images, recipe, objective, test=test, folder=folder,
+                     **{"title": method if isinstance(method, str) else "distilling", **options})

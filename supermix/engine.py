@@ -64,8 +64,10 @@ def norms_behind(network: nn.Module, x: torch.Tensor) -> dict[str, str]:
     def look(name, value):
         calls[name] = calls.get(name, 0) + 1
         if id(value) in gave: found[name] = gave[id(value)][0]
-    handles = [m.register_forward_hook(lambda m, a, out, name=name: note(name, out)) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
-    handles += [m.register_forward_pre_hook(lambda m, a, name=name: look(name, a[0])) for name, m in network.named_modules() if type(m) is nn.BatchNorm2d]
+    handles = [m.register_forward_hook(lambda m, a, out, name=name: note(name, out))
+               for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    handles += [m.register_forward_pre_hook(lambda m, a, name=name: look(name, a[0]))
+                for name, m in network.named_modules() if type(m) is nn.BatchNorm2d]
     try:
         with torch.no_grad(): network(x)
     finally:
@@ -149,12 +151,15 @@ def joined(parts: Iterable[Found]) -> Found:
     for part in parts:
         end = n + len(part.index)
         if whole is None or end > len(whole.index):  # twice the room
-            room, old = Found(*(torch.empty(max(BLOCK, 2 * end), *t.shape[1:], dtype=t.dtype) for t in part)), whole or part
+            room, old = (Found(*(torch.empty(max(BLOCK, 2 * end), *t.shape[1:], dtype=t.dtype) for t in part)),
+                         whole or part)
             for new, t in zip(room, old): new[:n] = t[:n]
             whole = room
         for mine, new in zip(whole, part): mine[n:end] = new
         n = end
-    if not n: raise ValueError("None of the sets was solved: is the teacher trained, and are images and teacher normalised alike?")
+    if not n:
+        raise ValueError("None of the sets was solved: is the teacher trained, "
+                         "and are images and teacher normalised alike?")
     return Found(*(t[:n].clone() for t in whole))
 
 # %% ../nbs/34_engine.ipynb #fec02a76
@@ -256,7 +261,8 @@ def work_on(slots: Slots, ask, m: Mixing, device, clock: Clock):  # Found, and w
         if m.margin: loss = loss + m.margin * lack
         grad = torch.autograd.grad(loss[going.to(device)].sum(), now)[0] if len(going) else None
     since = clock.book(PASSES, since)
-    found = Found(*(t[done] for t in sets[:5]), sets.classes[done], encode(slots.theta[done], m.hold is not None), logits.detach().cpu()[done], slots.steps[done])
+    found = Found(*(t[done] for t in sets[:5]), sets.classes[done], encode(slots.theta[done], m.hold is not None),
+                  logits.detach().cpu()[done], slots.steps[done])
     if grad is not None:
         there = going.to(device)
         moved = advance(now.detach()[there], loss.detach()[there], grad[there], m.sigma, m.step, m.hold, size)
@@ -270,34 +276,39 @@ class Tally:
     "What an engine counts."
     def reset(self) -> None:
         "Count from 0."
-        self.tried, self.passes, self.solved_after, self.clock = 0, 0, torch.zeros(self.mixing.max_iter + 1, dtype=torch.int64), Clock()
+        self.tried, self.passes, self.solved_after, self.clock = (
+            0, 0, torch.zeros(self.mixing.max_iter + 1, dtype=torch.int64), Clock())
 
     def add(self, other: "Tally") -> None:
         "Take over what another one counted."
-        self.tried, self.passes, self.solved_after = self.tried + other.tried, self.passes + other.passes, self.solved_after + other.solved_after
+        self.tried, self.passes, self.solved_after = (
+            self.tried + other.tried, self.passes + other.passes, self.solved_after + other.solved_after)
         for what, seconds in other.clock.items(): self.clock[what] = self.clock.get(what, 0.0) + seconds
 
 def check_engine(teacher, x: torch.Tensor, mixing: Mixing, slots: int) -> None:
     "A ValueError unless these settings fit together, and images like x."
     check_settings(teacher, **asdict(mixing))
     if slots < 1: raise ValueError(f"Expected 1 or more slots, got {slots}.")
-    if mixing.mask_size > min(x.shape[-2:]): raise ValueError(f"Expected masks no larger than the images, {tuple(x.shape[-2:])}, got mask_size {mixing.mask_size}.")
+    if mixing.mask_size > min(x.shape[-2:]):
+        raise ValueError(f"Expected masks no larger than the images, {tuple(x.shape[-2:])}, "
+                         f"got mask_size {mixing.mask_size}.")
 
 # %% ../nbs/34_engine.ipynb #223df22d
 class Engine(Tally):
     "Solves a queue of sets, as many at a time as there are slots, and hands the solved ones out as they come."
-    def __init__(self,
-                 teacher,                            # a network, or any callable from images (B, C, H, W) to logits (B, N)
-                 x: torch.Tensor,                    # a few images (B, C, H, W), to try a folded teacher with
-                 mixing: Mixing = Mixing(**FAST),    # how masks are searched for
-                 slots: int = 128,                   # sets that are worked on at the same time
-                 bfloat16: bool = False,             # the teacher's passes in bfloat16
+    def __init__(self, teacher,                    # a network, or any callable, images (B, C, H, W) -> logits (B, N)
+                 x: torch.Tensor,                  # a few images (B, C, H, W), to try a folded teacher with
+                 mixing: Mixing = Mixing(**FAST),  # how masks are searched for
+                 slots: int = 128,                 # sets that are worked on at the same time
+                 bfloat16: bool = False,           # the teacher's passes in bfloat16
                  ):
         check_engine(teacher, x, mixing, slots)
-        self.mixing, self.slots, self.dtype, self.device, self.network = mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, x.device, teacher
+        self.mixing, self.slots, self.dtype, self.device, self.network = (
+            mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, x.device, teacher)
         if isinstance(teacher, nn.Module):
             self.device = next(teacher.parameters(), x).device
-            self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype, memory_format=torch.channels_last)
+            self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype,
+                                                                     memory_format=torch.channels_last)
         self.reset()
         with torch.no_grad(): self.ask(x)  # what is no teacher is found out now
 
@@ -305,12 +316,12 @@ class Engine(Tally):
         "The teacher's logits (B, N), float32."
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
         return ask(self.network, images, self.mixing.k).float()
-
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        "The same without gradients, as many images at a time as there are slots, for the sources of sets that are being drawn; booked as passes."
+        """The same without gradients, as many images at a time as there are slots,
+        for the sources of sets that are being drawn; booked as passes."""
         since = time.perf_counter()
         with torch.no_grad(): logits = torch.cat([self.ask(part) for part in images.split(self.slots)])
-        self.clock[DRAWS] = self.clock.get(DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # no time is booked twice
+        self.clock[DRAWS] = self.clock.get(DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # no time booked twice
         return logits
 
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
@@ -358,7 +369,8 @@ def processes_of(n: int):  # a pool to be used in a `with`; None for a single pr
 def summary(seconds, tried, values) -> dict[str, float]:
     "Figures of one way, from those of its rounds."
     solved = torch.cat(values)
-    return {"images/s": len(solved) / sum(seconds), "solved": len(solved) / sum(tried), "m(1-m)": solved[:, 0].mean().item(), "KL": solved[:, 1].mean().item()}
+    return {"images/s": len(solved) / sum(seconds), "solved": len(solved) / sum(tried),
+            "m(1-m)": solved[:, 0].mean().item(), "KL": solved[:, 1].mean().item()}
 
 def figures(sets, theta, logits, size=None):  # Sets or Found -> (n, 2): sparsity and KL
     "m(1 − m) and KL(ŷ ‖ p) of each set."
@@ -369,11 +381,11 @@ def figures(sets, theta, logits, size=None):  # Sets or Found -> (n, 2): sparsit
 # %% ../nbs/34_engine.ipynb #4e353dd3
 def race(teacher: nn.Module,                # the teacher
          images: Images,                    # the sources
-         ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; the plain way has the paper's numbers
+         ways: dict[str, Mixing] = {"engine": Mixing(**FAST)},  # the engine's searches, of one k; plain: the paper's
          rounds: int = 3,                   # blocks of the plain way
          blocks: int = 8,                   # the engine's blocks for each of them
          batch: int = BLOCK,                # sets of its block that the plain way works on
-         seed: int = 0, processes: int = 1, # of the engine, with one thread each; 1: one process with all threads, as the plain way has
+         seed: int = 0, processes: int = 1, # the engine's, one thread each; 1: with all threads, as the plain way has
          ) -> dict[str, dict]:              # figures of "plain" and of each way
     "The engine against the plain way: solved images a second, share solved, sparsity, KL."
     teacher, of = copy.deepcopy(teacher).eval().requires_grad_(False), next(iter(ways.values()))
@@ -385,12 +397,14 @@ def race(teacher: nn.Module,                # the teacher
             start = time.perf_counter()
             sets = Sets(*(t[:batch] for t in draw_block(images, teacher, before, seed, r * blocks)))
             theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
-            runs["plain"].append((time.perf_counter() - start, len(solved), (plain := figures(sets, theta, logits))[solved]))
+            runs["plain"].append((time.perf_counter() - start, len(solved),
+                                  (plain := figures(sets, theta, logits))[solved]))
             for name, engine in engines.items():
                 start = time.perf_counter()
                 found = shared(engine, images, seed, range(r * blocks, (r + 1) * blocks), pool, processes)
                 took = time.perf_counter() - start
-                values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits, sets.images.shape[-2:])
+                values = figures(found, decode(found.code, engine.mixing.hold is not None), found.logits,
+                                 sets.images.shape[-2:])
                 runs[name].append((took, blocks * BLOCK, values))
                 rows = (found.index < sets.index[0] + batch).nonzero().flatten()
                 rows = rows[solved[found.index[rows] - sets.index[0]]]  # those that both solve
@@ -398,16 +412,20 @@ def race(teacher: nn.Module,                # the teacher
     result = {name: summary(*zip(*of)) for name, of in runs.items()}
     for name, engine in engines.items():
         ours, theirs = torch.cat(both[name]).mean(0).tolist()
-        result[name] |= {"ratio": result[name]["images/s"] / result["plain"]["images/s"], "KL, where both solve": ours, "the plain way's KL there": theirs,
-                         "passes an image": engine.passes / int(engine.solved_after.sum()), "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values())}
+        result[name] |= {"ratio": result[name]["images/s"] / result["plain"]["images/s"],
+                         "KL, where both solve": ours, "the plain way's KL there": theirs,
+                         "passes an image": engine.passes / int(engine.solved_after.sum()),
+                         "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values())}
     return result
 
 # %% ../nbs/34_engine.ipynb #050eabc7
 RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine, giving up early": Mixing(**EAGER, k=k)} for k in (2, 3)}
 SEARCHES = {  # for the picture of trade-offs: what differs from the paper's recipe
-    "the paper's": {}, "λ_s 15": {"lambda_s": 15.0}, "λ_s 10": {"lambda_s": 10.0}, "step 0.7": {"step": 0.7}, "σ 0.6": {"sigma": 0.6},
-    "held": {"hold": 0.063}, "hinge": {"margin": 1.0}, "regions, held": FAST | {"margin": 0.0}, "regions, held, hinge": FAST, "the same, step 1.5": FAST | {"step": 1.5},
-    "the same at 0.045": FAST | {"hold": 0.045}, "the same at 0.09": FAST | {"hold": 0.09}, "the same, 25 updates": FAST | {"max_iter": 25},
+    "the paper's": {}, "λ_s 15": {"lambda_s": 15.0}, "λ_s 10": {"lambda_s": 10.0},
+    "step 0.7": {"step": 0.7}, "σ 0.6": {"sigma": 0.6}, "held": {"hold": 0.063}, "hinge": {"margin": 1.0},
+    "regions, held": FAST | {"margin": 0.0}, "regions, held, hinge": FAST, "the same, step 1.5": FAST | {"step": 1.5},
+    "the same at 0.045": FAST | {"hold": 0.045}, "the same at 0.09": FAST | {"hold": 0.09},
+    "the same, 25 updates": FAST | {"max_iter": 25},
     **{f"giving up at {bound}": EAGER | {"give_up": bound} for bound in (3.0, 4.75, 6.0)},
 }
 
@@ -415,18 +433,22 @@ def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 
     "Share solved, sparsity, KL and passes an image of one way to search."
     engine = Engine(teacher, images[:2][0], mixing)
     found = solve_blocks(engine, images, seed, range(blocks))
-    values = figures(found, decode(found.code, mixing.hold is not None), found.logits, images[:1][0].shape[-2:]).mean(0).tolist()
-    return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1], "passes an image": engine.passes / len(found.index)}
+    values = figures(found, decode(found.code, mixing.hold is not None), found.logits,
+                     images[:1][0].shape[-2:]).mean(0).tolist()
+    return {"solved": len(found.index) / engine.tried, "m(1-m)": values[0], "KL": values[1],
+            "passes an image": engine.passes / len(found.index)}
 
 # %% ../nbs/34_engine.ipynb #c8e6f8eb
 def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.json", rounds: int = 3) -> dict:
     "The races and the trade-offs of this chapter, written to a file; some ten minutes."
-    report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "supermix race"}
+    report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "command": "supermix race"}
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1
     for name, processes in (("races", several), ("races in one process", 1)):
         report[name] = {k: race(teacher, images, ways, rounds, 16, processes=processes) for k, ways in RACES.items()}
     report["processes"] = several
-    report["trade-offs"] = {k: {name: trade_off(teacher, images, Mixing(**{**changes, "k": int(k)})) for name, changes in progress(SEARCHES.items(), f"trade-offs, k = {k}")}
+    report["trade-offs"] = {k: {name: trade_off(teacher, images, Mixing(**{**changes, "k": int(k)}))
+                                for name, changes in progress(SEARCHES.items(), f"trade-offs, k = {k}")}
                             for k in RACES}
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     return report

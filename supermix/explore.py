@@ -48,7 +48,9 @@ class Step:
     sparsity: torch.Tensor  # (B,): m(1 − m), without its weight
     solved: torch.Tensor    # bool (B,)
 
-    def __repr__(self): return f"Step({self.n}: KL {self.kl.mean():.3f}, m(1−m) {self.sparsity.mean():.3f}, {self.solved.sum()} of {len(self.kl)} solved)"
+    def __repr__(self):
+        return (f"Step({self.n}: KL {self.kl.mean():.3f}, m(1−m) {self.sparsity.mean():.3f}, "
+                f"{self.solved.sum()} of {len(self.kl)} solved)")
 
 # %% ../nbs/70_explore.ipynb #a5fdb8cc
 def forward(mixer, sets, target, classes, theta):  # of the sets that are still going
@@ -57,7 +59,8 @@ def forward(mixer, sets, target, classes, theta):  # of the sets that are still 
     masks = masks_from_theta(now, sets.shape[-2:])
     mixed = mix(sets, masks)
     z = ask(mixer.teacher, mixed, mixer.k).to(target.dtype)
-    if not z.requires_grad: raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+    if not z.requires_grad:
+        raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
 
     def onward(going):
         loss = objective(z, target, masks, mixer.lambda_s if hold is None else 0.0)
@@ -85,7 +88,8 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
     active = torch.arange(len(sets), device=sets.device)
     for n in range(mixer.max_iter + 1):
         with torch.inference_mode(False), torch.enable_grad(), evaluating(mixer.teacher):
-            masks[active], images[active], z, onward = forward(mixer, sets[active], target[active], classes[active], theta[active])
+            masks[active], images[active], z, onward = forward(mixer, sets[active], target[active], classes[active],
+                                                               theta[active])
             logits[active] = z
             if n > 0: solved[active] = is_solved(z, classes[active])
             going = ~solved[active] if stop else torch.ones_like(active, dtype=torch.bool)
@@ -155,7 +159,8 @@ class Setting:
         pick, lam = tuple(map(int, self.pick)), tuple(map(float, self.lam))
         if not 2 <= len(pick) <= 5: raise ValueError(f"Expected two to five images, got {len(pick)}.")
         if len(set(pick)) < len(pick): raise ValueError(f"Expected different images, got {pick}.")
-        if min(pick) < 0 or max(pick) >= available: raise ValueError(f"Expected numbers of images from 0 to {available - 1}, got {pick}.")
+        if min(pick) < 0 or max(pick) >= available:
+            raise ValueError(f"Expected numbers of images from 0 to {available - 1}, got {pick}.")
         if not lam: lam = (1 / len(pick),) * len(pick)
         if len(lam) != len(pick) or min(lam) < 0 or not abs(sum(lam) - 1) < 1e-3:
             raise ValueError(f"Expected {len(pick)} shares of 0 or more that sum to 1, got {lam}.")
@@ -165,7 +170,8 @@ class Setting:
     def mixer(self, teacher) -> SuperMix:
         "The solver with these settings."
         fast = {key: FAST[key] for key in ("start", "hold", "margin")} if self.search == "fast" else {}
-        return SuperMix(teacher, len(self.pick), self.mask_size, self.sigma, self.lambda_s, max_iter=self.max_iter, **fast)
+        return SuperMix(teacher, len(self.pick), self.mask_size, self.sigma, self.lambda_s,
+                        max_iter=self.max_iter, **fast)
 
 # %% ../nbs/70_explore.ipynb #0b7fc718
 def share_out(lam: tuple,    # shares that sum to 1
@@ -221,7 +227,8 @@ def draw_bars(canvas: ImageDraw.ImageDraw, at: tuple[int, int],
     for c in (sorted(wanted, key=lambda c: -target[c].item()) + others)[:rows]:
         canvas.text((x, y), shorten(names(c)), INK, font(11))
         canvas.rectangle((x, y + 15, x + round(full * p[c].item()), y + 24), BLUE)
-        if c in wanted: canvas.rectangle((x, y + 15, x + round(full * target[c].item()), y + 24), outline=ORANGE, width=2)
+        if c in wanted:
+            canvas.rectangle((x, y + 15, x + round(full * target[c].item()), y + 24), outline=ORANGE, width=2)
         canvas.line((x + full, y + 13, x + full, y + 26), GREY)
         canvas.text((x + full + 4, y + 13), f"{p[c].item():.0%}", INK, font(11))
         y += 30
@@ -240,11 +247,13 @@ def draw_curves(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int],
     for power in range(low, max(high, low + 1) + 1):
         canvas.line((left, down(10 ** power), right, down(10 ** power)), "#dddddd")
         canvas.text((left - 6, down(10 ** power)), f"{10.0 ** power:g}", INK, font(11), anchor="rm")
-    for i in range(0, count + 1, max(1, math.ceil(count / 8))): canvas.text((across(i), bottom + 4), str(i), INK, font(11), anchor="mt")
+    for i in range(0, count + 1, max(1, math.ceil(count / 8))):
+        canvas.text((across(i), bottom + 4), str(i), INK, font(11), anchor="mt")
     canvas.line((across(n), top, across(n), bottom), INK, 2)
     if solved_at >= 0:
         canvas.line((across(solved_at), top, across(solved_at), top + 12), ORANGE, 4)
-        canvas.text((across(solved_at) + (5 if solved_at < count * 0.8 else -5), top - 2), "solved", INK, font(11), anchor="lt" if solved_at < count * 0.8 else "rt")
+        canvas.text((across(solved_at) + (5 if solved_at < count * 0.8 else -5), top - 2), "solved", INK, font(11),
+                    anchor="lt" if solved_at < count * 0.8 else "rt")
     for name, v, colour, shape in curves:
         points = [(across(i), down(a)) for i, a in enumerate(v)]
         canvas.line(points, colour, 2)
@@ -263,20 +272,25 @@ class Scene:
     names: object          # number of a class -> its name
     picture: object        # images (B, 3, H, W) -> numpy (B, H, W, 3), in 0 … 1
 
-def make_scene(setting: Setting, images, teacher, names, picture, seed=0) -> Scene:  # images: all that can be picked (n, C, H, W)
+def make_scene(setting: Setting,
+               images,  # all that can be picked (n, C, H, W)
+               teacher, names, picture, seed=0) -> Scene:
     "Ask the teacher about the sources and about the rivals of a set."
     sets, lam = images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)
     classes, N = classes_of(teacher, sets)
     target, rivals = soft_labels(classes, lam, N), []
-    pairs = (("MixUp", constant_masks(lam, sets.shape[-2:])), ("CutMix", boxes_in_turn(lam, sets.shape[-2:], seeded(seed, setting.pick))))
+    pairs = (("MixUp", constant_masks(lam, sets.shape[-2:])),
+             ("CutMix", boxes_in_turn(lam, sets.shape[-2:], seeded(seed, setting.pick))))
     for name, masks in pairs:
         mixed, label = mix(sets, masks), soft_labels(classes, areas(masks), N)
         z = see(teacher, mixed).to(label.dtype)
-        rivals.append((name, picture(mixed)[0], z.softmax(1)[0].cpu(), label[0].cpu(), objective(z, label, masks, 0.0).item(), sparsity(masks).item()))
+        rivals.append((name, picture(mixed)[0], z.softmax(1)[0].cpu(), label[0].cpu(),
+                       objective(z, label, masks, 0.0).item(), sparsity(masks).item()))
     return Scene(setting, picture(sets[0]), classes[0].tolist(), target[0].cpu(), rivals, names, picture)
 
 # %% ../nbs/70_explore.ipynb #bb899c94
-SIZE, LEFT, RIGHT, COLUMN = (1140, 618), 16, 588, 184  # of the whole picture; where its halves begin; from column to column
+# of the whole picture; where its halves begin; from column to column
+SIZE, LEFT, RIGHT, COLUMN = (1140, 618), 16, 588, 184
 
 def source_places(k: int):  # the left edges of k tiles, and their side
     side = TILE if k <= 3 else {4: 128, 5: 96}[k]
@@ -288,7 +302,8 @@ def draw_backdrop(scene: Scene) -> Image.Image:
     canvas, (places, side) = ImageDraw.Draw(image), source_places(len(scene.pictures))
     for i, (x, picture, c, l) in enumerate(zip(places, scene.pictures, scene.classes, scene.setting.lam), 1):
         image.paste(as_tile(picture, side), (x, 32))
-        canvas.text((x, 12), f"{i}: {shorten(scene.names(c), (side - 20) // 11)}, λ {l:.0%}", INK, font(12 if side == TILE else 11))
+        canvas.text((x, 12), f"{i}: {shorten(scene.names(c), (side - 20) // 11)}, λ {l:.0%}", INK,
+                    font(12 if side == TILE else 11))
     for column, (name, picture, p, target, kl, s) in enumerate(scene.rivals, 1):
         x = RIGHT + column * COLUMN
         canvas.text((x, 12), name, INK, font(13))
@@ -317,10 +332,13 @@ def draw_frame(scene: Scene, backdrop: Image.Image, way: Trace, n: int) -> Image
     image.paste(as_tile(scene.picture(step.images)[0]), (RIGHT, 32))
     canvas.text((RIGHT, 199), "solved" if step.solved[0] else "not solved yet", INK, font(12))
     draw_bars(canvas, (RIGHT, 218), scene.names, step.logits[0].softmax(0).cpu(), scene.target)
-    canvas.text((RIGHT, 438), f"KL {step.kl[0].item():.2f}\nm(1−m) {step.sparsity[0].item():.3f}", INK, font(12), spacing=6)
+    canvas.text((RIGHT, 438), f"KL {step.kl[0].item():.2f}\nm(1−m) {step.sparsity[0].item():.3f}", INK, font(12),
+                spacing=6)
     paper = setting.search == "paper"
-    weight, name = (setting.lambda_s, f"λ_s · m(1−m), λ_s = {setting.lambda_s:g}") if paper else (1.0, "m(1−m), held: not in the loss")
-    curves = [("KL(ŷ ‖ p)", way.kl[:, 0].tolist(), BLUE, "ellipse"), (name, (weight * way.sparsity[:, 0]).tolist(), ORANGE, "rectangle")]
+    weight, name = ((setting.lambda_s, f"λ_s · m(1−m), λ_s = {setting.lambda_s:g}") if paper
+                    else (1.0, "m(1−m), held: not in the loss"))
+    curves = [("KL(ŷ ‖ p)", way.kl[:, 0].tolist(), BLUE, "ellipse"),
+              (name, (weight * way.sparsity[:, 0]).tolist(), ORANGE, "rectangle")]
     for x, (label, _, colour, shape) in zip((LEFT + 100, LEFT + 218), curves):
         getattr(canvas, shape)((x - 14, 425, x - 6, 433), colour)
         canvas.text((x, 422), label, INK, font(12))
@@ -338,7 +356,8 @@ def as_png(image: Image.Image) -> bytes:
 class Newest:
     "Runs the newest job in a thread; an older one learns that it is cancelled."
     def __init__(self, failed=lambda error: None):  # called with an exception of the newest job
-        self.lock, self.number, self.done, self.job, self.thread, self.error, self.failed = threading.Lock(), 0, 0, None, None, None, failed
+        self.lock, self.number, self.done, self.job, self.thread, self.error, self.failed = (
+            threading.Lock(), 0, 0, None, None, None, failed)
 
     def submit(self, job):  # job(cancelled), where cancelled() says whether to stop
         "Start `job`, in place of whatever runs."
@@ -412,7 +431,8 @@ class Board:
 
     def gif(self, ms: int = 250) -> bytes:  # milliseconds a frame
         "All iterations, animated."
-        frames = [Image.open(io.BytesIO(self.frame(n))).convert("P", palette=Image.Palette.ADAPTIVE) for n in range(len(self))]
+        frames = [Image.open(io.BytesIO(self.frame(n))).convert("P", palette=Image.Palette.ADAPTIVE)
+                  for n in range(len(self))]
         buffer = io.BytesIO()
         frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=ms, loop=0)
         return buffer.getvalue()
@@ -421,7 +441,8 @@ class Board:
 def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 8):
     "Solve a setting, and `publish` a `Board` every `pause` seconds and at the end, unless `cancelled`."
     scene = make_scene(setting, images, teacher, names, picture, seed)
-    mixer, sets, lam = setting.mixer(teacher), images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)
+    mixer, sets, lam = (setting.mixer(teacher), images[list(setting.pick)][None],
+                        torch.tensor([setting.lam], device=images.device))
     theta = mixer.first_theta(lam, sets.shape[-2:], seeded(seed, setting.pick))
     way, backdrop, shown = Trace(), draw_backdrop(scene), 0.0
     for step in steps(mixer, sets, lam, theta, setting.stop):
@@ -448,7 +469,8 @@ class Session:
         "The setting, or a ValueError that says why it cannot be solved."
         setting = setting.checked(len(self.images))
         if setting.mask_size > min(self.images.shape[-2:]):
-            raise ValueError(f"Expected masks no larger than the images, got mask_size {setting.mask_size} for {tuple(self.images.shape[-2:])}.")
+            raise ValueError("Expected masks no larger than the images, "
+                             f"got mask_size {setting.mask_size} for {tuple(self.images.shape[-2:])}.")
         setting.mixer(self.teacher)
         return setting
 
@@ -456,7 +478,8 @@ class Session:
         "Set fields of the setting, and solve anew; equal shares where the set changes and none are given."
         if "pick" in changes: changes = {"lam": (), **changes}
         self.setting = self.check(replace(self.setting, **changes))
-        self.worker.submit(partial(solve_job, self.setting, self.images, self.teacher, self.names, self.picture, self.seed, self.publish))
+        self.worker.submit(partial(solve_job, self.setting, self.images, self.teacher, self.names, self.picture,
+                                   self.seed, self.publish))
         return self
 
     def wait(self, timeout: float | None = 60.0):
@@ -487,14 +510,18 @@ def thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
     w, key, rules = widgets(), f"supermix-{id(pictures):x}", []
     buttons = []
     for i, (picture, label) in enumerate(zip(pictures, labels)):
-        button = w.ToggleButton(description=label, tooltip=f"image {i + 1}: {label}", layout=w.Layout(width=f"{side + 8}px", height=f"{side + 26}px", margin="3px"))
+        button = w.ToggleButton(description=label, tooltip=f"image {i + 1}: {label}",
+                                layout=w.Layout(width=f"{side + 8}px", height=f"{side + 26}px", margin="3px"))
         for name in ("supermix-thumb", f"{key}-{i}"): button.add_class(name)
         url = base64.b64encode(as_png(as_tile(picture, side))).decode()
-        rules.append(f".{key}-{i} {{ background: #f2f2f2 url(data:image/png;base64,{url}) no-repeat center 4px !important; }}")
+        rules.append(f".{key}-{i} {{ background: #f2f2f2 url(data:image/png;base64,{url}) "
+                     f"no-repeat center 4px !important; }}")
         buttons.append(button)
-    shared = (f".supermix-thumb {{ padding: {side + 4}px 0 0 0 !important; line-height: 20px !important; font-size: 11px; color: #222222 !important; "
-              f"border: 3px solid transparent !important; box-shadow: none !important; }} .supermix-thumb.mod-active {{ border-color: {ORANGE} !important; "
-              f"font-weight: bold; }} .supermix-thumb:focus-visible {{ outline: 2px solid {BLUE} !important; }}")
+    shared = (f".supermix-thumb {{ padding: {side + 4}px 0 0 0 !important; line-height: 20px !important; "
+              "font-size: 11px; color: #222222 !important; border: 3px solid transparent !important; "
+              f"box-shadow: none !important; }} "
+              f".supermix-thumb.mod-active {{ border-color: {ORANGE} !important; font-weight: bold; }} "
+              f".supermix-thumb:focus-visible {{ outline: 2px solid {BLUE} !important; }}")
     style = w.HTML(f"<style>{shared} {' '.join(rules)}</style>", layout=w.Layout(display="none"))
     return buttons, w.VBox([style, w.HBox(buttons, layout=w.Layout(flex_flow="row wrap"))])
 
@@ -502,16 +529,24 @@ def thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
 def make_controls(setting: Setting, size: int) -> dict:  # size: the smaller side of the images, in pixels
     "Every slider and button of the explorer, by name."
     w, style, wide = widgets(), {"description_width": "110px"}, {"width": "360px"}
-    slider = lambda kind, name, tip, **kw: kind(description=name, tooltip=tip, style=style, layout=w.Layout(**wide), **kw)
+    slider = lambda kind, name, tip, **kw: kind(description=name, tooltip=tip, style=style,
+                                                layout=w.Layout(**wide), **kw)
     sizes = sorted({n for n in (2, 4, 8, 16, 32) if n <= size} | {setting.mask_size})
     return {
-        "lam": [slider(w.FloatSlider, f"λ of image {i + 1}", "share of this image", min=0, max=1, step=0.01) for i in range(5)],
-        "lambda_s": slider(w.FloatSlider, "λ_s, sparsity", "weight of the sparsity term", min=0, max=100, step=1, value=setting.lambda_s, readout_format=".0f"),
-        "sigma": slider(w.FloatSlider, "σ, smoothing", "of the Gaussian, in cells of θ", min=0, max=3, step=0.25, value=setting.sigma),
-        "mask_size": slider(w.SelectionSlider, "w, mask size", "cells of θ along a side", options=sizes, value=setting.mask_size),
-        "max_iter": slider(w.IntSlider, "iterations", "updates at most", min=1, max=max(60, setting.max_iter), value=setting.max_iter),
-        "search": w.ToggleButtons(options=[("the paper's", "paper"), ("fast", "fast")], description="search", value=setting.search, style=style | {"button_width": "100px"}),
-        "stop": w.Checkbox(description="stop where it is solved", value=setting.stop, style=style, layout=w.Layout(**wide)),
+        "lam": [slider(w.FloatSlider, f"λ of image {i + 1}", "share of this image", min=0, max=1, step=0.01)
+                for i in range(5)],
+        "lambda_s": slider(w.FloatSlider, "λ_s, sparsity", "weight of the sparsity term", min=0, max=100, step=1,
+                           value=setting.lambda_s, readout_format=".0f"),
+        "sigma": slider(w.FloatSlider, "σ, smoothing", "of the Gaussian, in cells of θ", min=0, max=3, step=0.25,
+                        value=setting.sigma),
+        "mask_size": slider(w.SelectionSlider, "w, mask size", "cells of θ along a side", options=sizes,
+                            value=setting.mask_size),
+        "max_iter": slider(w.IntSlider, "iterations", "updates at most", min=1, max=max(60, setting.max_iter),
+                           value=setting.max_iter),
+        "search": w.ToggleButtons(options=[("the paper's", "paper"), ("fast", "fast")], description="search",
+                                  value=setting.search, style=style | {"button_width": "100px"}),
+        "stop": w.Checkbox(description="stop where it is solved", value=setting.stop, style=style,
+                           layout=w.Layout(**wide)),
         "n": slider(w.IntSlider, "show iteration", "scrub through the iterations", min=0, max=0),
         "play": w.Play(min=0, max=0, interval=250, tooltip="play the iterations"),
         "progress": w.IntProgress(min=0, max=setting.max_iter, description="solving", layout=w.Layout(width="300px")),
@@ -528,13 +563,15 @@ def arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a w
     w = widgets()
     title = lambda text: w.HTML(f"<b>{text}</b>")
     shares = w.VBox([title("Shares, summing to 1"), *c["lam"]])
-    search = w.VBox([title("The search"), c["lambda_s"], c["sigma"], c["mask_size"], c["max_iter"], c["search"], c["stop"]])
+    search = w.VBox([title("The search"), c["lambda_s"], c["sigma"], c["mask_size"], c["max_iter"],
+                     c["search"], c["stop"]])
     sliders = w.HBox([shares, search], layout=w.Layout(flex_flow="row wrap"))
     w.jslink((c["play"], "value"), (c["n"], "value"))
     w.jslink((c["n"], "max"), (c["play"], "max"))
     time_row = w.HBox([c["play"], c["n"], c["progress"]], layout=w.Layout(flex_flow="row wrap"))
     files = w.HBox([c["folder"], c["png"], c["gif"]], layout=w.Layout(flex_flow="row wrap"))
-    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row, c["status"].add_class("supermix-status"), c["picture"], files])
+    whole = w.VBox([title("Pick two to five images"), gallery, sliders, time_row,
+                    c["status"].add_class("supermix-status"), c["picture"], files])
     return whole.add_class("supermix-explorer")
 
 # %% ../nbs/70_explore.ipynb #a453e3d2
@@ -552,8 +589,11 @@ class Mirror(Session):
         for i, thumb in enumerate(self.thumbs): thumb.value = i in self.chosen
         for i, slider in enumerate(self.controls["lam"]):
             slider.layout.display = "flex" if i < len(s.lam) else "none"
-            if i < len(s.lam): slider.value = round(s.lam[i], 2)  # on the slider's grid: a page rounds what is not, and would send that back
-        for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"): self.controls[name].value = getattr(s, name)
+            if i < len(s.lam):
+                # on the slider's grid: a page rounds what is not, and would send that back
+                slider.value = round(s.lam[i], 2)
+        for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"):
+            self.controls[name].value = getattr(s, name)
         self.controls["lambda_s"].disabled = s.search == "fast"
         self.quiet.on = False
 
@@ -572,23 +612,24 @@ class Panel(Mirror):
         self.quiet.on = True
         c["n"].max = c["play"].max = len(board) - 1
         c["n"].value, c["progress"].max = n, board.scene.setting.max_iter
-        c["progress"].value, c["progress"].description = (c["progress"].max, "done") if board.finished else (n, "solving")
+        c["progress"].value, c["progress"].description = ((c["progress"].max, "done") if board.finished
+                                                          else (n, "solving"))
         self.quiet.on = False
         self.put(n)
-        self.say(f"Iteration {n}: KL {step.kl[0]:.3f}, m(1−m) {step.sparsity[0]:.3f}, {'solved' if step.solved[0] else 'not solved'}.")
+        self.say(f"Iteration {n}: KL {step.kl[0]:.3f}, m(1−m) {step.sparsity[0]:.3f}, "
+                 f"{'solved' if step.solved[0] else 'not solved'}.")
 
     def put(self, n):
         scene = self.board.scene
         names = " and ".join(scene.names(c) for c in scene.classes)
         alt = f"Sources, masks and mixed images of {names} at iteration {n}, the teacher's classes, and the loss"
         url = base64.b64encode(self.board.frame(n)).decode()
-        self.controls["picture"].value = f'<img class="supermix-picture" style="max-width: 100%" alt="{escape(alt)}" src="data:image/png;base64,{url}">'
-
+        self.controls["picture"].value = (f'<img class="supermix-picture" style="max-width: 100%" alt="{escape(alt)}" '
+                                          f'src="data:image/png;base64,{url}">')
     def scrub(self, n: int):
         "Show iteration n."
         self.put(n)
         self.n = n
-
     def say(self, text): self.controls["status"].value = text
     def failed(self, error):
         self.controls["progress"].description = "failed"
@@ -603,7 +644,6 @@ class Panel(Mirror):
             part = parts.pop()
             parts += getattr(part, "children", ())
             part.close()
-
     def __repr__(self): return f"{type(self).__name__}({len(self.images)} images; {self.setting})"
     def _ipython_display_(self):
         from IPython.display import display
@@ -638,7 +678,8 @@ class Explorer(Panel):
 
     def on_share(self, i, event):
         if self.quiet.on or i >= len(self.setting.lam): return
-        if round(event["new"] - round(self.setting.lam[i], 2), 2): self.change(lam=share_out(self.setting.lam, i, event["new"]))
+        if round(event["new"] - round(self.setting.lam[i], 2), 2):
+            self.change(lam=share_out(self.setting.lam, i, event["new"]))
 
     def on_setting(self, name, event):
         if not self.quiet.on: self.change(**{name: event["new"]})
@@ -711,7 +752,8 @@ def draw_newton(mixer: SuperMix, sets, lam, rate: float):
     way = trace(mixer, sets, lam, stop=False)
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     ax.plot((way.kl + mixer.lambda_s * way.sparsity)[:, 0], ".-", color=BLUE, label="Newton's step")
-    ax.plot(descend(mixer, sets, lam, rate), "s--", color=ORANGE, markersize=4, label=f"gradient descent, rate {rate:g}")
+    ax.plot(descend(mixer, sets, lam, rate), "s--", color=ORANGE, markersize=4,
+            label=f"gradient descent, rate {rate:g}")
     ax.set(xlabel="iteration", ylabel="loss (nats)", yscale="log")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
@@ -724,11 +766,13 @@ def explore_newton(mixer: SuperMix, sets, lam):
 # %% ../nbs/70_explore.ipynb #37c24741
 def draw_stages(network, image: torch.Tensor, info: Info, stage: int):  # with `features`; (3, H, W) -> a figure
     "An image, and a stage's map over its channels' mean."
-    with evaluating(network), torch.no_grad(): maps = [f[0].abs().mean(0).cpu() for f in network.features(image[None]) if f.ndim == 4]
+    with evaluating(network), torch.no_grad():
+        maps = [f[0].abs().mean(0).cpu() for f in network.features(image[None]) if f.ndim == 4]
     fig, axes = plt.subplots(1, 2, figsize=(6, 2.6), layout="constrained")
     axes[0].imshow(info.denormalize(image.cpu()).permute(1, 2, 0))
     fig.colorbar(axes[1].imshow(maps[stage], cmap="cividis"), ax=axes[1], label="mean |activation|")
-    for ax, title in zip(axes, ("image", "stem" if stage == 0 else f"stage {stage}")): ax.set(title=title, xlabel="column", ylabel="row")
+    for ax, title in zip(axes, ("image", "stem" if stage == 0 else f"stage {stage}")):
+        ax.set(title=title, xlabel="column", ylabel="row")
     plt.show()
 
 def explore_stages(network, image: torch.Tensor, info: Info):

@@ -70,7 +70,8 @@ def make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, t
     begun, blocks, solved = engine.tried, recipe.shard // BLOCK, 0
     def parts():
         nonlocal solved
-        for found in engine.run(draw_block(images, engine.see, recipe.mixing, recipe.seed, shard * blocks + b) for b in range(blocks)):
+        for found in engine.run(draw_block(images, engine.see, recipe.mixing, recipe.seed, shard * blocks + b)
+                                for b in range(blocks)):
             solved += len(found.index)
             told(solved, engine.tried - begun)
             yield found
@@ -84,8 +85,11 @@ def generate(recipe: Generation = Generation(),
              ) -> Store:                       # finished
     "Make a store of mixed images, or go on with one that was begun."
     if recipe.count < 1 or recipe.shard < BLOCK or recipe.shard % BLOCK:
-        raise ValueError(f"Expected a count of 1 or more and shards of a multiple of {BLOCK} sets, got count {recipe.count} and shard {recipe.shard}.")
-    if recipe.top < recipe.mixing.k: raise ValueError(f"Expected top of at least k = {recipe.mixing.k} logits, those of the sources' classes, got {recipe.top}.")
+        raise ValueError(f"Expected a count of 1 or more and shards of a multiple of {BLOCK} sets, "
+                         f"got count {recipe.count} and shard {recipe.shard}.")
+    if recipe.top < recipe.mixing.k:
+        raise ValueError(f"Expected top of at least k = {recipe.mixing.k} logits, those of the sources' classes, "
+                         f"got {recipe.top}.")
     images = images if images is not None else sources_of(recipe)
     teacher = teacher if teacher is not None else teacher_of(recipe, images)
     engine = Engine(teacher, images[:2][0], recipe.mixing, recipe.slots, recipe.bfloat16)
@@ -94,13 +98,15 @@ def generate(recipe: Generation = Generation(),
         store.folder.mkdir(parents=True, exist_ok=True)
         with patiently(store.manifest_path): store.begin(recipe, images, teacher)
         there = min(recipe.count, sum(n for n, _ in store.counts().values()))
-        with progress(title="mixing", total=recipe.count, initial=there, unit="image", **({} if first else {"disable": True})) as bar:
+        with progress(title="mixing", total=recipe.count, initial=there, unit="image",
+                      **({} if first else {"disable": True})) as bar:
             while missing := missing_shards(counts := store.counts(), recipe.count, recipe.shard):
                 tell(bar, counts, recipe.count)
                 for shard in missing:
                     with claimed(store.shard_path(shard)) as mine:
                         if not mine or store.shard_path(shard).exists(): continue
-                        found, sets = make_shard(engine, images, recipe, shard, lambda solved, tried: tell(bar, counts, recipe.count, solved, tried))
+                        found, sets = make_shard(engine, images, recipe, shard,
+                                                 lambda solved, tried: tell(bar, counts, recipe.count, solved, tried))
                         store.keep(shard, found, sets, recipe.top)
                         break
                 else: time.sleep(0.2)
@@ -134,7 +140,8 @@ def room_on_disk(store: Store):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         done = sum(images for images, _ in store.counts().values())
-        raise OSError(error.errno, f"The disk of {store.folder} is full. {done:,} images are kept; make room, and run the same command again to go on") from error
+        raise OSError(error.errno, f"The disk of {store.folder} is full. {done:,} images are kept; "
+                                   "make room, and run the same command again to go on") from error
 
 # %% ../nbs/36_generate.ipynb #e04cb3fa
 def sources_of(recipe: Generation) -> Images:
@@ -148,11 +155,14 @@ def teacher_of(recipe: Generation, images: Images) -> nn.Module:
     if name == "auto": teacher = pretrained(images.info.name)
     elif name in names(): teacher = create(name, weights="DEFAULT").eval()
     elif Path(name).expanduser().is_file(): teacher = load(Path(name).expanduser())
-    else: raise ValueError(f"Unknown teacher {name!r}: expected 'auto', a file that `supermix.zoo.save` wrote, or one of {', '.join(n for n in names() if n.startswith('imagenet'))}.")
+    else:
+        raise ValueError(f"Unknown teacher {name!r}: expected 'auto', a file that `supermix.zoo.save` wrote, "
+                         f"or one of {', '.join(n for n in names() if n.startswith('imagenet'))}.")
     return teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/36_generate.ipynb #1e93fb05
-def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(), out: Path = Path("out/mixes")) -> None:
+def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
+            out: Path = Path("out/mixes")) -> None:
     """Make a store of mixed images, or go on with one that was begun: run the same command again.
 
     Args:
@@ -163,10 +173,12 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
     try: store = generate(recipe, out)
     except KeyboardInterrupt:
         done = sum(images for images, _ in Store(out).counts().values())
-        sys.exit(f"Stopped: {done:,} of {recipe.count:,} images are kept in {out}. Run the same command again to go on.")
+        sys.exit(f"Stopped: {done:,} of {recipe.count:,} images are kept in {out}. "
+                 "Run the same command again to go on.")
     if os.environ.get("RANK", "0") == "0":
         made, size = store.manifest(), sum(f.stat().st_size for f in store.folder.iterdir())
-        print(f"{made['images']:,} mixed images in {out}: {size / made['images']:.0f} bytes each, made in {time.perf_counter() - start:.0f} s")
+        print(f"{made['images']:,} mixed images in {out}: {size / made['images']:.0f} bytes each, "
+              f"made in {time.perf_counter() - start:.0f} s")
 
 def main() -> None:
     "For `python -m supermix.generate` and torchrun."

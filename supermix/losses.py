@@ -48,7 +48,7 @@ def dkd_loss(student_logits: torch.Tensor,  # (B, N)
              target: torch.Tensor,          # int64 (B,): the labels
              tau: float = 4.0,              # the temperature
              alpha: float = 1.0,            # weight of TCKD, target or not (the authors' code)
-             beta: float = 8.0,             # weight of NCKD, which of the others (the authors' code; tuned for each pair of networks)
+             beta: float = 8.0,             # weight of NCKD, which of the others (authors' code; tuned for each pair)
              ) -> torch.Tensor:             # a number: the mean over the batch
     "τ²·(α·TCKD + β·NCKD): decoupled knowledge distillation (Zhao et al. 2022)."
     (s_pair, s_rest), (t_pair, t_rest) = decouple(student_logits / tau, target), decouple(teacher_logits / tau, target)
@@ -62,8 +62,8 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (R, C), (R
 def dist_loss(student_logits: torch.Tensor,  # (B, N)
               teacher_logits: torch.Tensor,  # (B, N)
               tau: float = 4.0,              # the temperature (the authors: 4 on CIFAR-100, none on ImageNet)
-              beta: float = 2.0,             # weight of the rows: relations among classes (ours; the authors' code: 1)
-              gamma: float = 2.0,            # weight of the columns: relations among images (ours; the authors' code: 1)
+              beta: float = 2.0,             # weight of rows: relations among classes (ours; the authors' code: 1)
+              gamma: float = 2.0,            # weight of columns: relations among images (ours; the authors' code: 1)
               ) -> torch.Tensor:             # a number
     "τ²·(β·(1 − mean correlation of rows) + γ·(1 − mean correlation of columns)) (Huang et al. 2022)."
     p, q = (student_logits / tau).softmax(1), (teacher_logits / tau).softmax(1)
@@ -109,7 +109,9 @@ def student_loss(terms: Terms,               # the weights of the terms
         if terms.label == "teacher": mixed_labels = mixed_teacher_logits.argmax(1)
         elif terms.label == "softmax": mixed_labels = mixed_teacher_logits.softmax(1)
         loss = loss + terms.mixed_ce * F.cross_entropy(mixed_student_logits, mixed_labels)
-    if terms.mixed_kd: loss = loss + terms.mixed_kd * distil(mixed_student_logits, mixed_teacher_logits, mixed_teacher_logits.argmax(1), terms.tau)
+    if terms.mixed_kd:
+        loss = loss + terms.mixed_kd * distil(mixed_student_logits, mixed_teacher_logits,
+                                              mixed_teacher_logits.argmax(1), terms.tau)
     return loss
 
 # %% ../nbs/40_losses.ipynb #a98baae3
@@ -128,7 +130,8 @@ def see(network: nn.Module,    # with `features` and `parts`, as in chapters 10 
         ) -> Seen:
     "One forward pass, with all that it computes on its way."
     features = network.features(images)
-    head = network.head if hasattr(network, "head") else network.parts()["head"]  # the latter: heard by hooks (chapter 18)
+    # `parts`: heard by hooks (chapter 18)
+    head = network.head if hasattr(network, "head") else network.parts()["head"]
     return Seen(features, head(features[-1]))
 
 # %% ../nbs/40_losses.ipynb #1447d484
@@ -147,7 +150,8 @@ class Term(nn.Module):
 
     def __call__(self, student, teacher, *rest, **more):
         device = student.features[-1].device.type
-        with torch.autocast(device if device != "meta" else "cpu", enabled=False):  # shapes alone (meta) know no autocast
+        # shapes alone (meta) know no autocast
+        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
             return super().__call__(student.full(), teacher.full(), *rest, **more)
 
     def forward(self,

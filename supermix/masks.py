@@ -86,7 +86,8 @@ def show_mixes(info,                   # of the data set (`supermix.data.Info`)
     "A figure with a row for each set: its sources, their masks, and the mixed image."
     import matplotlib.pyplot as plt
     B, k = sets.shape[:2]
-    fig, axes = plt.subplots(B, 2 * k + 1, figsize=(1.5 * (2 * k + 1), 1.6 * B + 0.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(B, 2 * k + 1, figsize=(1.5 * (2 * k + 1), 1.6 * B + 0.4), squeeze=False,
+                             layout="constrained")
     pictures = info.denormalize(sets.cpu()).permute(0, 1, 3, 4, 2)
     mixed = info.denormalize(mix(sets, masks).cpu()).permute(0, 2, 3, 1)
     for row in range(B):

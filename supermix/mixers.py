@@ -79,8 +79,8 @@ class Mixer:
         return areas(masks)
 
     def __call__(self,
-                 images,         # float (B, C, H, W); or a list of samples (as a `collate_fn` gets it); or the pair (images, labels)
-                 labels=None,    # int64 (B,): class indices
+                 images,       # float (B, C, H, W); or a list of samples, as for a `collate_fn`; or (images, labels)
+                 labels=None,  # int64 (B,): class indices
                  generator: torch.Generator | None = None,  # None: torch's global one
                  ):              # mixed images (B, C, H, W) and soft labels (B, N)
         "Mix a batch with itself."
@@ -88,7 +88,8 @@ class Mixer:
         draw = self.draw(images, labels, generator)
         sets = images[draw.partners]
         masks = self.choose_masks(sets, draw, generator)
-        return mix(self.move(sets, masks, draw), masks), soft_labels(draw.classes, self.weights(masks, draw), draw.num_classes)
+        return (mix(self.move(sets, masks, draw), masks),
+                soft_labels(draw.classes, self.weights(masks, draw), draw.num_classes))
 
 # %% ../nbs/31_mixers.ipynb #0a559a2c
 def as_pair(images, labels=None):
@@ -109,13 +110,16 @@ def as_pair(images, labels=None):
 # %% ../nbs/31_mixers.ipynb #cdf6e58b
 def check_images(images, dims: str = "B, C, H, W") -> None:
     "Raise a ValueError unless `images` is a float tensor with these dimensions and finite values."
-    if not isinstance(images, torch.Tensor): raise ValueError(f"Expected a tensor of images ({dims}), got {type(images).__name__}.")
-    if images.ndim != dims.count(",") + 1: raise ValueError(f"Expected images ({dims}), got shape {tuple(images.shape)}.")
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"Expected a tensor of images ({dims}), got {type(images).__name__}.")
+    if images.ndim != dims.count(",") + 1:
+        raise ValueError(f"Expected images ({dims}), got shape {tuple(images.shape)}.")
     if not len(images): raise ValueError(f"Expected at least one of images ({dims}), got shape {tuple(images.shape)}.")
     if not images.is_floating_point(): raise ValueError(f"Expected normalised float images, got {images.dtype}.")
     if not torch.isfinite(images).all():
         bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"Expected finite images, got NaN or infinity in {len(bad)} of {len(images)}: at index {bad[:5]}.")
+        raise ValueError(f"Expected finite images, got NaN or infinity in {len(bad)} of {len(images)}: "
+                         f"at index {bad[:5]}.")
 
 # %% ../nbs/31_mixers.ipynb #a1816df6
 def constant_masks(lam: torch.Tensor,      # (B, k), rows summing to 1
@@ -129,19 +133,22 @@ class MixUp(Mixer):
     "MixUp (Zhang et al. 2018): sources are blended with constant weights."
     def __init__(self,
                  num_classes: int,            # length of the soft labels
-                 alpha: float | None = None,  # λ ~ Beta(alpha, alpha); None: always ½, as in the SuperMix paper's comparison
+                 alpha: float | None = None,  # λ ~ Beta(alpha, alpha); None: ½, as in the SuperMix paper's comparison
                  ):
-        if alpha is not None and not 0 < alpha < float("inf"): raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
+        if alpha is not None and not 0 < alpha < float("inf"):
+            raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
         self.num_classes, self.alpha = num_classes, alpha
 
     def choose_masks(self, sets, draw, generator=None): return constant_masks(draw.lam, sets.shape[-2:])
 
     def draw(self, images, labels, generator=None):
-        if labels is None: raise ValueError("Expected labels as class indices: this mixer has no teacher that could tell the classes.")
+        if labels is None:
+            raise ValueError("Expected labels as class indices: this mixer has no teacher that could tell the classes.")
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, got {labels.min()} to {labels.max()}.")
         partners = draw_partners(torch.arange(len(images), device=images.device), self.k, generator)  # any other images
-        return Draw(partners, labels[partners], self.draw_lam(len(images), generator).to(images.device), self.num_classes)
+        return Draw(partners, labels[partners], self.draw_lam(len(images), generator).to(images.device),
+                    self.num_classes)
 
 # %% ../nbs/31_mixers.ipynb #90b01505
 def box_masks(lam: torch.Tensor,      # (B, 2), rows summing to 1
@@ -149,7 +156,8 @@ def box_masks(lam: torch.Tensor,      # (B, 2), rows summing to 1
               centre: torch.Tensor,   # int64 (B, 2): row and column of each box's centre
               ) -> torch.Tensor:      # (B, 2, H, W), of zeros and ones
     "CutMix's masks: 1 for the second source in a box of (before clipping) the share λ₂, 1 for the first elsewhere."
-    half = torch.sqrt(1 - lam[:, :1].double()) / 2 * torch.tensor(size, device=lam.device)  # (B, 2): half of the box's height and width
+    # (B, 2): half of the box's height and width
+    half = torch.sqrt(1 - lam[:, :1].double()) / 2 * torch.tensor(size, device=lam.device)
     inside = []
     for axis, length in enumerate(size):
         at, low = torch.arange(length, device=lam.device), centre[:, axis] - half[:, axis].long()

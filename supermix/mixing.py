@@ -96,21 +96,26 @@ class Mixed:
 
     def __repr__(self):
         B, k, H, W = self.masks.shape
-        return (f"Mixed({B} sets of {k} images, {H}×{W}: {self.solved.sum()} solved ({self.solved.float().mean():.0%}), "
+        return (f"Mixed({B} sets of {k} images, {H}×{W}: "
+                f"{self.solved.sum()} solved ({self.solved.float().mean():.0%}), "
                 f"{self.steps.float().mean():.1f} updates a set, m(1−m) {sparsity(self.masks).mean():.3f})")
 
 # %% ../nbs/33_mixing.ipynb #14b5349c
 def check_sets(sets, lam, k: int, mask_size: int) -> None:
     "Raise a ValueError unless `sets` are k finite float images each, and `lam` their weights."
     check_images(sets, "B, k, C, H, W")
-    if sets.shape[1] != k: raise ValueError(f"Expected sets of k = {k} images, got {sets.shape[1]} ({tuple(sets.shape)}).")
+    if sets.shape[1] != k:
+        raise ValueError(f"Expected sets of k = {k} images, got {sets.shape[1]} ({tuple(sets.shape)}).")
     if mask_size > min(sets.shape[-2:]):
-        raise ValueError(f"Expected masks no larger than the images, got mask_size {mask_size} for {sets.shape[-2]}×{sets.shape[-1]}.")
+        raise ValueError(f"Expected masks no larger than the images, got mask_size {mask_size} "
+                         f"for {sets.shape[-2]}×{sets.shape[-1]}.")
     if not isinstance(lam, torch.Tensor) or lam.shape != sets.shape[:2]:
-        raise ValueError(f"Expected lam {tuple(sets.shape[:2])}, a weight for each image, got {tuple(getattr(lam, 'shape', ()))}.")
+        raise ValueError(f"Expected lam {tuple(sets.shape[:2])}, a weight for each image, "
+                         f"got {tuple(getattr(lam, 'shape', ()))}.")
     off = (lam.sum(1) - 1).abs().max().item()
     if not off < 1e-3 or lam.min() < 0:
-        raise ValueError(f"Expected weights lam of 0 or more that sum to 1, got sums {lam.sum(1).tolist()[:5]}, smallest {lam.min().item():.3g}.")
+        raise ValueError("Expected weights lam of 0 or more that sum to 1, "
+                         f"got sums {lam.sum(1).tolist()[:5]}, smallest {lam.min().item():.3g}.")
 
 # %% ../nbs/33_mixing.ipynb #038b707b
 def start_from(theta, shape, sets) -> torch.Tensor:  # a new tensor of this shape, at least float32
@@ -123,9 +128,11 @@ def start_from(theta, shape, sets) -> torch.Tensor:  # a new tensor of this shap
     return zeros + theta.detach().to(zeros)
 
 # %% ../nbs/33_mixing.ipynb #055ac0ff
-def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step=1.0, hold=None, margin=0.0, start="flat", give_up=None) -> None:
+def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step=1.0, hold=None, margin=0.0,
+                   start="flat", give_up=None) -> None:
     "Raise a ValueError unless these are settings of a mixer."
-    if not callable(teacher): raise ValueError(f"Expected a teacher that maps images to logits, got {type(teacher).__name__}.")
+    if not callable(teacher):
+        raise ValueError(f"Expected a teacher that maps images to logits, got {type(teacher).__name__}.")
     if not k >= 2 or k != int(k): raise ValueError(f"Expected k of 2 or more images a set, got {k}.")
     for name, value in (("mask_size", mask_size), ("max_iter", max_iter)):
         if not value >= 1 or value != int(value): raise ValueError(f"Expected {name} of 1 or more, got {value}.")
@@ -133,10 +140,13 @@ def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step
         if not 0 <= value < float("inf"): raise ValueError(f"Expected {name} of 0 or more, got {value}.")
     for name, value in (("alpha", alpha), ("step", step)):
         if not 0 < value < float("inf"): raise ValueError(f"Expected {name} above 0 and finite, got {value}.")
-    if hold is not None and not 0 < hold < 0.25: raise ValueError(f"Expected hold between 0 and 0.25, or None, got {hold}.")
-    if give_up is not None and not 1 <= give_up < float("inf"): raise ValueError(f"Expected give_up of 1 or more, or None, got {give_up}.")
+    if hold is not None and not 0 < hold < 0.25:
+        raise ValueError(f"Expected hold between 0 and 0.25, or None, got {hold}.")
+    if give_up is not None and not 1 <= give_up < float("inf"):
+        raise ValueError(f"Expected give_up of 1 or more, or None, got {give_up}.")
     lookup({"flat": 0, "regions": 0}, start, "start")
-    if start == "regions" and hold is None: raise ValueError("Expected a sparsity to hold for start='regions', such as hold=0.06, got None.")
+    if start == "regions" and hold is None:
+        raise ValueError("Expected a sparsity to hold for start='regions', such as hold=0.06, got None.")
 
 # %% ../nbs/33_mixing.ipynb #0f1d12c5
 def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N), N at least k
@@ -144,20 +154,27 @@ def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> 
     try: logits = teacher(images)
     except RuntimeError as error:
         if not isinstance(teacher, torch.nn.Module) or isinstance(error, torch.cuda.OutOfMemoryError): raise
-        raise ValueError(f"The teacher does not take images {tuple(images.shape)} of {images.dtype}: {error}") from error
+        raise ValueError(f"The teacher does not take images {tuple(images.shape)} of {images.dtype}: "
+                         f"{error}") from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"Expected the teacher to give logits ({len(images)}, N), got {got}.")
     if logits.shape[1] < k: raise ValueError(f"Expected a teacher of at least k = {k} classes, got {logits.shape[1]}.")
-    if not torch.isfinite(logits).all(): raise ValueError("Expected finite logits, got NaN or infinity from the teacher.")
-    if (logits >= 0).all() and (logits.detach().float().sum(1) - 1).abs().max() < 1e-3: raise ValueError("Expected logits, got rows that are 0 or more and sum to 1: is there a softmax at the teacher's end? Leave it out.")
+    if not torch.isfinite(logits).all():
+        raise ValueError("Expected finite logits, got NaN or infinity from the teacher.")
+    if (logits >= 0).all() and (logits.detach().float().sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError("Expected logits, got rows that are 0 or more and sum to 1: "
+                         "is there a softmax at the teacher's end? Leave it out.")
     return logits
 
 def check_classes(classes: torch.Tensor, k: int) -> torch.Tensor:
     "The classes (B,) that the teacher sees in a batch; a ValueError unless there are k different ones."
     seen = classes.unique().tolist()
-    if len(seen) < k: raise ValueError(f"Expected a teacher that sees at least k = {k} different classes in the {len(classes)} images, got {len(seen)}: {', '.join(map(str, seen))}. "
-                                       "Is it trained on these classes, and are the images' size, mean and std those of its training?")
+    if len(seen) < k:
+        raise ValueError(f"Expected a teacher that sees at least k = {k} different classes "
+                         f"in the {len(classes)} images, got {len(seen)}: {', '.join(map(str, seen))}. "
+                         "Is it trained on these classes, "
+                         "and are the images' size, mean and std those of its training?")
     return classes
 
 # %% ../nbs/33_mixing.ipynb #7b7cd4eb
@@ -187,7 +204,8 @@ def iterate(ask,                     # images (B, C, H, W) -> the teacher's logi
         now = theta[active].requires_grad_()
         masks = masks_from_theta(now, sets.shape[-2:])
         z = ask(mix(sets[active], masks)).to(target.dtype)
-        if not z.requires_grad: raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+        if not z.requires_grad:
+            raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
         logits[active], steps[active] = z.detach(), n
         if n > 0: solved[active] = is_solved(z.detach(), classes[active])
         lack = hinge(z, classes[active])
@@ -197,7 +215,8 @@ def iterate(ask,                     # images (B, C, H, W) -> the teacher's logi
         if margin: loss = loss + margin * lack
         grad, = torch.autograd.grad(loss[going].sum(), now)
         active = active[going]
-        theta[active] = advance(now.detach()[going], loss.detach()[going], grad[going], sigma, step, hold, sets.shape[-2:])
+        theta[active] = advance(now.detach()[going], loss.detach()[going], grad[going], sigma, step, hold,
+                                sets.shape[-2:])
     return logits, steps, solved
 
 # %% ../nbs/33_mixing.ipynb #db123582
@@ -211,15 +230,15 @@ def solve(mixer, sets, lam, theta, draw) -> Mixed:
         classes, N = classes_of(mixer.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
         target = soft_labels(classes, lam, N)
         ask_teacher = lambda x: ask(mixer.teacher, x, mixer.k)
-        logits, steps, solved = iterate(ask_teacher, sets, target, classes, theta, mixer.lambda_s, mixer.sigma, mixer.max_iter, mixer.step, mixer.hold, mixer.margin, mixer.give_up)
+        logits, steps, solved = iterate(ask_teacher, sets, target, classes, theta, mixer.lambda_s, mixer.sigma,
+                                        mixer.max_iter, mixer.step, mixer.hold, mixer.margin, mixer.give_up)
     masks = masks_from_theta(theta, sets.shape[-2:])
     return Mixed(mix(sets, masks), masks, theta, lam, classes, logits, steps, solved)
 
 # %% ../nbs/33_mixing.ipynb #6e5b43e6
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
-    def __init__(self,
-                 teacher,                # any callable from images (B, C, H, W) to logits (B, N): ours, torchvision's, timm's
+    def __init__(self, teacher,          # callable, images (B, C, H, W) -> logits (B, N): ours, torchvision's, timm's
                  k: int = 2,             # images a set, 2 to 5
                  mask_size: int = 8,     # w: height and width of θ, at most the images'
                  sigma: float = 1.0,     # of the Gaussian that smooths the gradient, in cells of θ
@@ -227,18 +246,18 @@ class SuperMix(Mixer):
                  alpha: float = 3.0,     # λ ~ Dirichlet(alpha)
                  max_iter: int = 50,     # updates after which a set is given up
                  step: float = 1.0,      # factor of Newton's length; the paper's is 1
-                 hold: float | None = None,  # sparsity at which the masks are held, instead of its term in the loss; None: the paper's
+                 hold: float | None = None,  # sparsity to hold masks at, instead of its loss term; None: the paper's
                  margin: float = 0.0,    # weight of the hinge term; 0 as in the paper
-                 start: str = "flat",    # θ = 0 as in the paper, or "regions": a partition at a random angle (chapter 34)
-                 give_up: float | None = None,  # hinge above which a set is given up, from its second update on; None: none is, as in the paper
+                 start: str = "flat",    # θ = 0, the paper's, or "regions": a partition at a random angle (chapter 34)
+                 give_up: float | None = None,  # hinge above which a set is given up from update 2; None: never (paper)
                  ):
         check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step, hold, margin, start, give_up)
         self.teacher, self.k, self.mask_size, self.sigma, self.lambda_s = teacher, k, mask_size, sigma, lambda_s
-        self.alpha, self.max_iter, self.step, self.hold, self.margin, self.start, self.give_up = alpha, max_iter, step, hold, margin, start, give_up
+        self.alpha, self.max_iter, self.step, self.hold, self.margin, self.start, self.give_up = (
+            alpha, max_iter, step, hold, margin, start, give_up)
 
-    def solve(self,
-              sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
-              lam: torch.Tensor,   # (B, k): the wanted shares, rows summing to 1
+    def solve(self, sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
+              lam: torch.Tensor,         # (B, k): the wanted shares, rows summing to 1
               theta: torch.Tensor | None = None,  # (B, k, w, w) to start from; None: 0
               draw: Draw | None = None,           # what the teacher said of the sources; None: it is asked
               ) -> Mixed:
@@ -249,14 +268,15 @@ class SuperMix(Mixer):
         logits = see(self.teacher, images, self.k)
         classes = check_classes(logits.argmax(1), self.k)
         partners = draw_partners(classes, self.k, generator)
-        return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device), logits.shape[1])
+        return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device),
+                    logits.shape[1])
 
     def first_theta(self, lam, size, generator=None):
         "Where the search starts: None for θ = 0, or partitions at random angles (B, k, w, w)."
         if self.start == "flat": return None
-        angle = 2 * torch.pi * torch.rand(len(lam), generator=generator, device=generator.device if generator is not None else "cpu")
+        angle = 2 * torch.pi * torch.rand(len(lam), generator=generator,
+                                          device=generator.device if generator is not None else "cpu")
         return regions(lam, self.mask_size, angle.to(lam.device), self.hold, size)
-
     def choose_masks(self, sets, draw, generator=None):
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
     def weights(self, masks, draw): return draw.lam

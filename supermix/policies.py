@@ -23,19 +23,21 @@ from .core import lookup, write_atomic
 from .data import FolderImages, Images, Views, one_ahead
 
 # %% ../nbs/03_policies.ipynb #e6e78a62
-OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
-       "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
+OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+       "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 SIGNED = OPS[1:10]        # the magnitude may be negative
 LEVELLED = OPS[1:12]      # there is a magnitude
 SPACES = ("regular", "wide")  # of AutoAugment and RandAugment; of TrivialAugment
 
 def ranges(space: str,  # "regular" or "wide"
            size: int,   # height and width of the images, in pixels
-           ) -> dict[str, tuple[float, float]]:  # by operation: the magnitude at which nothing happens, and the strongest
-    "What the levels of a space mean: factor of shear, pixels, degrees, change of a factor, bits that stay, share of the brightest."
+           ) -> dict[str, tuple[float, float]]:  # by operation: the magnitude where nothing happens, and the strongest
+    """What the levels of a space mean: factor of shear, pixels, degrees, change of a factor, bits that stay,
+    share of the brightest."""
     shear, shift, turn, strength, bits = lookup(
         {"regular": (0.3, 150 / 331 * size, 30, 0.9, 4), "wide": (0.99, 32, 135, 0.99, 2)}, space, "space")
-    geometric = {"ShearX": (0, shear), "ShearY": (0, shear), "TranslateX": (0, shift), "TranslateY": (0, shift), "Rotate": (0, turn)}
+    geometric = {"ShearX": (0, shear), "ShearY": (0, shear), "TranslateX": (0, shift), "TranslateY": (0, shift),
+                 "Rotate": (0, turn)}
     return {**geometric, **dict.fromkeys(SIGNED[5:], (0, strength)), "Posterize": (8, bits), "Solarize": (1, 0)}
 
 # %% ../nbs/03_policies.ipynb #2b200fdb
@@ -70,7 +72,8 @@ def warp(images: torch.Tensor,  # uint8 (B, 3, H, W)
     "Each image through its own affine map, by the nearest pixel."
     B, _, H, W = images.shape
     x, y = (torch.linspace((1 - n) / 2, (n - 1) / 2, n, device=images.device) for n in (W, H))
-    places = torch.stack([x.expand(H, W), y[:, None].expand(H, W), torch.ones(H, W, device=images.device)], -1).view(1, H * W, 3)
+    places = torch.stack(
+        [x.expand(H, W), y[:, None].expand(H, W), torch.ones(H, W, device=images.device)], -1).view(1, H * W, 3)
     scaled = matrix.transpose(1, 2) / torch.tensor([W / 2, H / 2], device=images.device)
     grid = places.expand(B, -1, -1).bmm(scaled).view(B, H, W, 2)
     moved = F.grid_sample(images.float() - fill, grid, mode="nearest", padding_mode="zeros", align_corners=False)
@@ -119,11 +122,12 @@ class Ops:
     "Which operations each image of a batch goes through, and how strong they are."
     op: torch.Tensor                  # int64 (B, n): indices into `OPS`
     magnitude: torch.Tensor           # float32 (B, n), with its sign, in the operation's own unit
-    hole: torch.Tensor | None = None  # int64 (B, 2): row and column of the middle of Cutout's square, where there is one
+    hole: torch.Tensor | None = None  # int64 (B, 2): row and column of the middle of Cutout's square, if there is one
 
     def __len__(self): return len(self.op)
 
-    def __getitem__(self, rows): return Ops(self.op[rows], self.magnitude[rows], None if self.hole is None else self.hole[rows])
+    def __getitem__(self, rows):
+        return Ops(self.op[rows], self.magnitude[rows], None if self.hole is None else self.hole[rows])
 
     def to(self, device):
         "The same on another device."
@@ -135,8 +139,10 @@ def apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
               fill: int = 0,         # the grey of what comes from outside
               ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Each image through its own operations. The input stays as it was."
-    if images.dtype != torch.uint8 or images.ndim != 4: raise ValueError(f"Expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
-    if len(images) != len(ops): raise ValueError(f"Expected operations for each of {len(images)} images, got {len(ops)}.")
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"Expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+    if len(images) != len(ops):
+        raise ValueError(f"Expected operations for each of {len(images)} images, got {len(ops)}.")
     images = images.clone()
     for op, magnitude in zip(ops.op.T, ops.magnitude.T):
         for code in op.unique().tolist():
@@ -152,7 +158,8 @@ def cutout(images: torch.Tensor,   # (B, C, H, W), of any dtype
            colour=0,               # of the square: a number, or one a channel (C,)
            ) -> torch.Tensor:      # (B, C, H, W)
     "Cover a square of each image."
-    ends = [(torch.arange(n, device=images.device) - middle[:, i:i + 1] + length // 2) for i, n in enumerate(images.shape[-2:])]
+    ends = [(torch.arange(n, device=images.device) - middle[:, i:i + 1] + length // 2)
+            for i, n in enumerate(images.shape[-2:])]
     rows, columns = (((0 <= e) & (e < length)) for e in ends)
     colour = torch.as_tensor(colour, device=images.device).to(images.dtype).reshape(-1, 1, 1)
     return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour, images)
@@ -163,7 +170,8 @@ def check_subpolicies(subpolicies,  # lists of (operation, probability, level)
                       ) -> tuple:   # the same as tuples, level 0 where an operation has no magnitude
     "Sub-policies as nested tuples; whatever is wrong is a ValueError that names the entry."
     def entry(where, item):
-        if not isinstance(item, (list, tuple)) or len(item) != 3: raise ValueError(f"{where}: expected [operation, probability, level], got {item!r}.")
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise ValueError(f"{where}: expected [operation, probability, level], got {item!r}.")
         op, probability, level = item
         try: lookup(dict.fromkeys(OPS), op, "operation")
         except (ValueError, TypeError) as error: raise ValueError(f"{where}: {error}") from None
@@ -174,16 +182,19 @@ def check_subpolicies(subpolicies,  # lists of (operation, probability, level)
             raise ValueError(f"{where} ({op}): expected a level, a whole number from 0 to {bins - 1}, got {level!r}.")
         return op, float(probability), level
 
-    if not isinstance(subpolicies, (list, tuple)): raise ValueError(f"Expected a list of sub-policies, got {type(subpolicies).__name__}.")
+    if not isinstance(subpolicies, (list, tuple)):
+        raise ValueError(f"Expected a list of sub-policies, got {type(subpolicies).__name__}.")
     for i, subpolicy in enumerate(subpolicies, 1):
         if not isinstance(subpolicy, (list, tuple)) or not subpolicy:
             raise ValueError(f"Sub-policy {i}: expected a list of [operation, probability, level], got {subpolicy!r}.")
-    return tuple(tuple(entry(f"Sub-policy {i}, entry {j}", item) for j, item in enumerate(subpolicy, 1)) for i, subpolicy in enumerate(subpolicies, 1))
+    return tuple(tuple(entry(f"Sub-policy {i}, entry {j}", item) for j, item in enumerate(subpolicy, 1))
+                 for i, subpolicy in enumerate(subpolicies, 1))
 
 # %% ../nbs/03_policies.ipynb #4cf0f5da
 @lru_cache(maxsize=256)
 def tables(subpolicies: tuple,  # as `check_subpolicies` gives them
-           space: str, bins: int, size: int) -> tuple[torch.Tensor, ...]:  # op int64, probability, magnitude float32, signed bool; each (S, n)
+           space: str, bins: int, size: int,
+           ) -> tuple[torch.Tensor, ...]:  # op int64, probability, magnitude float32, signed bool; each (S, n)
     "A list of sub-policies as tensors that can be indexed."
     n = max(map(len, subpolicies))
     full = [subpolicy + (("Identity", 1.0, 0),) * (n - len(subpolicy)) for subpolicy in subpolicies]
@@ -213,10 +224,13 @@ def check_later(later,      # lists of (share of the training, sub-policies)
                 bins: int,  # levels are 0 … bins - 1
                 ) -> tuple: # the same as tuples
     "The later phases of a schedule as nested tuples; whatever is wrong is a ValueError."
-    if not isinstance(later, (list, tuple)) or any(not isinstance(phase, (list, tuple)) or len(phase) != 2 for phase in later):
-        raise ValueError(f"Expected `later` to be a list of [share of the training, sub-policies], got {str(later)[:80]}.")
+    if (not isinstance(later, (list, tuple))
+        or any(not isinstance(phase, (list, tuple)) or len(phase) != 2 for phase in later)):
+        raise ValueError("Expected `later` to be a list of [share of the training, sub-policies], "
+                         f"got {str(later)[:80]}.")
     shares = [share for share, _ in later]
-    if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in shares) or not all(a < b for a, b in zip([0, *shares], [*shares, 1])):
+    if (any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in shares)
+        or not all(a < b for a, b in zip([0, *shares], [*shares, 1]))):
         raise ValueError(f"Expected shares of the training between 0 and 1, each above the last, got {shares}.")
     return tuple((float(share), check_subpolicies(lines, bins)) for share, lines in later)
 
@@ -225,13 +239,13 @@ def check_later(later,      # lists of (share of the training, sub-policies)
 class Policy:
     "Sub-policies, of which each image draws one, or `picks` of them."
     name: str
-    subpolicies: tuple = ()   # each a tuple of (operation, probability, level)
-    space: str = "regular"    # what the strongest level means: "regular" or "wide"
-    bins: int = 10            # levels are 0 … bins - 1 (AutoAugment: 10; torchvision's RandAugment and TrivialAugment: 31)
-    cutout: int = 0           # side of Cutout's square after the operations, in pixels; 0: none (the papers' CIFAR recipes: 16)
-    fill: int = 0             # grey of what comes from outside (torchvision: 0; AutoAugment's authors: 128)
-    picks: int = 1            # sub-policies an image draws, one after the other (RandAugment: 2)
-    later: tuple = ()         # (share of the training, sub-policies): what holds from then on
+    subpolicies: tuple = ()  # each a tuple of (operation, probability, level)
+    space: str = "regular"   # what the strongest level means: "regular" or "wide"
+    bins: int = 10           # levels are 0 … bins - 1 (AutoAugment: 10; torchvision's RandAugment, TrivialAugment: 31)
+    cutout: int = 0          # side of Cutout's square after the operations, in pixels; 0: none (the papers, CIFAR: 16)
+    fill: int = 0            # grey of what comes from outside (torchvision: 0; AutoAugment's authors: 128)
+    picks: int = 1           # sub-policies an image draws, one after the other (RandAugment: 2)
+    later: tuple = ()        # (share of the training, sub-policies): what holds from then on
     about: dict = field(default_factory=dict, compare=False, repr=False)  # where it comes from, in words
 
     def __post_init__(self):
@@ -261,23 +275,26 @@ class Policy:
         return images if ops.hole is None else cutout(images, ops.hole, self.cutout, colour)
 
     def __repr__(self):
-        parts = [f"{self.picks} of {len(self.subpolicies)} sub-policies, {self.space} space"] if self.subpolicies else ["no operations"]
+        parts = ([f"{self.picks} of {len(self.subpolicies)} sub-policies, {self.space} space"] if self.subpolicies
+                 else ["no operations"])
         if self.later: parts.append(f"{len(self.later)} changes")
         return f"Policy({self.name}: {', '.join(parts + [f'Cutout {self.cutout}'] * bool(self.cutout))})"
 
 # %% ../nbs/03_policies.ipynb #1e3bd5d2
 def autoaugment(policy: AutoAugmentPolicy) -> Policy:
     "AutoAugment (Cubuk et al. 2019): 25 pairs that a search found on one data set."
-    return Policy(f"autoaugment_{policy.value}", tuple(AutoAugment(policy).policies), about={"source": "torchvision, arXiv 1805.09501"})
+    return Policy(f"autoaugment_{policy.value}", tuple(AutoAugment(policy).policies),
+                  about={"source": "torchvision, arXiv 1805.09501"})
 
 def randaugment(num_ops: int = 2, level: int = 9) -> Policy:
     "RandAugment (Cubuk et al. 2020): `num_ops` operations of 14, drawn evenly, all at one level of 0 … 30."
-    return Policy("randaugment", tuple(((op, 1.0, level),) for op in OPS[:14]), bins=31, picks=num_ops, about={"source": "arXiv 1909.13719"})
+    return Policy("randaugment", tuple(((op, 1.0, level),) for op in OPS[:14]), bins=31, picks=num_ops,
+                  about={"source": "arXiv 1909.13719"})
 
 def trivialaugment() -> Policy:
     "TrivialAugment (Müller and Hutter 2021), wide: one operation of 14 at a level of 0 … 30, both drawn evenly."
-    return Policy("trivialaugment", tuple(((op, 1.0, level),) for op in OPS[:14] for level in range(31)), space="wide", bins=31,
-                  about={"source": "arXiv 2103.10158"})
+    return Policy("trivialaugment", tuple(((op, 1.0, level),) for op in OPS[:14] for level in range(31)),
+                  space="wide", bins=31, about={"source": "arXiv 2103.10158"})
 
 POLICIES = {
     "none": Policy("none"),
@@ -290,10 +307,12 @@ POLICIES = {
 # %% ../nbs/03_policies.ipynb #de23506a
 def save_policy(policy: Policy, path: str | Path) -> Path:  # the file
     "Write a policy file, one line a sub-policy."
-    def lines(subpolicies): return "[\n  " + ",\n  ".join(json.dumps(line) for line in subpolicies) + "]" if subpolicies else "[]"
+    def lines(subpolicies):
+        return "[\n  " + ",\n  ".join(json.dumps(line) for line in subpolicies) + "]" if subpolicies else "[]"
     head = {name: getattr(policy, name) for name in ("name", "about", "space", "bins", "picks", "cutout", "fill")}
     text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "subpolicies": {lines(policy.subpolicies)}'
-    if policy.later: text += ',\n "later": [' + ",\n ".join(f"[{share}, {lines(phase)}]" for share, phase in policy.later) + "]"
+    if policy.later:
+        text += ',\n "later": [' + ",\n ".join(f"[{share}, {lines(phase)}]" for share, phase in policy.later) + "]"
     return write_atomic(path, (text + "\n}\n").encode())
 
 # %% ../nbs/03_policies.ipynb #827cbf3d
@@ -307,7 +326,8 @@ def load_policy(name: str | Path,           # a name of `POLICIES`, or a policy 
         try:
             content = json.loads(Path(name).read_bytes())
             if isinstance(content, list): content = {"subpolicies": content}
-            if not isinstance(content, dict): raise ValueError(f"expected a list of sub-policies or the fields of a policy, got {content!r}")
+            if not isinstance(content, dict):
+                raise ValueError(f"expected a list of sub-policies or the fields of a policy, got {content!r}")
             for key in content: lookup(Policy.__dataclass_fields__, key, "field")
             policy = Policy(**{"name": Path(name).stem, **content})
         except ValueError as error: raise ValueError(f"{name} is not a policy file: {error}") from error
@@ -329,7 +349,8 @@ class Augmented(Images):
                  policy: Policy,
                  epochs: int | None = None,   # of the training; needed where the policy is a schedule
                  ):
-        if policy.later and not epochs: raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
+        if policy.later and not epochs:
+            raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
         self.images, self.policy, self.epochs, self.share = images, policy, epochs or 1, 0.0
         self.info, self.labels = images.info, images.labels
 

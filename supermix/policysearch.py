@@ -61,7 +61,8 @@ def random_policy(lines: int,                 # sub-policies
                   name: str = "candidate",
                   ) -> Policy:
     "Sub-policies of two operations, with probabilities 0.1, 0.2, … 1 and levels 0 … 9, all drawn evenly."
-    op, share, level = (torch.randint(low, high, (lines, 2), generator=generator).tolist() for low, high in ((1, len(OPS)), (1, 11), (0, 10)))
+    op, share, level = (torch.randint(low, high, (lines, 2), generator=generator).tolist()
+                        for low, high in ((1, len(OPS)), (1, 11), (0, 10)))
     return Policy(name, tuple(tuple((OPS[o], p / 10, l) for o, p, l in zip(*line)) for line in zip(op, share, level)))
 
 # %% ../nbs/47_policysearch.ipynb #328b1048
@@ -89,10 +90,12 @@ class DensityFound:
 
     def policy(self, keep: int, name: str = "fast_autoaugment", **about) -> Policy:
         "The sub-policies of the `keep` best candidates as one policy."
-        return Policy(name, tuple(line for policy in self.candidates[:keep] for line in policy.subpolicies), about=about)
+        return Policy(name, tuple(line for policy in self.candidates[:keep] for line in policy.subpolicies),
+                      about=about)
 
     def __repr__(self):
-        return f"{len(self.candidates)} candidates: loss {self.best[0]:.3f} for the best, {self.best[-1]:.3f} for the worst, {self.plain:.3f} without a policy"
+        return (f"{len(self.candidates)} candidates: loss {self.best[0]:.3f} for the best, "
+                f"{self.best[-1]:.3f} for the worst, {self.plain:.3f} without a policy")
 
 # %% ../nbs/47_policysearch.ipynb #174addfc
 def search_density(judge,               # a trained network
@@ -107,12 +110,13 @@ def search_density(judge,               # a trained network
         tried.append((losses.amin(0).mean(), losses.mean(), policy))
     tried.sort(key=lambda t: t[0].item())
     best, means, candidates = zip(*tried)
-    return DensityFound(candidates, torch.stack(best), torch.stack(means), judge_policy(judge, images, Policy("none"), 1).mean().item())
+    return DensityFound(candidates, torch.stack(best), torch.stack(means),
+                        judge_policy(judge, images, Policy("none"), 1).mean().item())
 
 # %% ../nbs/47_policysearch.ipynb #e019866d
 HIGHEST = torch.tensor([10, 9])  # tenths of a probability, level
 
-def parameter_lines(parameters: torch.Tensor,  # int64 (14, 2): tenths of the probability, and level, of each operation but Identity
+def parameter_lines(parameters: torch.Tensor,  # int64 (14, 2): tenths of a probability, level; of all OPS but Identity
                     ) -> tuple:                # a sub-policy for each operation
     "The parameters as the sub-policies of a `Policy` with `picks=2`."
     return tuple(((op, share / 10, level),) for op, (share, level) in zip(OPS[1:], parameters.tolist()))
@@ -147,7 +151,7 @@ class PopulationRecipe(Typed):
     members: int = 8           # (PBA: 16)
     rounds: int = 9            # after each, the worst copy the best (ours; PBA: 200 epochs, so 66)
     every: int = 2             # epochs a round (PBA: 3)
-    training: Training = Training(epochs=18, batch_size=32, lr=0.05, milestones=(12, 16))  # of all rounds together (ours)
+    training: Training = Training(epochs=18, batch_size=32, lr=0.05, milestones=(12, 16))  # all rounds together (ours)
     seed: int = 0              # (ours)
 
 # %% ../nbs/47_policysearch.ipynb #3f7d7f13
@@ -171,7 +175,8 @@ class PopulationFound:
         return Policy(name, lines[0], picks=2, later=tuple(later), about=about)
 
     def __repr__(self):
-        return f"{self.losses.shape[1]} members, {len(self.losses)} rounds: loss {self.losses[-1].min():.3f} to {self.losses[-1].max():.3f} at the end"
+        return (f"{self.losses.shape[1]} members, {len(self.losses)} rounds: "
+                f"loss {self.losses[-1].min():.3f} to {self.losses[-1].max():.3f} at the end")
 
 # %% ../nbs/47_policysearch.ipynb #33c56f20
 def search_population(images: Images,    # to learn from
@@ -190,8 +195,8 @@ def search_population(images: Images,    # to learn from
             losses = torch.zeros(recipe.members)
             for i, network in enumerate(networks):
                 policy = Policy("member", parameter_lines(parameters[i]), picks=2)
-                short = replace(recipe.training, epochs=recipe.every, lr=recipe.training.lr_at(r * recipe.every), milestones=(), warmup=0,
-                                seed=recipe.seed + r * recipe.members + i)
+                short = replace(recipe.training, epochs=recipe.every, lr=recipe.training.lr_at(r * recipe.every),
+                                milestones=(), warmup=0, seed=recipe.seed + r * recipe.members + i)
                 train(network, Augmented(images, policy), short, title="member")
                 losses[i] = judge_policy(network, judged, Policy("none"), draws=1).mean()
                 bar.update()
@@ -218,7 +223,8 @@ def make_density(data: str = "fashion_mnist",          # a data set of `supermix
     train(judge, images, recipe.training, title="the judge")
     found = search_density(judge, judged, recipe)
     print(found)
-    about = {"method": "Fast AutoAugment (density matching)", "data": source.info.name, "command": "supermix.policysearch.make_density()",
+    about = {"method": "Fast AutoAugment (density matching)", "data": source.info.name,
+             "command": "supermix.policysearch.make_density()",
              "judge_accuracy": round(accuracy(judge, judged), 2), "plain_loss": round(found.plain, 4),
              "losses": [round(v, 4) for v in found.best[:recipe.keep].tolist()], "recipe": asdict(recipe)}
     return save_policy(found.policy(recipe.keep, Path(out).stem, **about), out)
@@ -233,7 +239,8 @@ def make_population(data: str = "fashion_mnist",     # as in `make_density`
     source = load_data(data, root)
     found = search_population(*split_images(source.train, recipe.images, recipe.judged, recipe.seed), recipe)
     print(found)
-    about = {"method": "Population Based Augmentation", "data": source.info.name, "command": "supermix.policysearch.make_population()",
+    about = {"method": "Population Based Augmentation", "data": source.info.name,
+             "command": "supermix.policysearch.make_population()",
              "losses": [round(v, 4) for v in found.losses.amin(1).tolist()], "recipe": asdict(recipe)}
     return save_policy(found.schedule(Path(out).stem, **about), out)
 

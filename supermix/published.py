@@ -57,8 +57,10 @@ def parse(table: str,    # lines of a name and a number for each column, which a
 
 # %% ../nbs/61_published.ipynb #303aa7bb
 COLUMNS = (  # teacher and student, in the tables' order
-    ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"), ("resnet56", "resnet20"), ("resnet110", "resnet20"), ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"),
-    ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"), ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
+    ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"), ("resnet56", "resnet20"), ("resnet110", "resnet20"),
+    ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"),
+    ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
+    ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
 DISTILLATION = parse(WITHIN, COLUMNS[:7]) | parse(ACROSS, COLUMNS[7:])
 
 # %% ../nbs/61_published.ipynb #b87a2105
@@ -74,13 +76,16 @@ SuperMix + RandAugment |    –     –     –  21.8
 # %% ../nbs/61_published.ipynb #7546a28e
 def published(teacher: str, student: str, row: str) -> float | None:
     "The published test accuracy (%) of a run, or None where there is none."
-    if teacher == student: return round(100 - CLASSIFICATION[student][row], 2) if row in CLASSIFICATION.get(student, {}) else None
+    if teacher == student:
+        return round(100 - CLASSIFICATION[student][row], 2) if row in CLASSIFICATION.get(student, {}) else None
     return DISTILLATION.get((teacher, student), {}).get(row)
 
 def source(teacher: str, student: str, row: str) -> str | None:
     "Where the published accuracy of a run is from, or None where there is none."
     if published(teacher, student, row) is None: return None
-    if teacher == student: return {"PBA": "the PBA repository", "SuperMix + RandAugment": "the SuperMix paper"}.get(row, "the Fast AutoAugment repository")
+    if teacher == student:
+        return {"PBA": "the PBA repository",
+                "SuperMix + RandAugment": "the SuperMix paper"}.get(row, "the Fast AutoAugment repository")
     return "the SuperMix authors' table" if "Mix" in row else "the CRD benchmark"
 
 def headroom(teacher: str, student: str) -> tuple[float, float]:

@@ -26,7 +26,8 @@ def graph_cuts():  # the module `gco`
     try:
         import gco
     except (ImportError, AttributeError, OSError) as error:  # missing, or built for another NumPy or machine
-        raise ImportError(f"PuzzleMix needs the package gco-wrapper for its graph cut ({error}): pip install 'supermix[puzzle]'.") from error
+        raise ImportError(f"PuzzleMix needs the package gco-wrapper for its graph cut ({error}): "
+                          "pip install 'supermix[puzzle]'.") from error
     return gco
 
 # %% ../nbs/39_puzzlemix.ipynb #b85b6377
@@ -38,9 +39,11 @@ def saliency(teacher,               # any differentiable callable from images to
     with torch.inference_mode(False), torch.enable_grad(), evaluating(teacher):
         leaf = images.detach().clone().requires_grad_()
         logits = ask(teacher, leaf)
-        if not logits.requires_grad: raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+        if not logits.requires_grad:
+            raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
         N, labels = logits.shape[1], logits.argmax(1) if labels is None else labels.to(logits.device)
-        if labels.min() < 0 or labels.max() >= N: raise ValueError(f"Expected labels from 0 to {N - 1}, got {labels.min()} to {labels.max()}.")
+        if labels.min() < 0 or labels.max() >= N:
+            raise ValueError(f"Expected labels from 0 to {N - 1}, got {labels.min()} to {labels.max()}.")
         grad, = torch.autograd.grad(F.cross_entropy(logits.float(), labels, reduction="sum"), leaf)
     return grad.float().norm(dim=1), logits.detach()
 
@@ -59,7 +62,7 @@ def block_shares(maps: torch.Tensor,     # saliency (..., H, W)
 def gaps_below(sets: torch.Tensor,     # (B, 2, C, H, W), pixels that span at most 1
                grid: tuple[int, int],  # blocks down and across
                cell: tuple[int, int],  # pixels that are averaged, down and across; they divide the block
-               ) -> torch.Tensor:      # float64 (B, 2, 2, h − 1, w): [a, b]: the block shows source a, the one below it source b
+               ) -> torch.Tensor:      # float64 (B, 2, 2, h − 1, w), [a, b]: the block shows source a, the one below b
     "How much the pixels differ across the lower border of each block, for each choice of sources."
     cells = F.avg_pool2d(sets.flatten(0, 1).double(), cell).unflatten(0, sets.shape[:2])
     step = cells.shape[-2] // grid[0]                        # rows of cells a block
@@ -74,7 +77,8 @@ def border_gaps(sets, grid, border: int = 4):  # border: pixels of a cell -> (B,
 
 # %% ../nbs/39_puzzlemix.ipynb #1a824fc8
 class Energy(NamedTuple):
-    "An energy for each pair of images: the sum of site[u] over blocks, less W · z · z' over neighbours, with z = u / (L − 1)."
+    """An energy for each pair of images: the sum of site[u] over blocks, less W · z · z' over neighbours,
+    with z = u / (L − 1)."""
     site: torch.Tensor   # float64 (B, h, w, L): what label u costs in each block
     down: torch.Tensor   # float64 (B, h − 1, w): W of each block and the one below it, at least 0
     right: torch.Tensor  # float64 (B, h, w − 1): W of each block and its right neighbour, at least 0
@@ -88,7 +92,8 @@ def binomial_prior(lam: torch.Tensor,    # (B,): λ of the first source
     "−η/n² · log of the binomial probability of each label; log 0 costs `limit`."
     m, u = labels - 1, torch.arange(labels, dtype=torch.float64, device=lam.device)
     ways = math.lgamma(labels) - torch.lgamma(u + 1) - torch.lgamma(m - u + 1)
-    costs = [torch.minimum(-weight * torch.log(p), limit).nan_to_num(0.0) for p in (lam.double(), 1 - lam.double())]   # 0 · log 0 = 0
+    # 0 · log 0 = 0
+    costs = [torch.minimum(-weight * torch.log(p), limit).nan_to_num(0.0) for p in (lam.double(), 1 - lam.double())]
     return u * costs[0][:, None] + (m - u) * costs[1][:, None] - weight[:, None] * ways
 
 # %% ../nbs/39_puzzlemix.ipynb #f70ebd2c
@@ -103,7 +108,8 @@ def energy_terms(shares: torch.Tensor,  # of saliency (B, 2, h, w), each map sum
     "The paper's energy of each pair of images, up to a constant."
     B, _, h, w = shares.shape
     z = torch.arange(labels, dtype=torch.float64, device=shares.device) / (labels - 1)
-    beta, slope, degree, couplings = beta / (16 * max(h, w)), torch.zeros_like(shares[:, 0]), torch.zeros_like(shares[:, 0]), []
+    beta, slope, degree, couplings = (beta / (16 * max(h, w)), torch.zeros_like(shares[:, 0]),
+                                      torch.zeros_like(shares[:, 0]), [])
     down, right = (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, :, :-1], np.s_[:, :, 1:])
     for (one, other), d in zip((down, right), gaps):
         slope[one] += d[:, 0, 1] - d[:, 1, 1]
@@ -148,13 +154,15 @@ def minimise(energy: Energy) -> torch.Tensor:  # int64 (B, h, w): the label u of
     for W, one, other in ((down, np.s_[:, :-1], np.s_[:, 1:]), (right, np.s_[:, :, :-1], np.s_[:, :, 1:])):
         near[one] += W
         near[other] += W
-        edges.append(np.broadcast_arrays(index[one][..., :, None], index[other][..., None, :], W[..., None, None] / (2 * m * m)))
+        edges.append(np.broadcast_arrays(index[one][..., :, None], index[other][..., None, :],
+                                         W[..., None, None] / (2 * m * m)))
     steps = np.diff(site, axis=-1) - near[..., None] / (2 * m)
     largest = np.maximum(np.abs(steps).max((1, 2, 3)), near.max((1, 2)))
     scale = UNIT / np.maximum(largest, 1e-300)
     first, second = (np.concatenate([part[n].ravel() for part in edges]) for n in (0, 1))
     weights = np.concatenate([np.rint(part[2] * scale[:, None, None, None, None]).ravel() for part in edges])
-    bits = min_cut(first, second, weights.astype(np.int64), np.rint(steps * scale[:, None, None, None]).astype(np.int64).ravel())
+    bits = min_cut(first, second, weights.astype(np.int64),
+                   np.rint(steps * scale[:, None, None, None]).astype(np.int64).ravel())
     return torch.from_numpy(bits.reshape(B, h, w, m).sum(-1).astype(np.int64)).to(energy.site.device)
 
 # %% ../nbs/39_puzzlemix.ipynb #92aed13e
@@ -170,7 +178,8 @@ def puzzle_masks(sets: torch.Tensor,      # (B, 2, C, H, W), normalised
     pixels = sets.double() * torch.as_tensor(std, dtype=torch.float64, device=sets.device).view(-1, 1, 1)
     energy = energy_terms(block_shares(maps, (n, n)), border_gaps(pixels, (n, n), border), lam[:, 0], **weights)
     H, W = sets.shape[-2:]
-    z = (minimise(energy).to(lam) / (energy.site.shape[-1] - 1)).repeat_interleave(H // n, 1).repeat_interleave(W // n, 2)
+    z = ((minimise(energy).to(lam) / (energy.site.shape[-1] - 1))
+         .repeat_interleave(H // n, 1).repeat_interleave(W // n, 2))
     return torch.stack([z, 1 - z], 1)
 
 # %% ../nbs/39_puzzlemix.ipynb #f353109d
@@ -228,13 +237,17 @@ class PuzzleDraw(NamedTuple):
 # %% ../nbs/39_puzzlemix.ipynb #f5e925db
 def check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, size, std) -> None:
     "Raise a ValueError unless these are settings of a PuzzleMix."
-    if not callable(teacher): raise ValueError(f"Expected a teacher that maps images to logits, got {type(teacher).__name__}.")
-    if alpha is not None and not 0 < alpha < float("inf"): raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
-    if not blocks or any(n != int(n) or n < 2 for n in blocks): raise ValueError(f"Expected blocks of 2 or more down and across, got {blocks}.")
+    if not callable(teacher):
+        raise ValueError(f"Expected a teacher that maps images to logits, got {type(teacher).__name__}.")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
+    if not blocks or any(n != int(n) or n < 2 for n in blocks):
+        raise ValueError(f"Expected blocks of 2 or more down and across, got {blocks}.")
     if labels != int(labels) or not 2 <= labels <= 16: raise ValueError(f"Expected labels from 2 to 16, got {labels}.")
     for name, value in (("beta", beta), ("eta", eta), ("xi", xi)):
         if not 0 <= value < float("inf"): raise ValueError(f"Expected {name} of 0 or more, got {value}.")
-    if not 0 <= gamma <= 1: raise ValueError(f"Expected gamma from 0 to 1 (beyond, no cut finds the minimum), got {gamma}.")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"Expected gamma from 0 to 1 (beyond, no cut finds the minimum), got {gamma}.")
     for name, value in (("border", border), ("size", size)):
         if value != int(value) or value < 1: raise ValueError(f"Expected {name} of 1 pixel or more, got {value}.")
     if not (torch.as_tensor(std) > 0).all(): raise ValueError(f"Expected std above 0, got {std}.")
@@ -243,22 +256,25 @@ def check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, s
 def draw_puzzle(mixer, images, labels=None, generator=None) -> PuzzleDraw:
     "What `PuzzleMix.draw` does."
     if any(length % n for length in images.shape[-2:] for n in mixer.blocks):
-        raise ValueError(f"Expected numbers of blocks that divide the images, got {mixer.blocks} for {images.shape[-2]}×{images.shape[-1]}.")
+        raise ValueError("Expected numbers of blocks that divide the images, "
+                         f"got {mixer.blocks} for {images.shape[-2]}×{images.shape[-1]}.")
     maps, logits = saliency(mixer.teacher, images, labels)
     classes = logits.argmax(1) if labels is None else labels
     partners = draw_partners(torch.arange(len(images), device=images.device), mixer.k, generator)  # any other images
     lam = mixer.draw_lam(len(images), generator).to(images.device)
-    which = torch.randint(len(mixer.blocks), (len(images),), generator=generator, device=generator.device if generator is not None else "cpu")
+    which = torch.randint(len(mixer.blocks), (len(images),), generator=generator,
+                          device=generator.device if generator is not None else "cpu")
     blocks = torch.tensor(mixer.blocks)[which.cpu()].to(images.device)
     return PuzzleDraw(partners, classes[partners], lam, logits.shape[1], blocks, maps[partners])
 
 # %% ../nbs/39_puzzlemix.ipynb #f85c2867
 class PuzzleMix(Mixer):
-    "PuzzleMix (Kim et al. 2020): masks of least energy by a graph cut, and sources whose salient blocks move into view."
+    """PuzzleMix (Kim et al. 2020): masks of least energy by a graph cut,
+    and sources whose salient blocks move into view."""
     def __init__(self,
                  teacher,                       # any differentiable callable from images (B, C, H, W) to logits (B, N)
                  alpha: float | None = 1.0,     # λ ~ Beta(alpha, alpha) (authors' command); None: always ½
-                 blocks=(2, 4, 8, 16),          # blocks down and across, one of these for each set (authors' code); they divide H and W
+                 blocks=(2, 4, 8, 16),          # blocks down and across, one a set (authors' code); they divide H and W
                  labels: int = 3,               # values of a mask: 0, ½, 1 (authors' command)
                  beta: float = 1.2,             # smoothness of the mask (authors' command)
                  gamma: float = 0.5,            # smoothness of the picture, 0 to 1 (authors' command)
@@ -266,13 +282,14 @@ class PuzzleMix(Mixer):
                  transport: bool = True,        # move salient blocks into view (authors' command)
                  xi: float = 0.8,               # cost of moving (authors' command)
                  border: int = 4,               # pixels averaged before borders are compared (authors' command)
-                 size: int = 4,                 # pixels of a block that moves, at most the mask's block (authors' command)
-                 std: float = 0.25,             # what pixels of 0 … 1 were divided by: a number, or one a channel such as `data.info.std` (ours)
+                 size: int = 4,                 # pixels of a block that moves, at most the mask's (authors' command)
+                 std: float = 0.25,             # divisor of pixels of 0 … 1, or one a channel: `data.info.std` (ours)
                  ):
         blocks = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
         check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, size, std)
         graph_cuts()  # better now than at the first batch
-        self.teacher, self.alpha, self.blocks, self.transport, self.xi, self.size = teacher, alpha, blocks, transport, xi, size
+        self.teacher, self.alpha, self.blocks, self.transport, self.xi, self.size = (
+            teacher, alpha, blocks, transport, xi, size)
         self.energy = {"labels": labels, "beta": beta, "gamma": gamma, "eta": eta, "border": border, "std": std}
 
     def draw(self, images, labels=None, generator=None): return draw_puzzle(self, images, labels, generator)

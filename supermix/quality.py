@@ -38,10 +38,14 @@ class Quality:
     second: torch.Tensor | None  # (n, k): a second network's
 
     def __str__(self):
-        rows = [("sets solved", f"{self.solved[-1]:.1%}"), ("KL(ŷ ‖ p)", spread(self.kl)), ("m(1 − m)", spread(self.sparsity)),
-                ("total variation", spread(self.variation)), ("|area − λ|", spread((self.areas - self.lam).abs().amax(1))),
-                ("teacher sees of all sources", spread(self.teacher.sum(1))), ("teacher sees of the least", spread(self.teacher.amin(1)))]
-        if self.second is not None: rows += [("second sees of all sources", spread(self.second.sum(1))), ("second sees of the least", spread(self.second.amin(1)))]
+        rows = [("sets solved", f"{self.solved[-1]:.1%}"), ("KL(ŷ ‖ p)", spread(self.kl)),
+                ("m(1 − m)", spread(self.sparsity)), ("total variation", spread(self.variation)),
+                ("|area − λ|", spread((self.areas - self.lam).abs().amax(1))),
+                ("teacher sees of all sources", spread(self.teacher.sum(1))),
+                ("teacher sees of the least", spread(self.teacher.amin(1)))]
+        if self.second is not None:
+            rows += [("second sees of all sources", spread(self.second.sum(1))),
+                     ("second sees of the least", spread(self.second.amin(1)))]
         return "\n".join(f"{name:28s} {value}" for name, value in rows)
 
 def spread(x: torch.Tensor) -> str:
@@ -51,7 +55,7 @@ def spread(x: torch.Tensor) -> str:
 
 # %% ../nbs/37_quality.ipynb #9f3ec661
 def quality(mixed: MixedDataset,
-            second: nn.Module | None = None,  # another network of the same classes, which had no part in making the store
+            second: nn.Module | None = None,  # another network of the same classes, with no part in making the store
             limit: int = 10_000,              # images that are looked at, from the first on
             ) -> Quality:
     "Measure mixed images of a store."
@@ -59,11 +63,13 @@ def quality(mixed: MixedDataset,
     for rows in progress(torch.arange(min(len(mixed), limit)).split(256), "quality", unit="batch"):
         batch = mixed.batch(rows)
         log_p = batch.logits.log_softmax(1)
-        values = {"kl": F.kl_div(log_p, batch.target, reduction="none").sum(1), "sparsity": sparsity(batch.masks), "variation": total_variation(batch.masks),
-                  "areas": areas(batch.masks), "lam": batch.lam, "teacher": log_p.exp().gather(1, batch.classes)}
+        values = {"kl": F.kl_div(log_p, batch.target, reduction="none").sum(1), "sparsity": sparsity(batch.masks),
+                  "variation": total_variation(batch.masks), "areas": areas(batch.masks), "lam": batch.lam,
+                  "teacher": log_p.exp().gather(1, batch.classes)}
         if second is not None:
             device = next(second.parameters()).device
-            with evaluating(second), torch.no_grad(): values["second"] = second(batch.images.to(device)).float().softmax(1).cpu().gather(1, batch.classes)
+            with evaluating(second), torch.no_grad():
+                values["second"] = second(batch.images.to(device)).float().softmax(1).cpu().gather(1, batch.classes)
         for name, value in values.items(): parts[name].append(value)
     sets = sum(entry["sets"] for entry in mixed.manifest["shards"])
     after = torch.bincount(mixed.small["steps"].long()).cumsum(0) / sets
@@ -72,7 +78,8 @@ def quality(mixed: MixedDataset,
 
 # %% ../nbs/37_quality.ipynb #4174ce4f
 def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
-    "Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ, a second network likewise, area against λ."
+    """Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ,
+    a second network likewise, area against λ."""
     fig, axes = plt.subplots(2, 4, figsize=(12.5, 5.4), constrained_layout=True)
     for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
         axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")
@@ -81,10 +88,12 @@ def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
             if y is None: continue
             edges = torch.linspace(0, 1, 9)
             which = torch.bucketize(q.lam.flatten(), edges[1:-1])
-            middle = [(q.lam.flatten()[which == b].mean(), y.flatten()[which == b].mean()) for b in range(8) if (which == b).sum() > 3]
+            middle = [(q.lam.flatten()[which == b].mean(), y.flatten()[which == b].mean())
+                      for b in range(8) if (which == b).sum() > 3]
             ax.plot(*zip(*middle), color=colour, label=name, marker="o")
     axes[0, 0].set(xlabel="updates", ylabel="share of sets solved", ylim=(0, 1))
-    for ax, what in zip(axes[0, 1:], ("KL(ŷ ‖ p)  (nats)", "m(1 − m)", "total variation")): ax.set(xlabel=what, ylabel="share of the mixes below", ylim=(0, 1))
+    for ax, what in zip(axes[0, 1:], ("KL(ŷ ‖ p)  (nats)", "m(1 − m)", "total variation")):
+        ax.set(xlabel=what, ylabel="share of the mixes below", ylim=(0, 1))
     for ax, what in zip(axes[1], ("teacher's probability", "second network's probability", "area in the image")):
         ax.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, zorder=0)
         ax.set(xlabel="λ of a source", ylabel=what, xlim=(0, 1), ylim=(0, 1))
@@ -101,4 +110,5 @@ def show_extremes(mixed: MixedDataset, report: Quality, each: int = 3) -> plt.Fi
     batch, names = mixed.batch(rows), mixed.info.classes
     titles = [f"KL {report.kl[r]:.2f}\n" + ", ".join(f"{p:.0%} {names[c]}" for c, p in zip(cs, ps))
               for r, cs, ps in zip(rows, batch.classes.tolist(), report.teacher[rows].tolist())]
-    return show_mixes(mixed.info, batch.sets, batch.masks, titles, name="Smallest, median and largest KL; what the teacher sees")
+    return show_mixes(mixed.info, batch.sets, batch.masks, titles,
+                      name="Smallest, median and largest KL; what the teacher sees")

@@ -34,26 +34,28 @@ class Typed:
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if not fits(value, kind): raise ValueError(f"Expected {name} of {type(self).__name__} to be of type {kind if get_origin(kind) else kind.__name__}, got {value!r}.")
+            if not fits(value, kind):
+                raise ValueError(f"Expected {name} of {type(self).__name__} to be of type "
+                                 f"{kind if get_origin(kind) else kind.__name__}, got {value!r}.")
 
 # %% ../nbs/02_recipes.ipynb #70cb5594
 @dataclass(frozen=True)
 class Training(Typed):
     "Stochastic gradient descent with a step schedule. The defaults are the paper's for CIFAR-100."
-    epochs: int = 600                                    # passes over the natural images (S 1.1)
-    batch_size: int = 128                                # natural images an update (S 1.1)
-    lr: float = 0.1                                      # initial learning rate (S 1.1)
-    momentum: float = 0.9                                # (S 1.1)
-    weight_decay: float = 5e-4                           # (S 1.1)
-    milestones: tuple[int, ...] = (200, 300, 400, 500)   # epochs after which the learning rate drops (S 1.1)
-    decay: float = 0.1                                   # what it is then multiplied by (S 1.1)
-    warmup: int = 0                                      # epochs of linear warm-up; S is silent, the authors' code has 5
-    first_stage: int = 30                                # epochs that AB, FT and FSP take of these for their first stage (CRD benchmark)
-    first_lr: float = 0.05                               # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
-    held_out: int = 0                                    # training images on which the best epoch is told; 0: none (ours)
-    bfloat16: bool = False                               # autocast to bfloat16: faster where the processor has it (ours)
-    compile: bool = False                                # let torch.compile fuse what it can (ours)
-    seed: int = 0                                        # of weights, order, views and mixes (ours)
+    epochs: int = 600       # passes over the natural images (S 1.1)
+    batch_size: int = 128   # natural images an update (S 1.1)
+    lr: float = 0.1         # initial learning rate (S 1.1)
+    momentum: float = 0.9   # (S 1.1)
+    weight_decay: float = 5e-4  # (S 1.1)
+    milestones: tuple[int, ...] = (200, 300, 400, 500)  # epochs after which the learning rate drops (S 1.1)
+    decay: float = 0.1      # what it is then multiplied by (S 1.1)
+    warmup: int = 0         # epochs of linear warm-up; S is silent, the authors' code has 5
+    first_stage: int = 30   # epochs that AB, FT and FSP take of these for their first stage (CRD benchmark)
+    first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
+    held_out: int = 0       # training images on which the best epoch is told; 0: none (ours)
+    bfloat16: bool = False  # autocast to bfloat16: faster where the processor has it (ours)
+    compile: bool = False   # let torch.compile fuse what it can (ours)
+    seed: int = 0           # of weights, order, views and mixes (ours)
 
     def lr_at(self, epoch: float) -> float:
         "The learning rate at a moment, in epochs since the start: 0.5 is the middle of the first."
@@ -74,27 +76,28 @@ class Mixing(Typed):
     hold: float | None = None  # sparsity at which masks are held, instead of the sparsity term; None as in the paper
     margin: float = 0.0      # weight of a hinge on the sources' lead over other classes; 0 as in the paper (ours)
     start: str = "flat"      # where θ starts: "flat" (main: 0), or "regions", a partition at a random angle (ours)
-    give_up: float | None = None  # hinge above which a set is given up, from its second update on; None as in the paper (ours)
+    give_up: float | None = None  # hinge above which a set is given up, from update 2 on; None as in the paper (ours)
 
 # differences of the engine's quickest search (ours, measured in chapter 34)
 FAST = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)
-# a set that lacks much after two updates makes room for another: fewer are solved, and sooner (ours, measured in chapter 34)
+# a set that lacks much after two updates makes room for another: fewer are solved, and sooner
+# (ours, measured in chapter 34)
 EAGER = dict(FAST, max_iter=20, give_up=4.75)
 
 # %% ../nbs/02_recipes.ipynb #f991edd4
 @dataclass(frozen=True)
 class Generation(Typed):
     "A store of mixed images: what is mixed, how, and how many."
-    data: str = "auto"                # a data set of `supermix.data`; "auto": Fashion-MNIST where it can be had, else digits
-    teacher: str = "auto"             # "auto": the one shipped for the data; or a file that `zoo.save` wrote; or an ImageNet network of the zoo
-    count: int = 50_000               # mixed images that are wanted (the paper's CIFAR-100 runs: 500,000)
-    mixing: Mixing = Mixing(**FAST)   # how they are searched for
-    shard: int = 4096                 # sets that are drawn for a file, a multiple of 128 (ours)
-    slots: int = 128                  # sets that are worked on at the same time (ours)
-    bfloat16: bool = False            # the teacher's passes in bfloat16: faster where the processor has it (ours)
-    top: int = 10                     # largest logits that are kept of the teacher's, beside their log-sum-exp (ours)
-    train_images: int | None = None   # sources: a class-balanced part of the training images; None: all (ours)
-    seed: int = 0                     # of all draws (ours)
+    data: str = "auto"      # a data set of `supermix.data`; "auto": Fashion-MNIST where it can be had, else digits
+    teacher: str = "auto"   # "auto": the one shipped for the data; a `zoo.save` file; or an ImageNet network of the zoo
+    count: int = 50_000     # mixed images that are wanted (the paper's CIFAR-100 runs: 500,000)
+    mixing: Mixing = Mixing(**FAST)  # how they are searched for
+    shard: int = 4096       # sets that are drawn for a file, a multiple of 128 (ours)
+    slots: int = 128        # sets that are worked on at the same time (ours)
+    bfloat16: bool = False  # the teacher's passes in bfloat16: faster where the processor has it (ours)
+    top: int = 10           # largest logits that are kept of the teacher's, beside their log-sum-exp (ours)
+    train_images: int | None = None  # sources: a class-balanced part of the training images; None: all (ours)
+    seed: int = 0           # of all draws (ours)
 
 # %% ../nbs/02_recipes.ipynb #8e0f3704
 @dataclass(frozen=True)
@@ -107,13 +110,15 @@ class Terms(Typed):
     tau: float = 4.0       # temperature of the losses on logits (S 1.1)
     logits: str = "kd"     # the loss on logits, one of chapter 40's `LOGIT_LOSSES`
     features: tuple[tuple[str, float], ...] = ()  # losses on features and their weights, of chapter 43's `TERMS`
-    label: str = "teacher" # of mixed images: the "teacher"'s top class, all of its "softmax", "lam" (the drawn shares), or the masks' "area"
+    label: str = "teacher" # of mixes: the "teacher"'s top class, its "softmax", "lam" (drawn shares), the masks' "area"
 
     @property
     def mixes(self) -> bool: return bool(self.mixed_ce or self.mixed_kd)
 
     @property
-    def teaches(self) -> bool: return bool(self.kd or self.features or self.mixed_kd or (self.mixed_ce and self.label in ("teacher", "softmax")))
+    def teaches(self) -> bool:
+        return bool(self.kd or self.features or self.mixed_kd
+                    or (self.mixed_ce and self.label in ("teacher", "softmax")))
 
     def mixed(self) -> "Terms":
         "The same with mixed images: they get the loss on logits where natural ones do, else a label."
@@ -124,17 +129,18 @@ class Terms(Typed):
 def featured(name: str, weight: float) -> Terms: return Terms(ce=1.0, features=((name, weight),))
 
 METHODS = {
-    "alone": Terms(ce=1.0),                                          # no teacher; with mixed images: SuperMix, hard form (main)
-    "kd": Terms(ce=0.1, kd=0.9),                                     # Hinton et al. 2015, λ_KD = 0.9 (S 1.1); with mixed images: soft form
+    "alone": Terms(ce=1.0),       # no teacher; with mixed images: SuperMix, hard form (main)
+    "kd": Terms(ce=0.1, kd=0.9),  # Hinton et al. 2015, λ_KD = 0.9 (S 1.1); with mixed images: soft form
     **{name: featured(name, weight) for name, weight in {            # the CRD benchmark's
         "fitnet": 100, "at": 1000, "sp": 3000, "cc": 0.02, "vid": 1, "rkd": 1, "pkt": 30_000,
         "ab": 1, "ft": 200, "fsp": 50, "nst": 50, "crd": 0.8}.items()},
     "crd_kd": Terms(ce=1.0, kd=1.0, features=(("crd", 0.8),)),       # CRD + KD of the benchmark
     "dkd": Terms(ce=1.0, kd=1.0, logits="dkd"),                      # Zhao et al. 2022
     "dist": Terms(ce=1.0, kd=1.0, logits="dist"),                    # Huang et al. 2022
-    "std": Terms(ce=0.1, kd=9.0, tau=2.0, logits="std"),             # KD of standardised logits (Sun et al. 2024; weight and base temperature of its code)
-    "authors": Terms(ce=2.0, mixed_ce=2.0),                          # SuperMix with the weights of the authors' published command
-    "authors_kd": Terms(ce=1.8, mixed_ce=1.8, kd=0.2),               # SuperMix + KD, the same; its KL term sees natural images only
+    "std": Terms(ce=0.1, kd=9.0, tau=2.0, logits="std"),             # KD of standardised logits (Sun et al. 2024;
+                                                                     # weight and base temperature of its code)
+    "authors": Terms(ce=2.0, mixed_ce=2.0),             # SuperMix with the weights of the authors' published command
+    "authors_kd": Terms(ce=1.8, mixed_ce=1.8, kd=0.2),  # SuperMix + KD, the same; its KL term sees natural images only
 }
 
 # %% ../nbs/02_recipes.ipynb #72d761e4
@@ -145,18 +151,19 @@ LOW = ("mobilenetv2", "shufflenetv1", "shufflenetv2")                           
 @dataclass(frozen=True)
 class Recipe(Typed):
     "A distillation run: data, teacher, student, and how they are trained and mixed."
-    data: str = "cifar100"                # a data set of `supermix.data`
-    teacher: str = "wrn_40_2"             # a network of `supermix.zoo`
-    student: str = "wrn_16_2"             # a network of `supermix.zoo`
-    training: Training = Training()       # of the student
-    low_lr: float | None = 0.02           # initial learning rate of MobileNetV2 and the ShuffleNets (authors' code); None: as any other's
+    data: str = "cifar100"       # a data set of `supermix.data`
+    teacher: str = "wrn_40_2"    # a network of `supermix.zoo`
+    student: str = "wrn_16_2"    # a network of `supermix.zoo`
+    training: Training = Training()  # of the student
+    low_lr: float | None = 0.02  # initial lr of MobileNetV2 and the ShuffleNets (authors' code); None: as any other's
     teacher_training: Training = BENCHMARK  # of the teacher, where it is not given as a file (CRD benchmark)
-    mixing: Mixing = Mixing()             # how SuperMix's masks are searched for
-    mixes: int = 500_000                  # mixed images made before training: 10 × the training set (main)
-    mixed_pad: int = 2                    # random crops of mixed images may be off by this many pixels (authors' code)
-    train_images: int | None = None       # the student's natural images, and its mixes' sources; None: all (ours)
-    size: int | None = None               # height and width at which networks see images in files; None: the data set's, 224 (ours)
-    scales: tyro.conf.Suppress[dict] = field(default_factory=dict, repr=False)  # what `at` changes: {scale: {"training.epochs": 1, …}}; no option of a command
+    mixing: Mixing = Mixing()    # how SuperMix's masks are searched for
+    mixes: int = 500_000         # mixed images made before training: 10 × the training set (main)
+    mixed_pad: int = 2           # random crops of mixed images may be off by this many pixels (authors' code)
+    train_images: int | None = None  # the student's natural images, and its mixes' sources; None: all (ours)
+    size: int | None = None      # height and width at which networks see images in files; None: the data's, 224 (ours)
+    scales: tyro.conf.Suppress[dict] = field(  # what `at` changes: {scale: {"training.epochs": 1, …}}; not an option
+        default_factory=dict, repr=False)
 
     def at(self, scale: str) -> "Recipe":
         "The recipe at another scale; `paper` (for the demo: `demo`) is the recipe itself."
@@ -165,7 +172,8 @@ class Recipe(Typed):
     def pair(self, teacher: str, student: str) -> "Recipe":
         "The same for other networks, with the learning rate that the student's kind gets."
         low = self.low_lr is not None and student in LOW
-        return replace(self, teacher=teacher, student=student, training=replace(self.training, lr=self.low_lr) if low else self.training)
+        return replace(self, teacher=teacher, student=student,
+                       training=replace(self.training, lr=self.low_lr) if low else self.training)
 
 # %% ../nbs/02_recipes.ipynb #aa9c4767
 def change(recipe, changes: dict):  # {"training.epochs": 1, "mixes": 64}
@@ -173,7 +181,8 @@ def change(recipe, changes: dict):  # {"training.epochs": 1, "mixes": 64}
     for name, value in changes.items():
         first, _, rest = name.partition(".")
         lookup({f.name: f for f in fields(recipe)}, first, f"field of {type(recipe).__name__}")
-        if rest and not is_dataclass(getattr(recipe, first)): raise ValueError(f"{first!r} is a plain value: there is no {rest!r} in it.")
+        if rest and not is_dataclass(getattr(recipe, first)):
+            raise ValueError(f"{first!r} is a plain value: there is no {rest!r} in it.")
         recipe = replace(recipe, **{first: change(getattr(recipe, first), {rest: value}) if rest else value})
     return recipe
 
@@ -189,13 +198,15 @@ def differences(old, new, prefix: str = "") -> dict:  # {"training.epochs": (600
 
 # %% ../nbs/02_recipes.ipynb #0d818563
 SMOKE = {  # tiny networks, next to no training, the engine's quickest search (ours)
-    "teacher": "resnet14", "student": "resnet8", "training.epochs": 2, "training.milestones": (1,), "training.batch_size": 16, "training.first_stage": 1,
+    "teacher": "resnet14", "student": "resnet8",
+    "training.epochs": 2, "training.milestones": (1,), "training.batch_size": 16, "training.first_stage": 1,
     "teacher_training.epochs": 8, "teacher_training.milestones": (6,), "teacher_training.batch_size": 16, "mixes": 32,
     **{f"mixing.{name}": value for name, value in FAST.items()}}
 
 CIFAR100 = Recipe(scales={
     "paper": {},
-    "mini": {"training.epochs": 30, "training.milestones": (10, 15, 20, 25), "training.first_stage": 2, "mixes": 50_000,  # a twentieth, for a laptop (ours)
+    # a twentieth, for a laptop (ours)
+    "mini": {"training.epochs": 30, "training.milestones": (10, 15, 20, 25), "training.first_stage": 2, "mixes": 50_000,
              "teacher_training.epochs": 24, "teacher_training.milestones": (15, 18, 21)},
     "smoke": SMOKE,
 })
@@ -205,11 +216,13 @@ IMAGENET = Recipe(
     data="imagenet", teacher="imagenet_resnet34", student="imagenet_resnet18",
     training=Training(epochs=100, batch_size=256, lr=0.025, weight_decay=1e-4, milestones=(30, 60, 90)),  # S 1.3
     mixing=Mixing(mask_size=16, sigma=2.0),                                                              # S 1.3
-    low_lr=None, teacher_training=Training(epochs=90, batch_size=256, weight_decay=1e-4, milestones=(30, 60)),  # torchvision's weights, if they can be had, were made so
+    # torchvision's weights, if they can be had, were made so
+    low_lr=None, teacher_training=Training(epochs=90, batch_size=256, weight_decay=1e-4, milestones=(30, 60)),
     mixes=1_281_167,  # the paper does not say: one for each training image (ours)
     scales={
         "paper": {},
-        "mini": {"training.epochs": 10, "training.milestones": (3, 6, 9), "training.first_stage": 3, "train_images": 50_000, "mixes": 50_000,
+        "mini": {"training.epochs": 10, "training.milestones": (3, 6, 9), "training.first_stage": 3,
+                 "train_images": 50_000, "mixes": 50_000,
                  "teacher_training.epochs": 9, "teacher_training.milestones": (3, 6)},
         "smoke": {**SMOKE, "training.batch_size": 8, "size": 32},
     })
@@ -217,7 +230,8 @@ IMAGENET = Recipe(
 # %% ../nbs/02_recipes.ipynb #b395ad30
 CRD_BENCHMARK = replace(CIFAR100, training=BENCHMARK, low_lr=0.01, scales={
     "paper": {},
-    "mini": {**CIFAR100.scales["mini"], "training.epochs": 24, "training.milestones": (15, 18, 21), "training.first_stage": 3},
+    "mini": {**CIFAR100.scales["mini"], "training.epochs": 24, "training.milestones": (15, 18, 21),
+             "training.first_stage": 3},
     "smoke": SMOKE,
 })
 
@@ -225,18 +239,19 @@ CRD_BENCHMARK = replace(CIFAR100, training=BENCHMARK, low_lr=0.01, scales={
 @dataclass(frozen=True)
 class Variant(Typed):
     "A row of a table: what the student learns from."
-    method: str = "alone"         # a name of `METHODS`
-    mixer: str | None = None      # mixup, cutmix (λ = ½), mixup_beta, cutmix_beta (λ ~ Beta(1, 1)), puzzlemix, supermix; None: natural images only
-    label: str | None = None      # of mixed images: "teacher", "softmax", "lam" or "area"; None: as the method has it
-    policy: str = "none"          # for natural images: a name of `supermix.policies`, or a policy file
-    cutout: int | None = None     # side of Cutout's square, in pixels; None: as the policy says
-    k: int | None = None          # images a mixing set; None: as the recipe has it
+    method: str = "alone"      # a name of `METHODS`
+    mixer: str | None = None   # mixup, cutmix (λ = ½; …_beta: λ ~ Beta(1, 1)), puzzlemix, supermix; None: no mixes
+    label: str | None = None   # of mixed images: "teacher", "softmax", "lam" or "area"; None: as the method has it
+    policy: str = "none"       # for natural images: a name of `supermix.policies`, or a policy file
+    cutout: int | None = None  # side of Cutout's square, in pixels; None: as the policy says
+    k: int | None = None       # images a mixing set; None: as the recipe has it
 
     @property
     def name(self) -> str:
         "The row's name, as a file may have it: kd-supermix."
         policy = "" if self.policy == "none" else self.policy.rpartition("/")[2].removesuffix(".json")
-        parts = [self.method, self.mixer or "", f"k{self.k}" if self.k else "", self.label or "", policy, f"cutout{self.cutout}" if self.cutout else ""]
+        parts = [self.method, self.mixer or "", f"k{self.k}" if self.k else "", self.label or "", policy,
+                 f"cutout{self.cutout}" if self.cutout else ""]
         return "-".join(part for part in parts if part)
 
 # %% ../nbs/02_recipes.ipynb #dd885bd1
@@ -259,14 +274,18 @@ class Family(Typed):
 
 def scaled(recipe: Recipe, **smoke) -> dict:  # the scales of a family
     "A recipe's scales, as its family lists them; `smoke` is what the family itself does smaller there."
-    scales = {scale: {f"recipe.{name}": value for name, value in changes.items()} for scale, changes in recipe.scales.items()}
+    scales = {scale: {f"recipe.{name}": value for name, value in changes.items()}
+              for scale, changes in recipe.scales.items()}
     return scales | {"smoke": scales["smoke"] | smoke}
 
 # %% ../nbs/02_recipes.ipynb #c112c618
 PAIRS = (
-    ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"), ("resnet56", "resnet20"), ("resnet110", "resnet20"), ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"),
-    ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"), ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
-TITLES = {"alone": "student alone", "kd": "KD", "fitnet": "FitNet", "crd_kd": "CRD + KD", "authors": "authors' weights", "authors_kd": "authors' weights, + KD",
+    ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"), ("resnet56", "resnet20"), ("resnet110", "resnet20"),
+    ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"),
+    ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
+    ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
+TITLES = {"alone": "student alone", "kd": "KD", "fitnet": "FitNet", "crd_kd": "CRD + KD",
+          "authors": "authors' weights", "authors_kd": "authors' weights, + KD",
           "mixup": "MixUp", "cutmix": "CutMix", "puzzlemix": "PuzzleMix", "supermix": "SuperMix"}
 
 def title(method: str, mixer: str | None = None) -> str:
@@ -277,30 +296,45 @@ def title(method: str, mixer: str | None = None) -> str:
 METHOD_ROWS = {title(m): Variant(m) for m in METHODS if not METHODS[m].mixes}
 MIX_ROWS = {title(m, x): Variant(m, x) for x in ("mixup", "cutmix", "puzzlemix", "supermix") for m in METHODS}
 OTHER_ROWS = {                                                        # the ablations: λ drawn, k = 3
-    **{f"{TITLES[x]}, λ ~ Beta(1, 1){more}": Variant(m, f"{x}_beta") for x in ("mixup", "cutmix") for m, more in (("alone", ""), ("kd", " + KD"))},
+    **{f"{TITLES[x]}, λ ~ Beta(1, 1){more}": Variant(m, f"{x}_beta")
+       for x in ("mixup", "cutmix") for m, more in (("alone", ""), ("kd", " + KD"))},
     "SuperMix, k = 3": Variant("alone", "supermix", k=3), "SuperMix, k = 3 + KD": Variant("kd", "supermix", k=3)}
 
-TINY = {"pairs": (("resnet14", "resnet8"),), "rows": {name: (METHOD_ROWS | MIX_ROWS)[name] for name in ("student alone", "KD", "CRD", "CutMix + KD", "SuperMix", "SuperMix + KD")}}
+TINY = {"pairs": (("resnet14", "resnet8"),),
+        "rows": {name: (METHOD_ROWS | MIX_ROWS)[name]
+                 for name in ("student alone", "KD", "CRD", "CutMix + KD", "SuperMix", "SuperMix + KD")}}
 CIFAR100_DISTILLATION = Family(CIFAR100, PAIRS, METHOD_ROWS | MIX_ROWS | OTHER_ROWS, scaled(CIFAR100, **TINY))
-CRD_DISTILLATION = Family(CRD_BENCHMARK, PAIRS, METHOD_ROWS, scaled(CRD_BENCHMARK, pairs=TINY["pairs"], rows={name: METHOD_ROWS[name] for name in ("KD", "CRD")}))
+CRD_DISTILLATION = Family(CRD_BENCHMARK, PAIRS, METHOD_ROWS, scaled(
+    CRD_BENCHMARK, pairs=TINY["pairs"], rows={name: METHOD_ROWS[name] for name in ("KD", "CRD")}))
 
 # %% ../nbs/02_recipes.ipynb #8379bf88
-IMAGENET_ROWS = {name: (METHOD_ROWS | MIX_ROWS)[name] for name in ("student alone", "KD", "AT", "CRD", "CRD + KD", "MixUp", "CutMix", "SuperMix", "MixUp + KD", "CutMix + KD", "SuperMix + KD")}
+IMAGENET_ROWS = {name: (METHOD_ROWS | MIX_ROWS)[name]
+                 for name in ("student alone", "KD", "AT", "CRD", "CRD + KD", "MixUp", "CutMix", "SuperMix",
+                              "MixUp + KD", "CutMix + KD", "SuperMix + KD")}
 IMAGENET_DISTILLATION = Family(IMAGENET, (("imagenet_resnet34", "imagenet_resnet18"),), IMAGENET_ROWS, scaled(
-    IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),), rows={name: IMAGENET_ROWS[name] for name in ("KD", "SuperMix + KD")}))
+    IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),),
+    rows={name: IMAGENET_ROWS[name] for name in ("KD", "SuperMix + KD")}))
 
 # %% ../nbs/02_recipes.ipynb #85a695b8
 def policy_rows(autoaugment: str, cutout: int | None) -> dict[str, Variant]:
     "The rows of a table of classification."
-    policies = {"AutoAugment": autoaugment, "Fast AutoAugment": "policies/fast_autoaugment.json", "PBA": "policies/pba.json", "RandAugment": "randaugment"}
+    policies = {"AutoAugment": autoaugment, "Fast AutoAugment": "policies/fast_autoaugment.json",
+                "PBA": "policies/pba.json", "RandAugment": "randaugment"}
     rows = {"baseline": Variant(), **{name: Variant(policy=policy, cutout=cutout) for name, policy in policies.items()}}
-    return rows | {"SuperMix": Variant(mixer="supermix", label="lam"), "SuperMix, teacher's label": Variant(mixer="supermix", label="softmax"),
-                   "SuperMix + RandAugment": Variant(mixer="supermix", label="lam", policy="randaugment", cutout=cutout)}
+    return rows | {
+        "SuperMix": Variant(mixer="supermix", label="lam"),
+        "SuperMix, teacher's label": Variant(mixer="supermix", label="softmax"),
+        "SuperMix + RandAugment": Variant(mixer="supermix", label="lam", policy="randaugment", cutout=cutout)}
 
 CLASSIFIERS = ("wrn_40_2a", "wrn_28_10a", "shakeshake26_2x96d")
-CIFAR100_CLASSIFICATION = Family(CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("autoaugment_cifar10", 16), scaled(CIFAR100, pairs=(("resnet8", "resnet8"),)))
-IMAGENET_CLASSIFICATION = Family(IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), policy_rows("autoaugment_imagenet", None), scaled(
-    IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),), rows={name: policy_rows("autoaugment_imagenet", None)[name] for name in ("baseline", "RandAugment", "SuperMix + RandAugment")}))
+CIFAR100_CLASSIFICATION = Family(
+    CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("autoaugment_cifar10", 16),
+    scaled(CIFAR100, pairs=(("resnet8", "resnet8"),)))
+IMAGENET_CLASSIFICATION = Family(
+    IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), policy_rows("autoaugment_imagenet", None),
+    scaled(IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),),
+           rows={name: policy_rows("autoaugment_imagenet", None)[name]
+                 for name in ("baseline", "RandAugment", "SuperMix + RandAugment")}))
 
 # %% ../nbs/02_recipes.ipynb #b97c6244
 DEMO = Recipe(

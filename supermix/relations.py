@@ -63,7 +63,7 @@ class CC(Term):
 
 # %% ../nbs/42_relations.ipynb #483262af
 def figure(vectors: torch.Tensor,  # (B, d)
-           ) -> tuple:             # distances (B, B) of mean 1 over different points, cosines of angles (B, B, B), the first index at the corner
+           ) -> tuple:             # distances (B, B) of mean 1 over different points; cosines (B, B, B), corner first
     "The shape of a set of points: what does not change when it is moved, turned or scaled."
     apart = vectors[None] - vectors[:, None]
     distance = apart.norm(dim=2)

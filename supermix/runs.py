@@ -39,7 +39,8 @@ from .generate import claimed, patiently
 from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
 from .published import published, source
-from .recipes import CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training, Variant
+from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
+                              Variant)
 from .store import fingerprint, weights_hash
 from .study import commit
 from .training import Batch, join, label_objective, to_device, train, world
@@ -54,9 +55,11 @@ def write_cifar100(folder: str | Path,   # the folder cifar-100-python is made i
     place = Path(folder) / "cifar-100-python"
     contents = {"meta": {"fine_label_names": list(names), "coarse_label_names": ["all"]}}
     for split, (pixels, labels) in {"train": train, "test": test}.items():
-        contents[split] = {"filenames": [f"{i}.png" for i in range(len(labels))], "batch_label": "batch 1 of 1", "fine_labels": [int(label) for label in labels],
-                           "coarse_labels": [0] * len(labels), "data": torch.as_tensor(pixels).reshape(len(labels), -1).numpy()}
-    for name, content in contents.items(): write_atomic(place / name, pickle.dumps(content, protocol=2))  # the protocol of the real files
+        contents[split] = {"filenames": [f"{i}.png" for i in range(len(labels))], "batch_label": "batch 1 of 1",
+                           "fine_labels": [int(label) for label in labels], "coarse_labels": [0] * len(labels),
+                           "data": torch.as_tensor(pixels).reshape(len(labels), -1).numpy()}
+    for name, content in contents.items():
+        write_atomic(place / name, pickle.dumps(content, protocol=2))  # the protocol of the real files
     return place
 
 def write_imagenet(folder: str | Path,  # the folders train and val are made in it
@@ -66,7 +69,8 @@ def write_imagenet(folder: str | Path,  # the folders train and val are made in 
     for split, classes in images.items():
         for name, pictures in classes.items():
             (Path(folder) / split / name).mkdir(parents=True, exist_ok=True)
-            for i, picture in enumerate(pictures): picture.save(Path(folder) / split / name / f"{name}_{i}.JPEG", quality=90)
+            for i, picture in enumerate(pictures):
+                picture.save(Path(folder) / split / name / f"{name}_{i}.JPEG", quality=90)
     return Path(folder)
 
 # %% ../nbs/62_runs.ipynb #3be3a71c
@@ -78,7 +82,8 @@ def miniature(name: str,           # cifar100 or imagenet
     if name == "cifar100" and not (folder / "cifar-100-python" / "test").exists():
         digits = load_digits()
         names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-        write_cifar100(folder, names, *((part.pixels, part.labels) for part in (digits.train.subset(320), digits.test.subset(100))))
+        write_cifar100(folder, names, *((part.pixels, part.labels)
+                                        for part in (digits.train.subset(320), digits.test.subset(100))))
     elif name == "imagenet" and not (folder / "imagenet" / "val").is_dir():
         from skimage import data
         chance, images = torch.Generator().manual_seed(0), {"train": {}, "val": {}}
@@ -97,9 +102,12 @@ def open_data(recipe: Recipe, root: str | Path | None = None) -> Data:
     "The recipe's data, at the size that it asks for."
     data = load_data(recipe.data, root)
     if recipe.size is None or recipe.size == data.info.size: return data
-    if not isinstance(data.train, FolderImages): raise ValueError(f"Expected size=None for {recipe.data}, whose images are {data.info.size}×{data.info.size}, got {recipe.size}.")
+    if not isinstance(data.train, FolderImages):
+        raise ValueError(f"Expected size=None for {recipe.data}, whose images are {data.info.size}×{data.info.size}, "
+                         f"got {recipe.size}.")
     info = replace(data.info, size=recipe.size)
-    return Data(info, *(FolderImages(info, part.files, part.labels, part.workers) for part in (data.train, data.test)), data.source)
+    return Data(info, *(FolderImages(info, part.files, part.labels, part.workers) for part in (data.train, data.test)),
+                data.source)
 
 # %% ../nbs/62_runs.ipynb #d04acacc
 def terms_of(variant: Variant) -> Terms:
@@ -124,17 +132,20 @@ def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Modu
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
         if terms.features: make_terms(terms, student, teacher, images)
-    except ValueError as error: raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
+    except ValueError as error:
+        raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
 
 # %% ../nbs/62_runs.ipynb #f2c0f74a
-MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, classes: MixUp(classes, 1.0), "cutmix_beta": lambda teacher, classes: CutMix(classes, 1.0)}
+MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, classes: MixUp(classes, 1.0),
+         "cutmix_beta": lambda teacher, classes: CutMix(classes, 1.0)}
 
 # %% ../nbs/62_runs.ipynb #f9fddb17
 def short_hash(*what) -> str:
     "Eight digits that tell one thing from another."
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
-WEIGHTS = "IMAGENET1K_V1"  # torchvision's first ones, of plain training; its second (ResNet50: 80.9 %) were made with MixUp and CutMix
+# torchvision's first ones, of plain training; its second (ResNet50: 80.9 %) were made with MixUp and CutMix
+WEIGHTS = "IMAGENET1K_V1"
 
 def fetched(recipe: Recipe, classes: int) -> bool:
     "Whether the teacher comes from torchvision."
@@ -146,15 +157,18 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
     if file:
         path = Path(file).expanduser()
         if not path.is_file(): raise FileNotFoundError(f"There is no teacher's file {path}.")
-        return (load(path) if path.suffix == ".safetensors" else load_crd(create(recipe.teacher, classes), path)).to(device)
+        return (load(path) if path.suffix == ".safetensors"
+                else load_crd(create(recipe.teacher, classes), path)).to(device)
     if fetched(recipe, classes): return create(recipe.teacher, weights=WEIGHTS).eval().to(device)
-    path = folder / "teachers" / f"{recipe.data}-{recipe.teacher}-{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors"
+    path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
+                                  f"{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with patiently(path) if world()[1] == 1 else nullcontext():
         if not path.exists():
             torch.manual_seed(recipe.teacher_training.seed)
             teacher = create(recipe.teacher, classes).to(device)
-            history = train(teacher, data.train, recipe.teacher_training, title=f"teacher {recipe.teacher}", test=data.test, folder=path.with_suffix(""))
+            history = train(teacher, data.train, recipe.teacher_training, title=f"teacher {recipe.teacher}",
+                            test=data.test, folder=path.with_suffix(""))
             if world()[0] == 0: save(teacher, path, accuracy=history.test)
             meet()
     return load(path).to(device)
@@ -168,28 +182,34 @@ def mixing_of(recipe: Recipe, variant: Variant) -> Mixing:
     "How masks are searched for: as the recipe has it, of as many sources as the row has."
     return replace(recipe.mixing, k=variant.k) if variant.k else recipe.mixing
 
-def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder: Path):  # a Mixer, a MixedDataset, or None
+def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder: Path):  # Mixer, MixedDataset or None
     "Where the row's mixed images come from."
-    if variant.mixer != "supermix": return MIXES[variant.mixer](teacher, len(images.info.classes)) if variant.mixer else None
+    if variant.mixer != "supermix":
+        return MIXES[variant.mixer](teacher, len(images.info.classes)) if variant.mixer else None
     mixing = mixing_of(recipe, variant)
     sources = images.split(recipe.training.held_out)[1] if recipe.training.held_out else images
     what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources))
-    return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed, folder / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
+    return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed,
+                      folder / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
 
 def augmented(images: Images, variant: Variant, epochs: int, policies: str | Path = ".") -> Images:
     "The images under the row's policy; a policy file is looked for in the folder `policies`."
     if variant.policy == "none" and not variant.cutout: return images
     file = Path(policies) / variant.policy if variant.policy.endswith(".json") else None
     if file and not file.is_file():
-        raise FileNotFoundError(f"There is no policy file {file}. Put one there: as `save_policy` writes it (chapter 3), or as `make_density` or `make_population` of supermix.policysearch finds it (chapter 47).")
+        raise FileNotFoundError(
+            f"There is no policy file {file}. Put one there: as `save_policy` writes it (chapter 3), or as "
+            "`make_density` or `make_population` of supermix.policysearch finds it (chapter 47).")
     return Augmented(images, load_policy(file or variant.policy, variant.cutout), epochs)
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
-    "The file of a run's result; its name holds a hash of all numbers of the recipe but the seed, which stands at the end."
+    """The file of a run's result; its name holds a hash of all numbers of the recipe but the seed, which stands at
+    the end."""
     what = plain(recipe)
     seed = what["training"].pop("seed")
-    return Path(results) / f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-{short_hash(what)}-{seed}.json"
+    return Path(results) / (f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-"
+                            f"{short_hash(what)}-{seed}.json")
 
 def plain(recipe: Recipe) -> dict:
     "A recipe as JSON has it, without its scales."
@@ -202,7 +222,8 @@ def find_result(recipe: Recipe, variant: Variant, results: str | Path) -> dict |
 
 def check_teacher(found: dict, teacher: nn.Module | None, path: Path) -> dict:
     "The result; an error where it is another teacher's."
-    if teacher is not None and found["teacher"]["weights"] != weights_hash(teacher): raise ValueError(f"{path} is the result of another teacher. Choose another folder, or move it away.")
+    if teacher is not None and found["teacher"]["weights"] != weights_hash(teacher):
+        raise ValueError(f"{path} is the result of another teacher. Choose another folder, or move it away.")
     return found
 
 # %% ../nbs/62_runs.ipynb #d14d924c
@@ -232,8 +253,8 @@ def run(recipe: Recipe,
         mixer = open_mixer(recipe, variant, tutor, images, folder)
         torch.manual_seed(recipe.training.seed)
         student = create(recipe.student, len(data.info.classes)).to(device)
-        history = distill(tutor, student, Data(data.info, natural, data.test, data.source), terms_of(variant), mixer, recipe.training,
-                          folder=folder / "students" / path.stem, **{"title": path.stem, **options})
+        history = distill(tutor, student, Data(data.info, natural, data.test, data.source), terms_of(variant), mixer,
+                          recipe.training, folder=folder / "students" / path.stem, **{"title": path.stem, **options})
         result = report(recipe, variant, data, tutor, student, history, device)
         if world()[0] == 0:
             save(student, folder / "students" / f"{path.stem}.safetensors", accuracy=history.test)
@@ -245,23 +266,33 @@ def run(recipe: Recipe,
 def report(recipe, variant, data, teacher, student, history, device) -> dict:
     "A result, as the file has it."
     card = getattr(teacher, "card", None) or {}
-    return {"recipe": plain(recipe), "variant": asdict(variant), "seed": recipe.training.seed, "commit": commit(), "torch": torch.__version__, "processes": world()[1],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads", "data": str(data),
-            "teacher": None if teacher is None else {"name": getattr(teacher, "name", None), "weights": weights_hash(teacher), "accuracy": card.get("accuracy")},
-            "figures": {"test_accuracy": history.test, "held_out": history.best and list(history.best), "loss": history.loss[-1], "epochs": len(history.rows), "images": history.images,
-                        "seconds": round(history.seconds, 1), "images_per_second": round(history.speed, 1), "parameters": sum(p.numel() for p in student.parameters())}}
+    return {"recipe": plain(recipe), "variant": asdict(variant), "seed": recipe.training.seed, "commit": commit(),
+            "torch": torch.__version__, "processes": world()[1],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda"
+                      else f"CPU, {torch.get_num_threads()} threads",
+            "data": str(data),
+            "teacher": None if teacher is None
+                       else {"name": getattr(teacher, "name", None), "weights": weights_hash(teacher),
+                             "accuracy": card.get("accuracy")},
+            "figures": {"test_accuracy": history.test, "held_out": history.best and list(history.best),
+                        "loss": history.loss[-1], "epochs": len(history.rows), "images": history.images,
+                        "seconds": round(history.seconds, 1), "images_per_second": round(history.speed, 1),
+                        "parameters": sum(p.numel() for p in student.parameters())}}
 
 # %% ../nbs/62_runs.ipynb #729b2444
-def run_distillation(recipe: Recipe, method: str = "kd", mixer: str | None = None, **places) -> dict:  # `places`: as in `run`
+def run_distillation(recipe: Recipe, method: str = "kd", mixer: str | None = None,
+                     **places) -> dict:  # `places`: as in `run`
     "Train a student with a teacher, by a method and a mixer."
     return run(recipe, Variant(method, mixer), **places)
 
-def run_classification(recipe: Recipe, policy: str = "none", mixer: str | None = None, label: str = "lam", cutout: int | None = None, **places) -> dict:
+def run_classification(recipe: Recipe, policy: str = "none", mixer: str | None = None, label: str = "lam",
+                       cutout: int | None = None, **places) -> dict:
     "Train a classifier under a policy, with mixed images or without."
     return run(recipe, Variant("alone", mixer, label if mixer else None, policy, cutout), **places)
 
 # %% ../nbs/62_runs.ipynb #7e3f57a5
-SIZES = {"cifar100": (50_000, 100, 32, 0.19), "imagenet": (1_281_167, 1000, 224, 150.0)}  # training images, classes, pixels, gigabytes on disk
+# training images, classes, pixels, gigabytes on disk
+SIZES = {"cifar100": (50_000, 100, 32, 0.19), "imagenet": (1_281_167, 1000, 224, 150.0)}
 
 @dataclass(frozen=True)
 class Cost:
@@ -277,8 +308,9 @@ class Cost:
     def __str__(self):
         took = lambda hours: f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         room = lambda gigabytes: f"{gigabytes:,.2f} GB" if gigabytes >= 0.1 else f"{1000 * gigabytes:.2f} MB"
-        return (f"on {self.device}: student {took(self.training)}, its teacher {took(self.teacher)}, mixes {took(self.mixing)} at most; "
-                f"on disk: data {room(self.data)}, mixes {room(self.mixes)}, checkpoints {room(self.checkpoints)}")
+        return (f"on {self.device}: student {took(self.training)}, its teacher {took(self.teacher)}, "
+                f"mixes {took(self.mixing)} at most; on disk: data {room(self.data)}, mixes {room(self.mixes)}, "
+                f"checkpoints {room(self.checkpoints)}")
 
 # %% ../nbs/62_runs.ipynb #98636bf5
 def seconds_an_image(step, images: int, steps: int, device: torch.device) -> float:
@@ -294,7 +326,9 @@ def seconds_an_image(step, images: int, steps: int, device: torch.device) -> flo
 def training_step(network, objective, x, labels, recipe: Training):
     "A function that makes one update."
     learned = [*network.parameters(), *(objective.parameters() if isinstance(objective, nn.Module) else [])]
-    optimiser, batch = torch.optim.SGD(learned, lr=1e-6, momentum=recipe.momentum), Batch(to_device(x, network), labels, torch.arange(len(x), device=x.device), torch.Generator().manual_seed(0))
+    optimiser, batch = (torch.optim.SGD(learned, lr=1e-6, momentum=recipe.momentum),
+                        Batch(to_device(x, network), labels, torch.arange(len(x), device=x.device),
+                              torch.Generator().manual_seed(0)))
 
     def step():
         optimiser.zero_grad(set_to_none=True)
@@ -308,34 +342,48 @@ def bytes_a_mix(m: Mixing) -> int:
     "Roughly, of a stored mix."
     return 2 * (m.k - (m.hold is not None)) * m.mask_size ** 2 + 15 * m.k + 35
 
-def cost(recipe: Recipe, variant: Variant = Variant("kd"), data: Data | None = None,  # data: None for the real sets' sizes
+# %% ../nbs/62_runs.ipynb #5d0e91b7
+def cost(recipe: Recipe, variant: Variant = Variant("kd"),
+         data: Data | None = None,  # None: the real sets' sizes
          probe: int = 16,           # images a step that is timed on a processor; on a GPU it is the recipe's batch
          steps: int = 2, device: str | None = None,
          given: bool = False,       # whether the teacher's weights are given as a file
          ) -> Cost:
     "What a run costs here, from a few steps of its networks on noise."
     device, (_, processes) = join(device), world()
-    n, classes, size, room = lookup(SIZES, recipe.data, "data set of known size") if data is None else (len(data.train), len(data.info.classes), data.info.size, 0.0)
-    size, probe = recipe.size or size, max(1, recipe.training.batch_size // processes) if device.type == "cuda" else probe
+    n, classes, size, room = (lookup(SIZES, recipe.data, "data set of known size") if data is None
+                              else (len(data.train), len(data.info.classes), data.info.size, 0.0))
+    size, probe = (recipe.size or size,
+                   max(1, recipe.training.batch_size // processes) if device.type == "cuda" else probe)
     learned = min(n, recipe.train_images or n) - recipe.training.held_out
-    noise = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(learned, -1, -1, -1)  # one image as many, for a memory is as long as the data
-    noise = ArrayImages(Info("noise", tuple(map(str, range(classes))), size, (0.5,) * 3, (0.25,) * 3), noise, torch.arange(learned) % classes)
+    # one image as many, for a memory is as long as the data
+    noise = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(learned, -1, -1, -1)
+    noise = ArrayImages(Info("noise", tuple(map(str, range(classes))), size, (0.5,) * 3, (0.25,) * 3), noise,
+                        torch.arange(learned) % classes)
     x, labels = torch.randn(probe, 3, size, size, device=device), torch.arange(probe, device=device) % classes
     terms, asked = terms_of(variant), asks_teacher(variant)
-    student, teacher = create(recipe.student, classes).to(device), create(recipe.teacher, classes).to(device) if asked else None
+    student, teacher = (create(recipe.student, classes).to(device),
+                        create(recipe.teacher, classes).to(device) if asked else None)
     r, t = recipe.training, recipe.teacher_training
     hours = lambda step: seconds_an_image(step, probe, steps, device) / 3600 / processes
     taught = asked and not given and not fetched(recipe, classes)
     learning = hours(training_step(teacher, label_objective, x, labels, t)) * n * t.epochs if taught else 0.0
     if asked: teacher.eval()
-    mixer = MIXES["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, classes) if terms.mixes else None  # what is stored is mixed as fast
+    # what is stored is mixed as fast
+    mixer = (MIXES["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, classes)
+             if terms.mixes else None)
     objective = Distillation(teacher, terms, mixer, student, noise).to(device)
     training = hours(training_step(student.train(), objective, x, labels, r)) * learned * r.epochs
-    mixing = hours(search_step(teacher, x)) * recipe.mixes * recipe.mixing.max_iter if variant.mixer == "supermix" else 0.0
-    weights = [sum(p.numel() for p in network.parameters()) for network in (student, objective, *([teacher] if taught else []))]
+    mixing = (hours(search_step(teacher, x)) * recipe.mixes * recipe.mixing.max_iter if variant.mixer == "supermix"
+              else 0.0)
+    weights = [sum(p.numel() for p in network.parameters())
+               for network in (student, objective, *([teacher] if taught else []))]
     memory = sum(b.nbytes for b in objective.buffers())
-    return Cost(training, learning, mixing, room, recipe.mixes * bytes_a_mix(mixing_of(recipe, variant)) / 1e9 if mixing else 0.0, (4 * 5 * sum(weights) + 2 * memory) / 1e9,
-                torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads")
+    return Cost(training, learning, mixing, room,
+                recipe.mixes * bytes_a_mix(mixing_of(recipe, variant)) / 1e9 if mixing else 0.0,
+                (4 * 5 * sum(weights) + 2 * memory) / 1e9,
+                torch.cuda.get_device_name(device) if device.type == "cuda"
+                else f"{torch.get_num_threads()} CPU threads")
 
 # %% ../nbs/62_runs.ipynb #76ee3e98
 def search_step(teacher, x):
@@ -348,12 +396,14 @@ def search_step(teacher, x):
 def measured(recipe: Recipe, variant: Variant, results: str | Path) -> list[float]:
     "Test accuracies (%) of a run, one a seed."
     pattern = result_path(recipe, variant, results).stem.rpartition("-")[0]
-    files = [path for path in sorted(Path(results).glob(f"{pattern}-*.json")) if path.stem.removeprefix(f"{pattern}-").isdigit()]
+    files = [path for path in sorted(Path(results).glob(f"{pattern}-*.json"))
+             if path.stem.removeprefix(f"{pattern}-").isdigit()]
     return [json.loads(path.read_text())["figures"]["test_accuracy"] for path in files]
 
 def cell(values: list[float], other: float | None) -> str:
     "What stands in a table: '74.90 (74.92)', or 'not run (74.92)'."
-    ours = f"{sum(values) / len(values):.2f}" + (f" of {len(values)} seeds" if len(values) > 1 else "") if values else "not run"
+    ours = (f"{sum(values) / len(values):.2f}" + (f" of {len(values)} seeds" if len(values) > 1 else "")
+            if values else "not run")
     return ours + (f" ({other:.2f})" if other is not None else "")
 
 def table(family: Family, results: str | Path, pairs=None) -> str:  # pairs: some of the family's; None: all
@@ -367,7 +417,9 @@ def table(family: Family, results: str | Path, pairs=None) -> str:  # pairs: som
     sources = {where: [] for pair in pairs for name in family.rows if (where := source(*pair, name))}
     for name in family.rows:
         for where in {source(*pair, name) for pair in pairs} - {None}: sources[where].append(name)
-    if sources: lines += ["", "In parentheses: published by " + "; ".join(f"{where} ({', '.join(names)})" for where, names in sources.items()) + "."]
+    if sources:
+        lines += ["", "In parentheses: published by "
+                  + "; ".join(f"{where} ({', '.join(names)})" for where, names in sources.items()) + "."]
     return "\n".join(lines)
 
 # %% ../nbs/62_runs.ipynb #a18a7e49
@@ -376,27 +428,36 @@ def run_family(family: Family, **places) -> list[dict]:  # `places`: as in `run`
     done = []
     for recipe, name, variant in family.runs():
         start, line = time.perf_counter(), f"{recipe.teacher} → {recipe.student:12s} {name:26s}"
+        # a loss that is no number ends its run, not the others
         try: done.append(run(recipe, variant, **places))
-        except (Impossible, FloatingPointError, FileNotFoundError) as error:  # a loss that is no number ends its run, not the others
+        except (Impossible, FloatingPointError, FileNotFoundError) as error:
             if isinstance(error, FileNotFoundError) and not variant.policy.endswith(".json"): raise
             other = published(recipe.teacher, recipe.student, name)
-            quoted = f" Published: {other:.2f} % ({source(recipe.teacher, recipe.student, name)})." if other is not None else ""
+            quoted = (f" Published: {other:.2f} % ({source(recipe.teacher, recipe.student, name)})."
+                      if other is not None else "")
             if world()[0] == 0: print(f"{line} left out: {error}{quoted}", flush=True)
             continue
-        if world()[0] == 0: print(f"{line} {done[-1]['figures']['test_accuracy']:6.2f} %   {time.perf_counter() - start:,.0f} s", flush=True)
+        if world()[0] == 0:
+            print(f"{line} {done[-1]['figures']['test_accuracy']:6.2f} %   {time.perf_counter() - start:,.0f} s",
+                  flush=True)
     return done
 
 def notebook_places(recipe: Recipe, scale: str, top: str | Path = "../..") -> dict:
-    "Where a run notebook finds and writes things: under the repository's `top`, or for the scale smoke in a new folder with miniature data."
+    """Where a run notebook finds and writes things: under the repository's `top`, or for the scale smoke in a new
+    folder with miniature data."""
     if scale == "smoke":
         folder = Path(tempfile.mkdtemp())
-        return {"folder": folder, "results": folder / "results", "root": miniature(recipe.data, folder / "miniature"), "policies": folder}
+        return {"folder": folder, "results": folder / "results", "root": miniature(recipe.data, folder / "miniature"),
+                "policies": folder}
     top = Path(top)
-    return {"folder": top / "out" / "runs" / scale, "results": top / "results" / "runs" if scale == "paper" else top / "out" / "runs" / scale / "results", "root": None, "policies": top}
+    return {"folder": top / "out" / "runs" / scale,
+            "results": top / "results" / "runs" if scale == "paper" else top / "out" / "runs" / scale / "results",
+            "root": None, "policies": top}
 
 # %% ../nbs/62_runs.ipynb #03cdde90
 BASES = {"cifar100": CIFAR100, "crd_benchmark": CRD_BENCHMARK, "imagenet": IMAGENET}
-CLASSIFIER_BASES = {name: replace(base, teacher=network, student=network) for (name, base), network in zip(BASES.items(), ("wrn_40_2a", "wrn_40_2", "imagenet_resnet50"))}
+CLASSIFIER_BASES = {name: replace(base, teacher=network, student=network)
+                    for (name, base), network in zip(BASES.items(), ("wrn_40_2a", "wrn_40_2", "imagenet_resnet50"))}
 
 def for_base(command, bases: dict[str, Recipe], args: list[str]):
     "The command, its recipe's defaults those of the base, scale and networks that the options name."
@@ -412,32 +473,41 @@ Base, Scale = Literal["cifar100", "crd_benchmark", "imagenet"], Literal["paper",
 @dataclass(frozen=True)
 class Places:
     "Where things are."
-    out: Path = Path("out/runs")       # for teachers, mixes, checkpoints and students
-    results: Path | None = None        # for the file of the result; None: results/runs at the scale paper, else OUT/results
-    data_root: Path | None = None      # a folder in which to look for the data first
-    teacher_file: Path | None = None   # weights of the teacher: of the CRD benchmark (.pth) or by `supermix` (.safetensors); None: trained here, or torchvision's
-    device: str | None = None          # such as cpu or cuda:1; None: a GPU where there is one
-    minutes: float = 10.0              # between checkpoints within an epoch
+    out: Path = Path("out/runs")      # for teachers, mixes, checkpoints and students
+    results: Path | None = None       # for the result's file; None: results/runs at the scale paper, else OUT/results
+    data_root: Path | None = None     # a folder in which to look for the data first
+    teacher_file: Path | None = None  # weights (CRD .pth or supermix .safetensors); None: trained here or torchvision's
+    device: str | None = None         # such as cpu or cuda:1; None: a GPU where there is one
+    minutes: float = 10.0             # between checkpoints within an epoch
 
 def carry_out(recipe: Recipe, variant: Variant, scale: str, places: Places, only_cost: bool) -> None:
     "What both commands do."
-    if scale == "smoke" and places.data_root is None: places = replace(places, data_root=miniature(recipe.data, places.out / "miniature"))
+    if scale == "smoke" and places.data_root is None:
+        places = replace(places, data_root=miniature(recipe.data, places.out / "miniature"))
     results = places.results or (Path("results/runs") if scale == "paper" else places.out / "results")
     if only_cost or (scale != "smoke" and find_result(recipe, variant, results) is None):
         known = scale != "smoke" and recipe.data in SIZES
-        told = cost(recipe, variant, None if known else open_data(recipe, places.data_root), device=places.device, given=places.teacher_file is not None)
+        told = cost(recipe, variant, None if known else open_data(recipe, places.data_root), device=places.device,
+                    given=places.teacher_file is not None)
         if world()[0] == 0: print(told, flush=True)
         if only_cost: return
-    result = run(recipe, variant, places.out, results, places.data_root, places.teacher_file, places.device, minutes=places.minutes)
-    if world()[0] == 0: print(f"{result['figures']['test_accuracy']:.2f} % of the test images after {result['figures']['epochs']} epochs: {result_path(recipe, variant, results)}")
+    result = run(recipe, variant, places.out, results, places.data_root, places.teacher_file, places.device,
+                 minutes=places.minutes)
+    if world()[0] == 0:
+        print(f"{result['figures']['test_accuracy']:.2f} % of the test images "
+              f"after {result['figures']['epochs']} epochs: {result_path(recipe, variant, results)}")
 
 # %% ../nbs/62_runs.ipynb #46ab1726
-def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100, places: Annotated[Places, tyro.conf.arg(name="")] = Places(), base: Base = "cifar100", scale: Scale = "paper",
-                    method: Literal[tuple(METHODS)] = "kd", mixer: Literal[tuple(MIXES)[1:]] | None = None, only_cost: bool = False) -> None:
-    """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command again.
+def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
+                    places: Annotated[Places, tyro.conf.arg(name="")] = Places(),
+                    base: Base = "cifar100", scale: Scale = "paper", method: Literal[tuple(METHODS)] = "kd",
+                    mixer: Literal[tuple(MIXES)[1:]] | None = None, only_cost: bool = False) -> None:
+    """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command
+    again.
 
     Args:
-        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are named beside it.
+        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are
+            named beside it.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.
@@ -447,13 +517,17 @@ def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100
     """
     carry_out(recipe, Variant(method, mixer), scale, places, only_cost)
 
-def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["cifar100"], places: Annotated[Places, tyro.conf.arg(name="")] = Places(), base: Base = "cifar100",
-                  scale: Scale = "paper", policy: str = "none", cutout: int | None = None, mixer: Literal[tuple(MIXES)[1:]] | None = None, label: Literal["lam", "softmax", "teacher", "area"] = "lam",
-                  only_cost: bool = False) -> None:
-    """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on with it: run the same command again.
+def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["cifar100"],
+                  places: Annotated[Places, tyro.conf.arg(name="")] = Places(),
+                  base: Base = "cifar100", scale: Scale = "paper", policy: str = "none", cutout: int | None = None,
+                  mixer: Literal[tuple(MIXES)[1:]] | None = None,
+                  label: Literal["lam", "softmax", "teacher", "area"] = "lam", only_cost: bool = False) -> None:
+    """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on
+    with it: run the same command again.
 
     Args:
-        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are named beside it.
+        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are
+            named beside it.
         places: where things are.
         base: the recipe to start from.
         scale: its size: mini for a laptop; smoke: seconds, on miniature data.

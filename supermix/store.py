@@ -36,9 +36,11 @@ def pack(found: Found,  # solved sets
     found = Found(*(t[found.index.argsort()] for t in found))
     best = found.logits.topk(min(top, found.logits.shape[1]), dim=1)
     number = torch.uint8 if found.logits.shape[1] <= 256 else torch.int16
-    return {"index": found.index.int(), "sources": found.sources.int(), "crop": small(found.crop), "flip": found.flip.byte(),
-            "lam": found.lam, "classes": found.classes.to(number), "code": found.code, "steps": small(found.steps),
-            "top_logits": best.values.half(), "top_classes": best.indices.to(number), "log_sum_exp": found.logits.double().logsumexp(1).float()}
+    return {"index": found.index.int(), "sources": found.sources.int(),
+            "crop": small(found.crop), "flip": found.flip.byte(), "lam": found.lam,
+            "classes": found.classes.to(number), "code": found.code, "steps": small(found.steps),
+            "top_logits": best.values.half(), "top_classes": best.indices.to(number),
+            "log_sum_exp": found.logits.double().logsumexp(1).float()}
 
 def unpack_logits(top_logits, top_classes, log_sum_exp, num_classes: int) -> torch.Tensor:  # (n, N)
     "Logits with the kept classes' exact probabilities; the other classes share the rest evenly."
@@ -50,10 +52,14 @@ def unpack_logits(top_logits, top_classes, log_sum_exp, num_classes: int) -> tor
 # %% ../nbs/35_store.ipynb #f99a83b6
 def fingerprint(images: Images) -> str:  # 16 hexadecimal digits
     "A hash that tells one set of images from another: of pixels and labels, or of the files' names, sizes and labels."
-    digest = hashlib.sha256(json.dumps([images.info.name, images.info.size, images.info.mean, images.info.std, len(images)]).encode())
+    digest = hashlib.sha256(json.dumps([images.info.name, images.info.size, images.info.mean, images.info.std,
+                                        len(images)]).encode())
     digest.update(images.labels.cpu().numpy().tobytes())
-    if isinstance(images, ArrayImages): digest.update(images.pixels[:, :1 if images.pixels.stride(1) == 0 else 3].contiguous().cpu().numpy().tobytes())
-    else: digest.update("\n".join(f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}" for f in images.files).encode())
+    if isinstance(images, ArrayImages):
+        digest.update(images.pixels[:, :1 if images.pixels.stride(1) == 0 else 3].contiguous().cpu().numpy().tobytes())
+    else:
+        digest.update("\n".join(f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}"
+                                for f in images.files).encode())
     return digest.hexdigest()[:16]
 
 def weights_hash(network: nn.Module) -> str:  # 16 hexadecimal digits
@@ -71,27 +77,30 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal dig
 # %% ../nbs/35_store.ipynb #cff069c4
 def origin(recipe: Generation, images: Images, teacher: nn.Module) -> dict:
     "What every byte of a store depends on."
-    return {"format": 2, "recipe": asdict(recipe), "data": {"name": images.info.name, "images": len(images), "fingerprint": fingerprint(images)},
-            "teacher": {"name": getattr(teacher, "name", type(teacher).__name__), "weights": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}}
+    return {"format": 2, "recipe": asdict(recipe),
+            "data": {"name": images.info.name, "images": len(images), "fingerprint": fingerprint(images)},
+            "teacher": {"name": getattr(teacher, "name", type(teacher).__name__),
+                        "weights": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}}
 
 def flat(nested: dict, above: str = "") -> dict:
     "Dictionaries within dictionaries as one, such that recipe.count is a key."
-    return {k: v for key, value in nested.items() for k, v in (flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}).items()}
+    return {k: v for key, value in nested.items()
+            for k, v in (flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}).items()}
 
 # %% ../nbs/35_store.ipynb #0188b617
 class Store:
     "A folder of shards with a manifest."
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+    def __init__(self, folder: str | Path): self.folder = Path(folder).expanduser()
 
     @property
     def manifest_path(self) -> Path: return self.folder / "manifest.json"
-
     def shard_path(self, shard: int) -> Path: return self.folder / f"{shard:05d}.safetensors"
 
     def manifest(self) -> dict:
         "What the manifest says; an error that names the file where there is none, or no readable one."
-        if not self.manifest_path.is_file(): raise FileNotFoundError(f"{self.folder} is not a store of mixed images: there is no {self.manifest_path.name} in it.")
+        if not self.manifest_path.is_file():
+            raise FileNotFoundError(f"{self.folder} is not a store of mixed images: "
+                                    f"there is no {self.manifest_path.name} in it.")
         try: return json.loads(self.manifest_path.read_text())
         except ValueError as error: raise ValueError(f"{self.manifest_path} cannot be read ({error}).") from error
 
@@ -101,8 +110,11 @@ class Store:
         if self.manifest_path.exists():
             old = self.manifest()
             was, now = flat({key: old.get(key) for key in new}), flat(json.loads(json.dumps(new)))
-            odd = [f"{key}: {was.get(key)} there, {now.get(key)} now" for key in {**now, **was} if was.get(key) != now.get(key)]
-            if odd: raise ValueError(f"{self.folder} holds a store that was made otherwise ({'; '.join(odd)}). Choose another folder, or delete it.")
+            odd = [f"{key}: {was.get(key)} there, {now.get(key)} now"
+                   for key in {**now, **was} if was.get(key) != now.get(key)]
+            if odd:
+                raise ValueError(f"{self.folder} holds a store that was made otherwise ({'; '.join(odd)}). "
+                                 "Choose another folder, or delete it.")
             check_files(self, old)
             return old
         write_atomic(self.manifest_path, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
@@ -111,12 +123,14 @@ class Store:
     def keep(self, shard: int, found: Found, sets: int, top: int) -> Path:
         "Write a shard of solved sets, of so many that were begun."
         tensors = dict(sorted(pack(found, top).items()))
-        card = {"shard": shard, "images": len(found.index), "sets": sets, "logits": found.logits.shape[1], "tensors": tensors_hash(tensors)}
+        card = {"shard": shard, "images": len(found.index), "sets": sets, "logits": found.logits.shape[1],
+                "tensors": tensors_hash(tensors)}
         return save_tensors(self.shard_path(shard), tensors, card)
 
     def counts(self) -> dict[int, tuple[int, int]]:
         "Of each shard that is there: images and sets that were begun."
-        cards = {int(path.stem): load_card(path) for path in sorted(self.folder.glob("[0-9]*.safetensors")) if path.stem.isdigit()}
+        cards = {int(path.stem): load_card(path)
+                 for path in sorted(self.folder.glob("[0-9]*.safetensors")) if path.stem.isdigit()}
         return {number: (card["images"], card["sets"]) for number, card in cards.items()}
 
 # %% ../nbs/35_store.ipynb #df42562b
@@ -125,22 +139,26 @@ def load_card(path: Path) -> dict:
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as file: card = json.loads(file.metadata()["card"])
-    except (SafetensorError, ValueError, TypeError, KeyError) as error: raise changed(path, f"it is not a whole shard ({error})") from error
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise changed(path, f"it is not a whole shard ({error})") from error
     if card.get("shard") != int(path.stem): raise changed(path, f"it holds shard {card.get('shard')}")
     return card
 
 def check_tensors(path: Path) -> None:
     "A ValueError where a shard's tensors are not those that its card was made for."
     tensors, card = load_tensors(path)
-    if tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]: raise changed(path, "its tensors are not those of its card")
+    if tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]:
+        raise changed(path, "its tensors are not those of its card")
 
-def changed(path: Path, how: str) -> ValueError: return ValueError(f"The shard {path} was changed: {how}. Delete it and run the store's command again.")
+def changed(path: Path, how: str) -> ValueError:
+    return ValueError(f"The shard {path} was changed: {how}. Delete it and run the store's command again.")
 
 def check_files(store: Store, manifest: dict) -> None:
     "A ValueError where a shard that is there is not the one that the manifest lists."
     for entry in manifest.get("shards", []):
         path = store.folder / entry["file"]
-        if path.is_file() and file_hash(path) != entry["sha256"]: raise changed(path, "its SHA-256 is not the manifest's")
+        if path.is_file() and file_hash(path) != entry["sha256"]:
+            raise changed(path, "its SHA-256 is not the manifest's")
 
 # %% ../nbs/35_store.ipynb #77f559d6
 def finish(store: Store, count: int) -> dict:
@@ -151,7 +169,8 @@ def finish(store: Store, count: int) -> dict:
             store.shard_path(shard).unlink()
             continue
         check_tensors(store.shard_path(shard))
-        shards.append({"file": store.shard_path(shard).name, "images": counts[shard][0], "sets": counts[shard][1], "sha256": file_hash(store.shard_path(shard))})
+        shards.append({"file": store.shard_path(shard).name, "images": counts[shard][0], "sets": counts[shard][1],
+                       "sha256": file_hash(store.shard_path(shard))})
         total += counts[shard][0]
     manifest = store.manifest() | {"shards": shards, "images": min(count, total)}
     write_atomic(store.manifest_path, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
@@ -183,7 +202,8 @@ def check_store(store: Store, images: Images, hashes: bool = True) -> dict:
     manifest, found = store.manifest(), fingerprint(images)
     if "shards" not in manifest: raise ValueError(f"{store.folder} is not finished: run its command again to go on.")
     if found != manifest["data"]["fingerprint"]:
-        raise ValueError(f"{store.folder} was made from {manifest['data']['name']} ({manifest['data']['images']:,} images, {manifest['data']['fingerprint']}), "
+        raise ValueError(f"{store.folder} was made from {manifest['data']['name']} "
+                         f"({manifest['data']['images']:,} images, {manifest['data']['fingerprint']}), "
                          f"not from {images.info.name} ({len(images):,} images, {found}).")
     for entry in manifest["shards"]:
         path = store.folder / entry["file"]
@@ -202,7 +222,8 @@ def gather(parts: list[torch.Tensor], starts: list[int], rows: torch.Tensor) -> 
 def remix(source: Images, few: dict[str, torch.Tensor], theta: torch.Tensor, num_classes: int) -> MixedBatch:
     "Fetch the sources, and mix them again."
     views = Views(few["crop"].long().flatten(0, 1), few["flip"].bool().flatten())
-    sets = source.info.normalize(source.fetch(few["sources"].long().flatten(), views)).unflatten(0, few["sources"].shape)
+    sets = source.info.normalize(source.fetch(few["sources"].long().flatten(), views)).unflatten(
+        0, few["sources"].shape)
     masks = masks_from_theta(theta, sets.shape[-2:])
     logits = unpack_logits(few["top_logits"], few["top_classes"], few["log_sum_exp"], num_classes)
     return MixedBatch(mix(sets, masks), logits, few["lam"], few["classes"].long(), masks, sets)
@@ -211,7 +232,8 @@ def remix(source: Images, few: dict[str, torch.Tensor], theta: torch.Tensor, num
 def seen_anew(images: torch.Tensor, info, pad: int, generator) -> torch.Tensor:  # (n, C, H, W), normalised
     "Mixed images under random views, framed with black."
     n = len(images)
-    views = Views(torch.randint(0, 2 * pad + 1, (n, 2), generator=generator), (torch.rand(n, generator=generator) < 0.5) & info.flip)
+    views = Views(torch.randint(0, 2 * pad + 1, (n, 2), generator=generator),
+                  (torch.rand(n, generator=generator) < 0.5) & info.flip)
     return crop_flip(images, views, pad, info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8)).flatten())
 
 # %% ../nbs/35_store.ipynb #599a4ba5
@@ -237,9 +259,13 @@ class MixedDataset(torch.utils.data.Dataset):
     def batch(self, rows) -> MixedBatch:
         "The mixed images of some rows, all at once."
         rows = torch.as_tensor(rows, dtype=torch.int64).reshape(-1)
-        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)): raise IndexError(f"Expected rows from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}.")
+        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)):
+            raise IndexError(f"Expected rows from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}.")
         few = {key: value[rows] for key, value in self.small.items()}
-        return remix(self.source, few, decode(gather(self.parts, self.starts, rows), self.manifest["recipe"]["mixing"]["hold"] is not None), self.num_classes)
+        return remix(self.source, few,
+                     decode(gather(self.parts, self.starts, rows),
+                            self.manifest["recipe"]["mixing"]["hold"] is not None),
+                     self.num_classes)
 
     def __getitem__(self, row):
         mixed = self.batch(range(*row.indices(len(self))) if isinstance(row, slice) else row)
@@ -253,28 +279,34 @@ class MixedDataset(torch.utils.data.Dataset):
 
     def __repr__(self):
         sets = sum(entry["sets"] for entry in self.manifest["shards"])
-        return f"MixedDataset({len(self):,} mixed images of {self.info.name}, {self.starts[-1] / sets:.0%} of {sets:,} sets solved)"
+        return (f"MixedDataset({len(self):,} mixed images of {self.info.name}, "
+                f"{self.starts[-1] / sets:.0%} of {sets:,} sets solved)")
 
 # %% ../nbs/35_store.ipynb #f86bc725
 def export_images(mixed: MixedDataset,
-                  folder: str | Path,     # is made
-                  workers: int = 8,       # threads that write
-                  ) -> Path:              # `folder`: a folder of PNGs for each class that the teacher sees first, and labels.csv
+                  folder: str | Path,  # is made
+                  workers: int = 8,    # threads that write
+                  ) -> Path:           # `folder`: a folder of PNGs per class that the teacher sees first; labels.csv
     "Write all mixed images as an ImageFolder, with a table of what they are. (8 bits a colour round them.)"
     folder, names = Path(folder), mixed.info.classes
     if len(names) != mixed.num_classes: names = [f"class {n}" for n in range(mixed.num_classes)]
-    if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder} is not empty: choose a new folder for the pictures.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose a new folder for the pictures.")
     for name in names: (folder / name.replace("/", "-")).mkdir(parents=True, exist_ok=True)
     with open(folder / "labels.csv", "w", newline="") as file, ThreadPoolExecutor(workers) as pool:
         table = csv.writer(file)
         k = mixed.small["sources"].shape[1]
-        table.writerow(["file", *(f"{what}_{i + 1}" for what in ("class", "lambda", "source") for i in range(k)), *(f"p({name})" for name in names)])
+        table.writerow(["file", *(f"{what}_{i + 1}" for what in ("class", "lambda", "source") for i in range(k)),
+                        *(f"p({name})" for name in names)])
         for rows in progress(torch.arange(len(mixed)).split(256), "pictures", unit="batch"):
             batch = mixed.batch(rows)
             pixels = (mixed.info.denormalize(batch.images) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            files = [f"{names[c].replace('/', '-')}/{row:07d}.png" for row, c in zip(rows.tolist(), batch.logits.argmax(1).tolist())]
+            files = [f"{names[c].replace('/', '-')}/{row:07d}.png"
+                     for row, c in zip(rows.tolist(), batch.logits.argmax(1).tolist())]
             list(pool.map(lambda item: Image.fromarray(item[0]).save(folder / item[1]), zip(pixels, files)))
             sources = mixed.small["sources"][rows].tolist()
-            for file_name, classes, lam, source, p in zip(files, batch.classes.tolist(), batch.lam.tolist(), sources, batch.logits.softmax(1).tolist()):
-                table.writerow([file_name, *(names[c] for c in classes), *(f"{l:.4f}" for l in lam), *source, *(f"{v:.4f}" for v in p)])
+            for file_name, classes, lam, source, p in zip(files, batch.classes.tolist(), batch.lam.tolist(), sources,
+                                                          batch.logits.softmax(1).tolist()):
+                table.writerow([file_name, *(names[c] for c in classes), *(f"{l:.4f}" for l in lam), *source,
+                                *(f"{v:.4f}" for v in p)])
     return folder

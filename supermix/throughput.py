@@ -29,9 +29,11 @@ class Pictures(Dataset):
     "A data set as tutorials write it: PIL images, transformed one by one."
     def __init__(self, images: Images):
         info = images.info
-        self.pixels, self.labels = images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1).contiguous().numpy(), images.labels.tolist()
+        self.pixels, self.labels = (images.fetch(torch.arange(len(images))).permute(0, 2, 3, 1).contiguous().numpy(),
+                                    images.labels.tolist())
         flip = [transforms.RandomHorizontalFlip()] if info.flip else []
-        self.transform = transforms.Compose([transforms.RandomCrop(info.size, info.pad), *flip, transforms.ToTensor(), transforms.Normalize(info.mean, info.std)])
+        self.transform = transforms.Compose([transforms.RandomCrop(info.size, info.pad), *flip, transforms.ToTensor(),
+                                             transforms.Normalize(info.mean, info.std)])
 
     def __len__(self): return len(self.labels)
 
@@ -39,7 +41,8 @@ class Pictures(Dataset):
 
 def plain_loop(network, images: Images, recipe: Training) -> float:
     "One epoch as tutorials write it: images a second, without the start of the workers."
-    optimiser = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+                                weight_decay=recipe.weight_decay)
     device = next(network.parameters()).device
     network.train()
     start = None
@@ -52,20 +55,25 @@ def plain_loop(network, images: Images, recipe: Training) -> float:
     return len(images) / (time.perf_counter() - start)
 
 # %% ../nbs/23_throughput.ipynb #edf414fb
-WAYS = {"ours": {}, "ours, compiled": {"compile": True}, "ours, bfloat16": {"bfloat16": True}, "ours, bfloat16, compiled": {"bfloat16": True, "compile": True}}
+WAYS = {"ours": {}, "ours, compiled": {"compile": True}, "ours, bfloat16": {"bfloat16": True},
+        "ours, bfloat16, compiled": {"bfloat16": True, "compile": True}}
 
-def measure_throughput(images: Images, network: str = "resnet20", batch_size: int = 128, rounds: int = 3, ways=tuple(WAYS)) -> dict:
+def measure_throughput(images: Images, network: str = "resnet20", batch_size: int = 128, rounds: int = 3,
+                       ways=tuple(WAYS)) -> dict:
     "Images a second of the plain loop and of ours, by way, and the ratios."
-    recipe, speeds = Training(epochs=2, batch_size=batch_size, milestones=()), {"plain": [], **{way: [] for way in ways}}
+    recipe, speeds = (Training(epochs=2, batch_size=batch_size, milestones=()),
+                      {"plain": [], **{way: [] for way in ways}})
     for _ in progress(range(rounds), "rounds"):
         for way in speeds:
             network_now = create(network, num_classes=len(images.info.classes))
             if way == "plain": speeds[way].append(plain_loop(network_now, images, recipe))
             else: speeds[way].append(train(network_now, images, replace(recipe, **WAYS[way])).rows[-1]["images/s"])
-    return {"images/s": {way: median(all) for way, all in speeds.items()}, "ratio": {way: median(a / b for a, b in zip(speeds[way], speeds["plain"])) for way in ways}}
+    return {"images/s": {way: median(all) for way, all in speeds.items()},
+            "ratio": {way: median(a / b for a, b in zip(speeds[way], speeds["plain"])) for way in ways}}
 
 # %% ../nbs/23_throughput.ipynb #662ff13e
-def matmul_speed(dtype: torch.dtype = torch.float32, n: int = 2048, rounds: int = 6) -> float:  # multiplications a second
+def matmul_speed(dtype: torch.dtype = torch.float32, n: int = 2048, rounds: int = 6,
+                 ) -> float:  # multiplications a second
     "The best of some products of two matrices."
     a = torch.randn(n, n).to(dtype)
     times = []
@@ -82,7 +90,8 @@ def ceiling(network: str, info, multiplications: float) -> float:  # images a se
         return multiplications / (3 * multiply_adds(net, image))
 
 # %% ../nbs/23_throughput.ipynb #f80f5503
-def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840, rounds: int = 3) -> None:
+def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
+               rounds: int = 3) -> None:
     """Our training loop against the loop of tutorials, images a second (chapter 23); some minutes.
 
     Args:
@@ -94,7 +103,8 @@ def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion
     source = load_data(data)
     speeds = {"float32": matmul_speed(), "bfloat16": matmul_speed(torch.bfloat16)}
     result = measure_throughput(source.train.subset(images), rounds=rounds)
-    facts = {"network": "resnet20", "batch": 128, "data": data, "threads": torch.get_num_threads(), "torch": torch.__version__, "command": "supermix throughput"}
+    facts = {"network": "resnet20", "batch": 128, "data": data, "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "command": "supermix throughput"}
     facts["ceiling, images/s"] = {name: ceiling("resnet20", source.info, speed) for name, speed in speeds.items()}
     write_atomic(out, (json.dumps(result | facts, indent=1) + "\n").encode())
     for way, ratio in result["ratio"].items(): print(f"{way}: {ratio:.2f} times the plain loop")

@@ -43,7 +43,8 @@ def accuracy(network,              # a network, or any callable from images to l
     "The share of images whose top class is the label, in percent."
     right = 0
     with evaluating(network):
-        for x, labels, _ in progress(images.batches(batch_size), "testing", ceil(len(images) / batch_size), "batch", leave=False):
+        for x, labels, _ in progress(images.batches(batch_size), "testing", ceil(len(images) / batch_size), "batch",
+                                     leave=False):
             right += (network(to_device(x, network)).argmax(1).cpu() == labels.cpu()).sum().item()
     return 100 * right / len(images)
 
@@ -65,10 +66,10 @@ def label_objective(network, batch: Batch) -> torch.Tensor:
 @dataclass
 class History:
     "What happened in a training, and how fast."
-    rows: list[dict] = field(default_factory=list)  # of each epoch: epoch, step, lr, loss, images/s, seconds and, where images are held out, held_out
+    rows: list[dict] = field(default_factory=list)  # each: epoch, step, lr, loss, images/s, seconds, held_out (if any)
     images: int = 0                                 # natural images that were seen
     seconds: float = 0.0                            # time in the loop, all sittings together
-    test: float | None = None                       # accuracy on the test images after the last epoch (%), where they were given
+    test: float | None = None                       # accuracy on test images (if given) after the last epoch, percent
 
     @property
     def loss(self) -> list[float]: return [row["loss"] for row in self.rows]
@@ -94,7 +95,8 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def join(device: str | None = None) -> torch.device:
-    "The device to train on: the one that is named, else a GPU where there is one. Under torchrun, joins the other processes."
+    """The device to train on: the one that is named, else a GPU where there is one.
+    Under torchrun, joins the other processes."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
@@ -116,32 +118,37 @@ def wrap(loss: Loss, device) -> nn.Module:
     "For many processes, in PyTorch's DistributedDataParallel."
     if world()[1] == 1: return loss
     first = getattr(loss.objective, "first", False)  # a first stage may not reach the student's head
-    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=first)
+    return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None,
+                                   broadcast_buffers=False, find_unused_parameters=first)
 
 # %% ../nbs/22_training.ipynb #b4c43821
 class Run:
     "A training in progress: all that changes, and how it is written down."
     def __init__(self, network, objective, recipe: Training, folder=None):
         self.loss, self.recipe, self.folder = Loss(network, objective), recipe, folder
-        self.optimiser = torch.optim.SGD(self.loss.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        self.epoch, self.step, self.updates, self.losses, self.history, self.saved, self.trained = 0, 0, 0, [], History(), None, None
+        self.optimiser = torch.optim.SGD(self.loss.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+                                         weight_decay=recipe.weight_decay)
+        self.epoch, self.step, self.updates, self.losses, self.history, self.saved, self.trained = (
+            0, 0, 0, [], History(), None, None)
 
     def state(self) -> dict:
-        return {"network": self.loss.network.state_dict(), "optimiser": self.optimiser.state_dict(), "random": random_state(),
+        return {"network": self.loss.network.state_dict(), "optimiser": self.optimiser.state_dict(),
+                "random": random_state(),
                 "objective": self.loss.objective.state_dict() if isinstance(self.loss.objective, nn.Module) else {},
-                "position": [self.epoch, self.step, self.updates], "losses": self.losses, "history": asdict(self.history), "recipe": json.dumps(self.about())}
-
+                "position": [self.epoch, self.step, self.updates], "losses": self.losses,
+                "history": asdict(self.history), "recipe": json.dumps(self.about())}
     def about(self) -> dict:
         "What a checkpoint has to agree with: the recipe, and what the objective says about itself."
         return json.loads(json.dumps({**asdict(self.recipe), **getattr(self.loss.objective, "about", {})}))
 
     def lr(self, epoch: float) -> float:
-        "The learning rate at a moment, in epochs since the start: the recipe's, unless the objective has one of its own."
+        """The learning rate at a moment, in epochs since the start:
+        the recipe's, unless the objective has one of its own."""
         own = getattr(self.loss.objective, "lr_at", None)
         return own(self.recipe, epoch) if own else self.recipe.lr_at(epoch)
-
     def asked(self, device) -> nn.Module:
-        "The loss as it is called: wrapped for many processes, compiled if the recipe says so; made anew where other parameters are trained than before."
+        """The loss as it is called: wrapped for many processes, compiled if the recipe says so;
+        made anew where other parameters are trained than before."""
         trained = [getattr(self.loss.objective, "first", False), *(p.requires_grad for p in self.loss.parameters())]
         if trained != self.trained:
             ask, self.trained = wrap(self.loss, device), trained
@@ -155,7 +162,6 @@ class Run:
         if self.folder and world()[1] > 1:
             dist.barrier()
             self.saved = (checkpoints(self.folder) or [None])[-1]
-
     def resume(self) -> None:
         "Go back to the newest checkpoint, if there is one."
         found = checkpoints(self.folder) if self.folder else []
@@ -166,8 +172,11 @@ def take_up(run: Run, checkpoint: Path) -> None:
     "Put a run where its checkpoint was written; a ValueError where that is another run's."
     run.saved, state = checkpoint, load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.about()
-    differ = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in {**old, **new} if old.get(name) != new.get(name)]
-    if differ: raise ValueError(f"{run.folder} holds a run with another recipe: {', '.join(differ)}. Choose another folder, or that recipe.")
+    differ = [f"{name} ({old.get(name)} there, {new.get(name)} now)"
+              for name in {**old, **new} if old.get(name) != new.get(name)]
+    if differ:
+        raise ValueError(f"{run.folder} holds a run with another recipe: {', '.join(differ)}. "
+                         "Choose another folder, or that recipe.")
     run.loss.network.load_state_dict(state["network"])
     if isinstance(run.loss.objective, nn.Module): run.loss.objective.load_state_dict(state["objective"])
     run.optimiser.load_state_dict(state["optimiser"])
@@ -183,7 +192,8 @@ def check_losses(run: Run, since: list[torch.Tensor], steps: int) -> None:
         if isfinite(value): continue
         at = run.updates - len(values) + i
         saved = f" The last good checkpoint is {run.saved}." if run.saved else ""
-        raise FloatingPointError(f"The loss is {value} at update {at + 1:,} (epoch {run.epoch + 1}, batch {at - run.epoch * steps + 1} of {steps}): try a lower learning rate.{saved}")
+        raise FloatingPointError(f"The loss is {value} at update {at + 1:,} (epoch {run.epoch + 1}, "
+                                 f"batch {at - run.epoch * steps + 1} of {steps}): try a lower learning rate.{saved}")
     run.losses += values
     since.clear()
 
@@ -192,15 +202,20 @@ def check_weights(run: Run) -> None:
     if torch.stack([p.detach().isfinite().all() for p in run.loss.parameters()]).all(): return
     name = next(name for name, p in run.loss.named_parameters() if not p.isfinite().all())
     saved = f" The last good checkpoint is {run.saved}." if run.saved else ""
-    raise FloatingPointError(f"{name} is no number any more after update {run.updates:,}, whose loss still was one: try a lower learning rate.{saved}")
+    raise FloatingPointError(f"{name} is no number any more after update {run.updates:,}, whose loss still was one: "
+                             f"try a lower learning rate.{saved}")
 
 # %% ../nbs/22_training.ipynb #5f2e2fe7
 def coming(run: Run, images: Images, device):  # yields Batch
-    "The batches of the rest of an epoch. Where the objective has something to prepare, that is done in a thread, a step ahead."
-    r, objective, (rank, size), prepare = run.recipe, run.loss.objective, world(), getattr(run.loss.objective, "prepare", None)
+    """The batches of the rest of an epoch.
+    Where the objective has something to prepare, that is done in a thread, a step ahead."""
+    r, objective, (rank, size), prepare = (
+        run.recipe, run.loss.objective, world(), getattr(run.loss.objective, "prepare", None))
     def batches():
-        for step, (x, labels, indices) in enumerate(images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)), run.step):
-            batch = Batch(to_device(x, run.loss.network), labels.to(device), indices.to(device), seeded(r.seed, "batch", run.epoch, step, rank))
+        for step, (x, labels, indices) in enumerate(
+                images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)), run.step):
+            batch = Batch(to_device(x, run.loss.network), labels.to(device), indices.to(device),
+                          seeded(r.seed, "batch", run.epoch, step, rank))
             yield batch._replace(prepared=prepare(batch)) if prepare else batch
     return one_ahead(batches()) if prepare else batches()
 
@@ -210,12 +225,12 @@ def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: fl
     since, written, checked = [], time.perf_counter(), 50 if device.type == "cuda" else 1
     for batch in coming(run, images, device):
         for group in run.optimiser.param_groups: group["lr"] = run.lr(run.epoch + run.step / steps)
-        whole = min(r.batch_size, len(images) - run.step * r.batch_size)       # images of this batch in all processes
+        whole = min(r.batch_size, len(images) - run.step * r.batch_size)  # images of this batch in all processes
         weight = size * len(batch.labels) / whole if whole >= size > 1 else 1.0
         with torch.autocast(device.type, torch.bfloat16, enabled=r.bfloat16): loss = ask(batch, weight)
         since.append(loss.detach())
         run.updates += 1
-        if len(since) >= checked: check_losses(run, since, steps)                 # before the step, so that weights stay good
+        if len(since) >= checked: check_losses(run, since, steps)  # before the step, so that weights stay good
         run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         run.optimiser.step()
@@ -234,20 +249,21 @@ def end_epoch(run: Run, images, held, seconds, before, log: Log, bar) -> None:
     held_out = {"held_out": accuracy(run.loss.network, held)} if held is not None else {}
     log.add(epoch=run.epoch + 1, step=run.updates, lr=run.lr(run.epoch), loss=sum(run.losses) / len(run.losses),
             **{"images/s": round(seen / seconds, 1), "seconds": round(run.history.seconds + seconds, 2)}, **held_out)
-    run.history.rows, run.history.images, run.history.seconds = log.rows, run.history.images + len(images), run.history.seconds + seconds
+    run.history.rows, run.history.images, run.history.seconds = (
+        log.rows, run.history.images + len(images), run.history.seconds + seconds)
     bar.set_postfix(epoch=run.epoch + 1, loss=f"{log.rows[-1]['loss']:.3f}")
     run.epoch, run.step, run.losses = run.epoch + 1, 0, []
 
 # %% ../nbs/22_training.ipynb #937a475d
-def train(network: nn.Module,                 # is trained in place
-          images: Images,                     # what to learn from
-          recipe: Training,                   # every number of the training
-          objective=label_objective,          # (network, Batch) -> loss; a function, or a module that learns too
-          title: str = "training",            # what the progress bar is called
-          test: Images | None = None,         # images whose accuracy is told after the last epoch
-          folder: str | Path | None = None,   # for checkpoints and logs; a run that is found there goes on
-          minutes: float = 10.0,              # between checkpoints within an epoch; there is one after each epoch in any case
-          live: bool = False,                 # whether a notebook shows the curves while they grow
+def train(network: nn.Module,                # is trained in place
+          images: Images,                    # what to learn from
+          recipe: Training,                  # every number of the training
+          objective=label_objective,         # (network, Batch) -> loss; a function, or a module that learns too
+          title: str = "training",           # what the progress bar is called
+          test: Images | None = None,        # images whose accuracy is told after the last epoch
+          folder: str | Path | None = None,  # for checkpoints and logs; a run that is found there goes on
+          minutes: float = 10.0,             # between checkpoints within an epoch; there is always one after each
+          live: bool = False,                # whether a notebook shows the curves while they grow
           ) -> History:
     "Train `network` by SGD with the recipe's schedule, and leave it in evaluation mode."
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
@@ -257,7 +273,8 @@ def train(network: nn.Module,                 # is trained in place
     run.resume()
     main, steps = world()[0] == 0, ceil(len(images) / recipe.batch_size)
     log = Log(folder if main else None, run.history.rows, title, live and main)
-    with progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch", **({} if main else {"disable": True})) as bar:
+    with progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
+                  **({} if main else {"disable": True})) as bar:
         while run.epoch < recipe.epochs:
             begun, before = time.perf_counter(), run.step
             network.train()
@@ -272,7 +289,8 @@ def train(network: nn.Module,                 # is trained in place
     return run.history
 
 # %% ../nbs/22_training.ipynb #7110dbb7
-def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20", root: Path | None = None) -> Path:
+def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
+                 root: Path | None = None) -> Path:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
@@ -288,8 +306,9 @@ def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "re
     reached = round(history.test, 2)
     path = save(teacher, Path(out) / f"{data}.safetensors", accuracy=reached)
     card = {"network": network, "parameters": sum(p.numel() for p in teacher.parameters()), "data": data,
-            "training_images": len(source.train), "test_images": len(source.test), "test_accuracy": reached, "final_loss": round(history.loss[-1], 4),
-            "recipe": asdict(recipe), "command": f"supermix teacher --data {data}", "torch": torch.__version__, "sha256": file_hash(path)}
+            "training_images": len(source.train), "test_images": len(source.test), "test_accuracy": reached,
+            "final_loss": round(history.loss[-1], 4), "recipe": asdict(recipe),
+            "command": f"supermix teacher --data {data}", "torch": torch.__version__, "sha256": file_hash(path)}
     write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1).encode())
     print(f"{data}: {reached:.2f} % on {len(source.test):,} test images after {history}; written to {path}")
     return path

@@ -43,13 +43,14 @@ def names() -> list[str]:
 # %% ../nbs/19_zoo.ipynb #37ac5ab8
 def create(name: str,                       # one of `names()`
            num_classes: int | None = None,  # number of logits; None: 100, and 1,000 for the ImageNet networks
-           weights: str | None = None,      # ImageNet networks only: torchvision's name for published weights, such as "DEFAULT"
-           ) -> nn.Module:                  # with random weights, from torch's global generator, unless `weights` are given
+           weights: str | None = None,      # ImageNet networks: torchvision's name for published weights, as "DEFAULT"
+           ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
     "Build a network by its name. The network remembers the name, so that `save` can write it down."
     build, options = lookup(NETWORKS, name, "network"), {}
     if num_classes is not None: options["num_classes"] = num_classes
     if weights is not None:
-        if name not in IMAGENET_RESNETS: raise ValueError(f"Published weights exist for {', '.join(IMAGENET_RESNETS)}, not for {name}.")
+        if name not in IMAGENET_RESNETS:
+            raise ValueError(f"Published weights exist for {', '.join(IMAGENET_RESNETS)}, not for {name}.")
         options["weights"] = weights
     network = build(**options)
     outputs = [m for m in network.modules() if isinstance(m, nn.Linear)][-1].out_features
@@ -104,18 +105,20 @@ BLOCKS = [(r"^stages\.(\d)\.(\d+)\.([a-e])\.([01])", layer)]
 
 # %% ../nbs/19_zoo.ipynb #bab626e8
 def resnet_rules(shortcut, head):
-    return [*STEM, *BLOCKS, (r"^stages\.(\d)\.(\d+)\.shortcut", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{shortcut}"), (r"^head", head)]
+    return [*STEM, *BLOCKS, (r"^stages\.(\d)\.(\d+)\.shortcut", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{shortcut}"),
+            (r"^head", head)]
 
 CRD_KEYS = {
     "ResNet": resnet_rules("downsample", "fc"),
     "BottleneckResNet": resnet_rules("shortcut", "linear"),
-    "WRN": [(r"^stem", "conv1"), (r"^stages\.(\d)\.", lambda m: f"block{int(m[1]) + 1}.layer."), (r"\.norm(\d)", r".bn\1"),
-            (r"shortcut", "convShortcut"), (r"^neck\.0", "bn1"), (r"^head", "fc")],
+    "WRN": [(r"^stem", "conv1"), (r"^stages\.(\d)\.", lambda m: f"block{int(m[1]) + 1}.layer."),
+            (r"\.norm(\d)", r".bn\1"), (r"shortcut", "convShortcut"), (r"^neck\.0", "bn1"), (r"^head", "fc")],
     "VGG": [(r"^stem\.(\d)\.(\d)", lambda m: f"block0.{3 * int(m[1]) + int(m[2])}"), (r"^head", "classifier"),
             (r"^stages\.(\d)\.(\d)\.(\d)", lambda m: f"block{int(m[1]) + 1}.{3 * (int(m[2]) - 1) + int(m[3])}")],
-    "MobileNetV2": [(r"^stem", "conv1"), (r"^neck\.0", "conv2"), (r"^head", "classifier.0"), (r"\.expand\.(\d)", r".conv.\1"),
-                    (r"\.(depthwise|project)\.(\d)", lambda m: f".conv.{int(m[2]) + (3 if m[1] == 'depthwise' else 6)}"),
-                    (r"^stages\.(\d)\.(\d)", lambda m: f"blocks.{(0, 2, 3, 5)[int(m[1])] + int(m[2])}")],
+    "MobileNetV2": [
+        (r"^stem", "conv1"), (r"^neck\.0", "conv2"), (r"^head", "classifier.0"), (r"\.expand\.(\d)", r".conv.\1"),
+        (r"\.(depthwise|project)\.(\d)", lambda m: f".conv.{int(m[2]) + (3 if m[1] == 'depthwise' else 6)}"),
+        (r"^stages\.(\d)\.(\d)", lambda m: f"blocks.{(0, 2, 3, 5)[int(m[1])] + int(m[2])}")],
     "ShuffleNetV1": [*STEM, *BLOCKS, (r"^head", "linear")],
     "ShuffleNetV2": [*STEM, (r"^stages\.(\d)\.(\d)\.(left|right)\.(\d)\.([01])", split_layer),
                      (r"^neck\.0\.0", "conv2"), (r"^neck\.0\.1", "bn2"), (r"^head", "linear")],
@@ -133,28 +136,31 @@ def crd_keys(network: nn.Module) -> dict[str, str]:
 
 # %% ../nbs/19_zoo.ipynb #cf580921
 def load_crd(network: nn.Module,       # a network of `create`, of one of the benchmark's families
-             state: dict | str | Path, # the benchmark's state dictionary, a dictionary with it under 'model', or a file of either
+             state: dict | str | Path, # the benchmark's state, a dictionary with it under 'model', or a file of either
              ) -> nn.Module:           # the same network, filled, in evaluation mode
     "Fill a network with weights of the CRD benchmark."
     where = "The state"
     if isinstance(state, (str, Path)):
         where = str(state)
         try:
-            with torch.serialization.safe_globals([Namespace]): state = torch.load(state, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([Namespace]):
+                state = torch.load(state, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{where} is not a file of weights that can be read safely: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict): state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{where}: expected a dictionary of tensors, or one under 'model', got {type(state).__name__}.")
+        raise ValueError(f"{where}: expected a dictionary of tensors, or one under 'model', "
+                         f"got {type(state).__name__}.")
     state = {key.removeprefix("module."): v for key, v in state.items()}   # as DataParallel saves it
     keys, shapes = crd_keys(network), {k: v.shape for k, v in network.state_dict().items()}
     faults = [f"missing: {theirs}" for theirs in keys.values() if theirs not in state]
     faults += [f"not expected: {key}" for key in state if key not in keys.values()]
-    faults += [f"{theirs}: expected {tuple(shapes[ours])}, got {tuple(state[theirs].shape)}" for ours, theirs in keys.items()
-               if theirs in state and state[theirs].shape != shapes[ours]]
+    faults += [f"{theirs}: expected {tuple(shapes[ours])}, got {tuple(state[theirs].shape)}"
+               for ours, theirs in keys.items() if theirs in state and state[theirs].shape != shapes[ours]]
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        raise ValueError(f"{where} does not fit {getattr(network, 'name', type(network).__name__)}: {'; '.join(faults[:5])}{more}.")
+        raise ValueError(f"{where} does not fit {getattr(network, 'name', type(network).__name__)}: "
+                         f"{'; '.join(faults[:5])}{more}.")
     network.load_state_dict({ours: state[theirs] for ours, theirs in keys.items()})
     return network.eval()
 
@@ -165,8 +171,8 @@ def save(network: nn.Module,   # made by `create`, or loaded
          ) -> Path:            # `path`
     "Save a network so that `load` needs nothing but the file."
     if not hasattr(network, "name"):
-        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(network).__name__} without a registered name. "
-                         "Keep that one with torch.save(network.state_dict(), path).")
+        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(network).__name__} "
+                         "without a registered name. Keep that one with torch.save(network.state_dict(), path).")
     card |= {"network": network.name, "num_classes": network.num_classes}
     if network.info is not None: card["info"] = {**vars(network.info)}
     return save_tensors(path, network.state_dict(), card)
@@ -176,18 +182,20 @@ def load(path: str | Path,    # a file that `save` wrote
          ) -> nn.Module:      # in evaluation mode; `.card` and `.info` say what it is
     "Load a network that was saved."
     tensors, card = load_tensors(path)
-    if "network" not in card: raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
+    if "network" not in card:
+        raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
     try:
         network = create(card["network"], card["num_classes"])
         network.load_state_dict(tensors)
-        if "info" in card: network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
+        if "info" in card:
+            network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the network of its card: {error}") from error
     network.card = card
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #e8369eb3
-def as_batch(images,      # a path, a Pillow image, uint8 (3, H, W) or (B, 3, H, W), normalised floats of these shapes, or a list of such
+def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
              info: Info,  # of the data that the network was trained on
              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
     "Images of any kind as one normalised batch."
@@ -198,7 +206,8 @@ def as_batch(images,      # a path, a Pillow image, uint8 (3, H, W) or (B, 3, H,
     if isinstance(images, Image.Image): images = VF.pil_to_tensor(images.convert("RGB"))
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""
-        raise ValueError(f"Expected images (3, H, W) or (B, 3, H, W), paths or Pillow images, got {type(images).__name__} {shape}.")
+        raise ValueError("Expected images (3, H, W) or (B, 3, H, W), paths or Pillow images, "
+                         f"got {type(images).__name__} {shape}.")
     if images.ndim == 3: images = images[None]
     if images.is_floating_point():
         if not torch.isfinite(images).all(): raise ValueError("Expected finite images, got NaN or infinity.")
@@ -221,16 +230,20 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
             images,              # anything that `as_batch` takes
             ) -> Prediction:
     "The classes that `network` sees in `images`."
-    if getattr(network, "info", None) is None: raise ValueError("Expected a network that knows its data: one that `distill` or `train` trained, or `load` loaded. For another one, say `network.info = data.info`.")
+    if getattr(network, "info", None) is None:
+        raise ValueError("Expected a network that knows its data: one that `distill` or `train` trained, "
+                         "or `load` loaded. For another one, say `network.info = data.info`.")
     device = next(network.parameters()).device
-    with evaluating(network): probabilities = network(as_batch(images, network.info).to(device)).float().softmax(1).cpu()
+    with evaluating(network):
+        probabilities = network(as_batch(images, network.info).to(device)).float().softmax(1).cpu()
     classes = probabilities.argmax(1)
     return Prediction([network.info.classes[c] for c in classes.tolist()], classes, probabilities)
 
 # %% ../nbs/19_zoo.ipynb #8600cb85
 def shipped() -> list[str]:
     "The data sets for which a teacher is shipped."
-    return sorted(f.name.removesuffix(".safetensors") for f in (files("supermix") / "teachers").iterdir() if f.name.endswith(".safetensors"))
+    return sorted(f.name.removesuffix(".safetensors")
+                  for f in (files("supermix") / "teachers").iterdir() if f.name.endswith(".safetensors"))
 
 def pretrained(data: str,       # a data set for which a teacher is shipped
                ) -> nn.Module:  # in evaluation mode; `.card` says how it was trained
@@ -238,7 +251,9 @@ def pretrained(data: str,       # a data set for which a teacher is shipped
     lookup(dict.fromkeys(shipped()), data, "shipped teacher")
     path = Path(str(files("supermix") / "teachers" / f"{data}.safetensors"))
     card = json.loads(path.with_suffix(".json").read_text())
-    if file_hash(path) != card["sha256"]: raise ValueError(f"{path} is not the file of its card: its SHA-256 is {file_hash(path)}. Install supermix again.")
+    if file_hash(path) != card["sha256"]:
+        raise ValueError(f"{path} is not the file of its card: its SHA-256 is {file_hash(path)}. "
+                         "Install supermix again.")
     teacher = load(path)
     teacher.card = card
     return teacher

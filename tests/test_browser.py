@@ -1,4 +1,5 @@
-"""Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and drags."""
+"""Notebooks and the book in a real browser: JupyterLab on this machine, and Chromium that runs every cell, clicks and
+drags."""
 
 import json
 import os
@@ -18,15 +19,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "out" / "browser"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 SETTINGS = {"notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell is on the page, seen or not
-            "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}  # no pop-up, and nothing is fetched
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
+            # no pop-up, and nothing is fetched
+            "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}
+pytestmark = [pytest.mark.browser,
+              pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
 STATE = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
- return nb.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim()).map(c => c.model.executionCount) }"""
+ return nb.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim())\
+.map(c => c.model.executionCount) }"""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,10 @@ def lab(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
-               f"--ServerApp.root_dir={home}", f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}", "--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}",
+               f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}",
+               "--LabApp.expose_app_in_browser=True"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     env.pop("MPLBACKEND", None)  # conftest's Agg would keep every figure from the page
     with open(home / "log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
@@ -65,7 +71,8 @@ def lab(tmp_path_factory):
 def page(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install playwright")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch_persistent_context(tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1500, "height": 1300})
+        browser = p.chromium.launch_persistent_context(tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS,
+                                                       viewport={"width": 1500, "height": 1300})
         yield browser.new_page()
         browser.close()
 
@@ -73,7 +80,8 @@ def page(tmp_path):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "The book, built and served on this machine: its address."
-    for tool in ("myst_nb", "sphinx_book_theme", "latex2mathml"): pytest.importorskip(tool, reason=f"no book without {tool}: pip install -e '.[dev]'")
+    for tool in ("myst_nb", "sphinx_book_theme", "latex2mathml"):
+        pytest.importorskip(tool, reason=f"no book without {tool}: pip install -e '.[dev]'")
     folder = tmp_path_factory.mktemp("book")
     done = subprocess.run([sys.executable, ROOT / "tools" / "book.py", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -87,16 +95,19 @@ def site(tmp_path_factory):
 def test_the_book(site, page):
     asked, complaints = [], []
     page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console",
+            lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("response", lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+    page.on("response",
+            lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None)
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.goto(f"{site}/index.html")
     assert page.locator("img[src*='demo']").evaluate("image => image.complete && image.naturalWidth > 100")
     page.locator(".bd-sidebar-primary a", has_text="33 SuperMix").first.click(force=True)
     page.wait_for_url("**/33_mixing.html")
     assert "SuperMix" in page.locator("article h1").inner_text() and page.locator("article math").count() > 10
-    assert page.locator("article .cell_output img").count() > 2 and "#| export" not in page.locator("article").inner_text()
+    assert (page.locator("article .cell_output img").count() > 2
+            and "#| export" not in page.locator("article").inner_text())
     page.screenshot(path=SHOTS / "book_chapter.png")
     page.get_by_role("link", name="supermix.mixing").first.click()
     page.wait_for_url("**/api/supermix.mixing.html")
@@ -108,15 +119,18 @@ def test_the_book(site, page):
     page.locator("#search-results li a").first.click()
     page.wait_for_url(lambda url: "search" not in url)
     assert "dirichlet" in page.locator("article").inner_text().lower()
-    assert not complaints and len(asked) > 10 and all(url.startswith((site, "data:")) for url in asked), [*complaints, *asked]
+    assert (not complaints and len(asked) > 10
+            and all(url.startswith((site, "data:")) for url in asked)), [*complaints, *asked]
 
 
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
     page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}&reset")  # no tabs of chapters before
-    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=90_000)
-    page.evaluate("() => { window.ranAll = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status"
+                           " == 'idle'", timeout=90_000)
+    page.evaluate("() => { window.ranAll = false; "
+                  "window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
     try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
     except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
         SHOTS.mkdir(parents=True, exist_ok=True)
@@ -131,9 +145,11 @@ def run_all(page, lab, chapter, seconds=240):
 def keep(page, chapter):
     "A picture of the whole chapter, cells and outputs, for somebody to look at."
     SHOTS.mkdir(parents=True, exist_ok=True)
-    height = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.reduce((sum, cell) => sum + cell.node.offsetHeight, 0)")
+    height = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets"
+                           ".reduce((sum, cell) => sum + cell.node.offsetHeight, 0)")
     page.set_viewport_size({"width": 1500, "height": min(round(height) + 250, 16_000)})  # Chromium draws no more
-    page.evaluate("() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }")
+    page.evaluate("() => { window.jupyterapp.shell.collapseLeft(); "
+                  "window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }")
     page.wait_for_timeout(1500)
     page.screenshot(path=SHOTS / f"{chapter}.jpg", type="jpeg", quality=60)
 
@@ -141,7 +157,8 @@ def keep(page, chapter):
 def stop_kernels(lab):
     "Each chapter's kernel holds its data and networks: forty would not fit."
     address, token = lab
-    ask = lambda method, what: urllib.request.urlopen(urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30).read()
+    ask = lambda method, what: urllib.request.urlopen(
+        urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30).read()
     for session in json.loads(ask("GET", "sessions")): ask("DELETE", f"sessions/{session['id']}")
 
 
@@ -155,7 +172,8 @@ def until(page, what, seconds=30, why=""):
 
 def five_and_no_sixth(page, explorer):
     "Thumbnails up to five; then the page says no, and nothing else changes."
-    chosen, status, bar = (explorer.locator(css) for css in ("button.supermix-thumb.mod-active", ".supermix-status", ".widget-hprogress .widget-label"))
+    chosen, status, bar = (explorer.locator(css) for css in ("button.supermix-thumb.mod-active", ".supermix-status",
+                                                             ".widget-hprogress .widget-label"))
     while (count := chosen.count()) < 5:
         explorer.locator("button.supermix-thumb:not(.mod-active)").first.click()
         until(page, lambda: chosen.count() == count + 1, why=f"a thumbnail beside {count} is not taken")
@@ -163,7 +181,8 @@ def five_and_no_sixth(page, explorer):
     until(page, lambda: bar.inner_text() == "done", 60, "five images are not solved")
     explorer.screenshot(path=SHOTS / "explorer_five.png")
     explorer.locator("button.supermix-thumb:not(.mod-active)").last.click()
-    until(page, lambda: "two to five" in status.inner_text() and chosen.count() == 5, why="a sixth image is not refused")
+    until(page, lambda: "two to five" in status.inner_text() and chosen.count() == 5,
+          why="a sixth image is not refused")
 
 
 def saves(page, lab, explorer):
@@ -171,14 +190,19 @@ def saves(page, lab, explorer):
     address, token = lab
     for kind, head in (("PNG", b"\x89PNG"), ("GIF", b"GIF89a")):
         explorer.get_by_role("button", name=f"Save {kind}").click()
-        until(page, lambda: f"Saved supermix.{kind.lower()}" in explorer.locator(".supermix-status").inner_text(), 60, f"{kind} is not saved")
-        with urllib.request.urlopen(f"{address}/files/nbs/supermix.{kind.lower()}?token={token}", timeout=30) as file: assert file.read().startswith(head)
+        until(page, lambda: f"Saved supermix.{kind.lower()}" in explorer.locator(".supermix-status").inner_text(), 60,
+              f"{kind} is not saved")
+        with urllib.request.urlopen(f"{address}/files/nbs/supermix.{kind.lower()}?token={token}", timeout=30) as file:
+            assert file.read().startswith(head)
 
 
 def newer_cancels_older(page, large):
-    "At 224x224 a solve takes seconds: the bar says so, the page answers meanwhile, and only the last setting is solved to its end."
+    """At 224x224 a solve takes seconds: the bar says so, the page answers meanwhile, and only the last setting is
+    solved to its end."""
     large.scroll_into_view_if_needed()
-    bar, handle = large.locator(".widget-hprogress .widget-label"), large.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('σ, smoothing')")).locator(".noUi-handle")
+    bar, handle = (large.locator(".widget-hprogress .widget-label"),
+                   large.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('σ, smoothing')"))
+                   .locator(".noUi-handle"))
     until(page, lambda: bar.inner_text() == "done")
     handle.focus()
     handle.press("ArrowLeft")

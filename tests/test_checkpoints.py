@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from supermix.checkpoints import NAME, checkpoints, digest, load_checkpoint, random_state, restore_random, save_checkpoint
+from supermix.checkpoints import (NAME, checkpoints, digest, load_checkpoint, random_state, restore_random,
+                                  save_checkpoint)
 from torch import nn
 
-STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)}, "position": [3, 4, 5], "pair": (1, None),
-         "name": "naïve", "rate": 0.1, "flag": True}
+STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
+         "position": [3, 4, 5], "pair": (1, None), "name": "naïve", "rate": 0.1, "flag": True}
 
 
 def test_what_is_kept_comes_back(tmp_path):
@@ -35,7 +36,8 @@ def test_the_last_ones_stay(keep, tmp_path):
 @pytest.mark.parametrize("keep", [0, -1])
 def test_at_least_one_checkpoint_is_kept(keep, tmp_path):
     first = save_checkpoint(tmp_path, 5, {"step": 5})
-    with pytest.raises(ValueError, match=f"at least 1 checkpoint, got {keep}"): save_checkpoint(tmp_path, 10, {"step": 10}, keep)
+    with pytest.raises(ValueError, match=f"at least 1 checkpoint, got {keep}"):
+        save_checkpoint(tmp_path, 10, {"step": 10}, keep)
     assert checkpoints(tmp_path) == [first]
 
 
@@ -48,7 +50,8 @@ def test_any_changed_byte_is_an_error(tmp_path):
         with pytest.raises(ValueError, match="was changed or cut off"): load_checkpoint(path)
     for length in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to go on"): load_checkpoint(path)
+        with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to go on"):
+            load_checkpoint(path)
 
 
 def test_a_renamed_checkpoint_is_an_error(tmp_path):
@@ -56,7 +59,8 @@ def test_a_renamed_checkpoint_is_an_error(tmp_path):
     assert first.name[15:] != second.name[15:]  # one content, two steps
     false = first.rename(tmp_path / first.name.replace("step-000000001", "step-000000003"))
     assert checkpoints(tmp_path)[-1] == false
-    with pytest.raises(ValueError, match=f"{false.name} was changed or cut off, or renamed.*Delete it to go on"): load_checkpoint(false)
+    with pytest.raises(ValueError, match=f"{false.name} was changed or cut off, or renamed.*Delete it to go on"):
+        load_checkpoint(false)
     assert load_checkpoint(false.rename(first))["position"] == load_checkpoint(second)["position"] == STATE["position"]
 
 
@@ -66,24 +70,29 @@ class Trap:
     def __reduce__(self): return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("write", [lambda trap, path: path.write_bytes(pickle.dumps({"network": trap})), lambda trap, path: torch.save({"network": trap}, path)])
+@pytest.mark.parametrize("write", [lambda trap, path: path.write_bytes(pickle.dumps({"network": trap})),
+                                   lambda trap, path: torch.save({"network": trap}, path)])
 def test_code_in_a_checkpoint_never_runs(write, tmp_path):
     write(Trap(tmp_path / "ran"), tmp_path / "evil")
     path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{digest(1, (tmp_path / 'evil').read_bytes())}.pt")
     with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(save_checkpoint(tmp_path, 2, {"network": nn.Linear(1, 1)}))
+    with pytest.raises(ValueError, match="holds more than plain values"):
+        load_checkpoint(save_checkpoint(tmp_path, 2, {"network": nn.Linear(1, 1)}))
 
 
 def test_other_files_are_no_checkpoints(tmp_path):
     for name in ("step-1.pt", "step-000000001-xyz.pt", "model.pt"): (tmp_path / name).write_bytes(b"")
     assert checkpoints(tmp_path) == [] == checkpoints(tmp_path / "none")
     with pytest.raises(ValueError, match="Expected a checkpoint named"): load_checkpoint(tmp_path / "model.pt")
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint"): load_checkpoint(tmp_path / "step-000000001-0123456789abcdef.pt")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
+        load_checkpoint(tmp_path / "step-000000001-0123456789abcdef.pt")
 
 
 def test_all_random_states_come_back(tmp_path):
-    def draws(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)], random.gauss(0, 1), np.random.randn()
+    def draws():
+        return (torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)],
+                random.gauss(0, 1), np.random.randn())
     np.random.randn(), random.gauss(0, 1)  # both keep half a pair back
     path = save_checkpoint(tmp_path, 1, random_state())
     first = draws()
@@ -108,11 +117,14 @@ while True:
         with pytest.raises(subprocess.TimeoutExpired): process.wait(wait)
         process.kill()
         process.wait()
-        assert 1 <= len(checkpoints(tmp_path)) <= 3 and all(load_checkpoint(p)["big"].shape == (2_000_000,) for p in checkpoints(tmp_path))
+        assert (1 <= len(checkpoints(tmp_path)) <= 3
+                and all(load_checkpoint(p)["big"].shape == (2_000_000,) for p in checkpoints(tmp_path)))
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path):
-    die = "import os, signal, sys, torch; from supermix.checkpoints import save_checkpoint; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); save_checkpoint(sys.argv[1], 1, {'a': torch.ones(3)})"
+    die = ("import os, signal, sys, torch; from supermix.checkpoints import save_checkpoint; "
+           "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
+           "save_checkpoint(sys.argv[1], 1, {'a': torch.ones(3)})")
     assert subprocess.run([sys.executable, "-c", die, str(tmp_path)]).returncode == -9
     assert len(list(tmp_path.iterdir())) == 1 and not checkpoints(tmp_path)
     path = save_checkpoint(tmp_path, 2, STATE)

@@ -35,7 +35,8 @@ def test_the_loss_is_finite_for_any_similarity():
 
 
 def test_the_losss_gradient():
-    assert torch.autograd.gradcheck(lambda x: nce_loss(x, torch.tensor(1.0).double(), 10, 0.5), random(0, 2, 4).requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: nce_loss(x, torch.tensor(1.0).double(), 10, 0.5),
+                                    random(0, 2, 4).requires_grad_())
 
 
 @given(n=st.integers(1, 30), K=st.integers(1, 20), number=st.integers(1, 4), seed=st.integers(0, 1000))
@@ -86,7 +87,8 @@ def test_remembering_in_plain_loops(seed, momentum):
 
 
 def seen(seed, B=6, width=8, graph=False):
-    return Seen([random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2), random(seed + 2, B, width).requires_grad_(graph)], random(seed + 3, B, 3))
+    return Seen([random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2),
+                 random(seed + 2, B, width).requires_grad_(graph)], random(seed + 3, B, 3))
 
 
 def term(images=20, **options):
@@ -103,7 +105,8 @@ def test_the_whole_term_in_plain_loops():
     classes = torch.full((20,), -1)
     classes[INDICES] = LABELS
     chosen = draw_negatives(LABELS, classes, 7, torch.Generator().manual_seed(5))
-    us, ut = ([list(F.normalize(embed(x.features[-1]), dim=1).detach()) for embed, x in ((crd.embed_student, s), (crd.embed_teacher, t))])
+    us, ut = ([list(F.normalize(embed(x.features[-1]), dim=1).detach())
+               for embed, x in ((crd.embed_student, s), (crd.embed_teacher, t))])
     expected = 0
     for u, memory in ((us, memory_t), (ut, memory_s)):
         e = [[math.exp(float(u[i] @ memory[j]) / 0.07) for j in [INDICES[i], *chosen[i]]] for i in range(6)]
@@ -176,8 +179,10 @@ def work(rank, port, folder):
     crd, losses = term(negatives=7), []
     for i in range(3):
         s, t = ([f[part] for f in x.features] for x in (seen(i), seen(10 + i, width=5)))
-        losses.append(crd(Seen(s, None), Seen(t, None), LABELS[part], INDICES[part], torch.Generator().manual_seed(rank)).item())
-    torch.save((crd.state_dict(), losses, gather_ranks(torch.arange(3)[part.start // 2:] + 10 * rank)), f"{folder}/{rank}.pt")
+        losses.append(crd(Seen(s, None), Seen(t, None), LABELS[part], INDICES[part],
+                          torch.Generator().manual_seed(rank)).item())
+    torch.save((crd.state_dict(), losses, gather_ranks(torch.arange(3)[part.start // 2:] + 10 * rank)),
+               f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -186,18 +191,21 @@ def test_two_processes_keep_equal_memories(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
-    (one, losses_one, gathered), (two, losses_two, _) = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
+    (one, losses_one, gathered), (two, losses_two, _) = (torch.load(tmp_path / f"{i}.pt", weights_only=True)
+                                                         for i in range(2))
     assert all(torch.equal(v, two[k]) for k, v in one.items()) and one["log_z"].isfinite().all()
     assert gathered.tolist() == [0, 1, 2, 12]
     assert losses_one != losses_two
     alone = term(negatives=7)  # what one process would remember of the whole batches
     for i in range(3): alone(seen(i), seen(10 + i, width=5), LABELS, INDICES, torch.Generator().manual_seed(0))
-    for name in ("memory_student", "memory_teacher", "classes"): torch.testing.assert_close(one[name], alone.state_dict()[name])
+    for name in ("memory_student", "memory_teacher", "classes"):
+        torch.testing.assert_close(one[name], alone.state_dict()[name])
 
 
 def test_z_is_n_times_the_mean():
     x = random(0, 5, 4).tanh()
-    assert estimate_log_z(x, 30, 0.5).exp().item() == pytest.approx(30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12)
+    assert (estimate_log_z(x, 30, 0.5).exp().item()
+            == pytest.approx(30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12))
 
 
 @pytest.mark.slow
@@ -206,6 +214,7 @@ def test_compiled_it_has_the_same_gradient():
         torch.manual_seed(0)
         student, teacher = (Seen([torch.randn(32, 64)], torch.randn(32, 10)) for _ in range(2))
         term, indices = CRD(student, teacher, 80).train(), torch.randperm(80)[:32]
-        wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices, torch.Generator().manual_seed(1)))(student, teacher).backward()
+        wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices,
+                                   torch.Generator().manual_seed(1)))(student, teacher).backward()
         return [p.grad for p in term.parameters()] + [term.memory_student, term.memory_teacher]
     torch.testing.assert_close(gradients(torch.compile), gradients(lambda f: f), rtol=1e-4, atol=1e-5)

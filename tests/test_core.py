@@ -24,7 +24,8 @@ def test_lookup_shows_what_there_is(name, message):
 
 def test_a_file_of_torch_save_is_named(tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "teacher.pt")
-    with pytest.raises(ValueError, match=r"teacher.pt is not a whole safetensors file .* written by `torch.save`"): load_tensors(tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=r"teacher.pt is not a whole safetensors file .* written by `torch.save`"):
+        load_tensors(tmp_path / "teacher.pt")
 
 
 SIZE = 2_000_000

@@ -12,8 +12,8 @@ import pytest
 import supermix.data
 import torch
 from PIL import Image
-from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_folder, load_imagenet,
-                           open_image, read_idx)
+from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_folder,
+                           load_imagenet, open_image, read_idx)
 from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -291,7 +291,8 @@ def test_a_pass_begun_late_and_shared_holds_the_same(world, start, images):
     whole = [torch.cat(parts) for parts in zip(*images.batches(4, 3, epoch=2, start=start))]
     ranks = [list(images.batches(4, 3, epoch=2, start=start, share=(rank, world))) for rank in range(world)]
     alike = [[batch[2].tolist() for batch in rank] for rank in ranks]
-    together = [batches[0] if len(batches[0][2]) == 1 else [torch.cat(t) for t in zip(*batches)] for batches in zip(*ranks)]
+    together = [batches[0] if len(batches[0][2]) == 1 else [torch.cat(t) for t in zip(*batches)]
+                for batches in zip(*ranks)]
     assert all(torch.equal(torch.cat(a), b) for a, b in zip(zip(*together), whole)) and len(alike) == world
     full = [torch.cat(parts) for parts in zip(*images.batches(4, 3, epoch=2))]
     assert all(torch.equal(a, b[4 * start:]) for a, b in zip(whole, full))
@@ -336,7 +337,8 @@ def test_evenly_deals_like_a_plain_loop(seeded):
     order = torch.randperm(200, generator=seeded(5)).tolist()
     dealt, seen = [], {}
     for i in order: seen.setdefault(int(labels[i]), []).append(i)
-    for number in range(max(map(len, seen.values()))): dealt += [i for i in order if number < len(seen[int(labels[i])]) and seen[int(labels[i])][number] == i]
+    for number in range(max(map(len, seen.values()))):
+        dealt += [i for i in order if number < len(seen[int(labels[i])]) and seen[int(labels[i])][number] == i]
     assert evenly(labels, 200, seed=5).tolist() == dealt
 
 
@@ -357,7 +359,9 @@ def test_arrays_that_are_no_images(pixels, labels, message, digits):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(mean=(123.7, 116.3, 103.5)), r"Expected mean of three channels, each of pixels in 0 … 1 .*divide it by 255.*got \(123.7"), (dict(std=(0.2, 0.0, 0.2)), "Expected std of three channels"),
+    (dict(mean=(123.7, 116.3, 103.5)),
+     r"Expected mean of three channels, each of pixels in 0 … 1 .*divide it by 255.*got \(123.7"),
+    (dict(std=(0.2, 0.0, 0.2)), "Expected std of three channels"),
     (dict(mean=0.5), "Expected mean of three channels.* got 0.5"), (dict(std=(0.5,)), "Expected std of three channels"),
 ])
 def test_a_folder_under_an_odd_normalisation(options, message, photos, tmp_path):

@@ -29,11 +29,13 @@ def test_the_demo_at_smoke_scale(tmp_path):
     assert [row["name"] for row in result["rows"]] == NAMES
     assert all(0 < row["accuracy"] <= 100 and row["speed"] > 1 for row in result["rows"])
     picture = np.asarray(Image.open(tmp_path / "out" / "mixes.png").convert("RGB"))
-    assert picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 500  # masks and images, not a blank
+    # masks and images, not a blank
+    assert picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 500
     student = load(tmp_path / "out" / "supermix_kd.safetensors")
     assert len(predict(student, load_data("digits").test[:5][0]).labels) == 5
 
 
 def test_an_error_is_one_line_that_names_the_fix(tmp_path):
     done = supermix("teacher", "--data", "digit", folder=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("supermix: Unknown teacher's data set 'digit'. Did you mean 'digits'?")
+    assert (done.returncode == 1
+            and done.stderr.startswith("supermix: Unknown teacher's data set 'digit'. Did you mean 'digits'?"))

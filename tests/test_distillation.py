@@ -52,7 +52,8 @@ def test_a_stock_in_a_folder_is_found_again(teacher, few, tmp_path):
     again = make_mixes(teacher, few, 60, folder=tmp_path / "mixes")
     assert torch.equal(first.batch([3]).images, again.batch([3]).images)
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "mixes").glob("*.safetensors")}
-    with pytest.raises(ValueError, match="made otherwise"): make_mixes(teacher, few, 60, seed=1, folder=tmp_path / "mixes")
+    with pytest.raises(ValueError, match="made otherwise"):
+        make_mixes(teacher, few, 60, seed=1, folder=tmp_path / "mixes")
 
 
 def test_sets_that_are_never_solved_end_in_an_error(few):
@@ -71,8 +72,10 @@ def test_a_sample_is_a_window_of_a_mix(pad, mixes, seeded):
     black = mixes.info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
     framed = black.expand(50, 3, 32 + 2 * pad, 32 + 2 * pad).clone()
     framed[..., pad:pad + 32, pad:pad + 32] = known.images
-    windows = framed.unfold(2, 32, 1).unfold(3, 32, 1).movedim(1, 3).reshape(50, -1, 3, 32, 32)  # all there are; digits are never mirrored
-    assert views.shape == (50, 3, 32, 32) and all((w == view).flatten(1).all(1).any() for w, view in zip(windows, views))
+    # all there are; digits are never mirrored
+    windows = framed.unfold(2, 32, 1).unfold(3, 32, 1).movedim(1, 3).reshape(50, -1, 3, 32, 32)
+    assert (views.shape == (50, 3, 32, 32)
+            and all((w == view).flatten(1).all(1).any() for w, view in zip(windows, views)))
     assert torch.equal(views, mixes.sample(50, seeded())[0]) and not torch.equal(views, mixes.sample(50, seeded(1))[0])
     mixes.pad = 2
 
@@ -115,10 +118,15 @@ def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few)
     objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few).eval()
     if not objective.features[name].later: return
     batch = batch_of(few)
-    with torch.no_grad(): ours, without = (obj(student, batch._replace(generator=place(0))) for obj in (objective, Distillation(teacher, replace(terms, features=()), objective.mixer, student, few)))
+    with torch.no_grad():
+        ours, without = (
+            obj(student, batch._replace(generator=place(0)))
+            for obj in (objective, Distillation(teacher, replace(terms, features=()), objective.mixer, student, few)))
     g = place(0)
     if mixer: MixUp(10)(batch.images, batch.labels, generator=g)  # what is drawn for the mixes comes first
-    with torch.no_grad(): term = objective.features[name](see(student, batch.images), see(teacher, batch.images), batch.labels, batch.indices, g)
+    with torch.no_grad():
+        term = objective.features[name](see(student, batch.images), see(teacher, batch.images), batch.labels,
+                                        batch.indices, g)
     torch.testing.assert_close(ours, without + dict(terms.features)[name] * term, rtol=1e-3, atol=1e-4)
 
 
@@ -140,7 +148,8 @@ def test_mixed_images_come_from_a_stock_a_mixer_or_a_name(source, teacher, digit
     assert all(part.training for part in teacher.modules())  # as it was given; but it answered in evaluation mode,
     teacher.eval()
     assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())  # for no statistics have moved
-    assert history.images == len(few) and history.test is None and not student.training and all(p.grad is None for p in teacher.parameters())
+    assert (history.images == len(few) and history.test is None and not student.training
+            and all(p.grad is None for p in teacher.parameters()))
 
 
 def test_a_data_set_with_test_images_is_told_their_accuracy(teacher, digits, few):
@@ -164,7 +173,8 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
             super().begin(network, epoch)
             own = {id(p) for p in self.features[name].first_parameters(network)}
             everything = [*network.parameters(), *self.features.parameters()]
-            seen.append((self.first, all(p.requires_grad == (id(p) in own) for p in everything), all(p.requires_grad for p in network.parameters())))
+            seen.append((self.first, all(p.requires_grad == (id(p) in own) for p in everything),
+                         all(p.requires_grad for p in network.parameters())))
 
     recipe = Training(epochs=3, batch_size=20, lr=0.01, milestones=())
     history = train(student, few, recipe, Watched(teacher, METHODS[name], None, student, few, first_stage=1))
@@ -175,7 +185,8 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
 @pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
 @pytest.mark.parametrize("lr", [0.1, 0.02])
 def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
-    "At the paper's rate, with the benchmark's weights, on few images: the first stage's loss falls, and then the student's."
+    """At the paper's rate, with the benchmark's weights, on few images: the first stage's loss falls, and then the
+    student's."""
     torch.manual_seed(0)
     images, student = digits.train.subset(160), create("resnet8", 10)
     recipe = Training(epochs=6, batch_size=16, lr=lr, milestones=(5,), first_stage=3)
@@ -183,7 +194,8 @@ def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
     own = 0.01 if name == "ft" else min(lr, 0.05)
     assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 2 + [lr / 10])
     assert history.loss[2] < history.loss[0] and history.loss[5] < history.loss[3]
-    slower = distill(teacher, create("resnet8", 10), images, name, recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()))
+    slower = distill(teacher, create("resnet8", 10), images, name,
+                     recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()))
     assert [row["lr"] for row in slower.rows] == pytest.approx([0.001] * 3 + [lr])
 
 
@@ -193,12 +205,14 @@ def test_the_weight_is_for_the_later_stage(name, teacher, few):
     student, batch = create("resnet8", 10).eval(), batch_of(few)
     objective = Distillation(teacher, METHODS[name], None, student, few, first_stage=1).eval()
     objective.begin(student, 0)
-    torch.testing.assert_close(objective(student, batch), objective.features[name].first_loss(student, teacher, batch.images))
+    torch.testing.assert_close(objective(student, batch),
+                               objective.features[name].first_loss(student, teacher, batch.images))
 
 
 def test_crops_of_mixed_images(teacher, digits):
     images, students = digits.train.subset(20), []
-    for mixer, options in (("supermix", {"mixed_pad": 0}), (make_mixes(teacher, images, 30, mixed_pad=0), {}), ("supermix", {})):
+    for mixer, options in (("supermix", {"mixed_pad": 0}), (make_mixes(teacher, images, 30, mixed_pad=0), {}),
+                           ("supermix", {})):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
         distill(teacher, students[-1], images, "kd", mixer, SHORT, mixes=30, **options)
@@ -211,35 +225,56 @@ def test_what_is_held_out_is_in_no_memory(teacher, digits, tmp_path):
     distill(teacher, create("resnet8", 10), images, "crd", recipe=replace(SHORT, held_out=10), folder=tmp_path)
     state = load_checkpoint(checkpoints(tmp_path)[-1])["objective"]
     assert state["features.crd.memory_student"].shape == state["features.crd.memory_teacher"].shape == (30, 128)
-    assert torch.equal(state["features.crd.classes"], images.split(10)[1].labels)  # each row belongs to an image that is learned from
+    # each row belongs to an image that is learned from
+    assert torch.equal(state["features.crd.classes"], images.split(10)[1].labels)
 
 
 def test_networks_that_do_not_fit_are_told_before_anything_is_mixed(teacher, few, tmp_path):
-    for classes, message in ((12, "the same classes, got 12 and 10"), (8, "a student of at least the 10 classes of digits, got 8")):
-        with pytest.raises(ValueError, match=message): distill(teacher, create("resnet8", classes), few, "kd", "supermix", SHORT, folder=tmp_path)
-    with pytest.raises(ValueError, match="a student of at least the 10"): distill(None, create("resnet8", 8), few, "alone", recipe=SHORT)
+    for classes, message in ((12, "the same classes, got 12 and 10"),
+                             (8, "a student of at least the 10 classes of digits, got 8")):
+        with pytest.raises(ValueError, match=message):
+            distill(teacher, create("resnet8", classes), few, "kd", "supermix", SHORT, folder=tmp_path)
+    with pytest.raises(ValueError, match="a student of at least the 10"):
+        distill(None, create("resnet8", 8), few, "alone", recipe=SHORT)
     assert not list(tmp_path.iterdir())
 
 
 MISFITS = {
     "no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_kd=1.0)), "give a mixer"),
     "no teacher": (lambda t, few, m: distill(None, create("resnet8", 10), few, "kd"), "needs a teacher, got None"),
-    "no teacher for mixes": (lambda t, few, m: distill(None, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="lam"), "supermix"), "needs a teacher, got None"),
-    "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m), "'fitnets'. Did you mean 'fitnet'"),
-    "mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"), "Unknown mixer 'mixupp'. Did you mean 'mixup'"),
-    "label": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m), "label of mixed images 'arae'. Did you mean 'area'"),
+    "no teacher for mixes": (
+        lambda t, few, m: distill(None, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="lam"), "supermix"),
+        "needs a teacher, got None"),
+    "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m),
+               "'fitnets'. Did you mean 'fitnet'"),
+    "mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"),
+              "Unknown mixer 'mixupp'. Did you mean 'mixup'"),
+    "label": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m),
+              "label of mixed images 'arae'. Did you mean 'area'"),
     "classes": (lambda t, few, m: distill(t, create("resnet8", 12), few, "kd", recipe=SHORT), "12.* 10|10.* 12"),
-    "a teacher of too few classes": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), create("resnet8", 10), few), "at least the 10 classes of digits, got 5"),
+    "a teacher of too few classes": (
+        lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), create("resnet8", 10), few),
+        "at least the 10 classes of digits, got 5"),
     "no mixes": (lambda t, few, m: make_mixes(t, few, 0), "Expected .*got.* 0"),
-    "none of the stock": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=0), "count of 1 or more.* got count 0"),
-    "a number of mixes and no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100), "mixer='supermix' where a number of mixes is given, got None"),
-    "a recipe in words": (lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}), "recipe that is a .*Training.*got dict"),
-    "a pair": (lambda t, few, m: distill(t, create("resnet8", 10), few[:]), "data of `load_data` or `load_folder`.*got tuple"),
+    "none of the stock": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=0),
+        "count of 1 or more.* got count 0"),
+    "a number of mixes and no mixer": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100),
+        "mixer='supermix' where a number of mixes is given, got None"),
+    "a recipe in words": (lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}),
+                          "recipe that is a .*Training.*got dict"),
+    "a pair": (lambda t, few, m: distill(t, create("resnet8", 10), few[:]),
+               "data of `load_data` or `load_folder`.*got tuple"),
     "no student": (lambda t, few, m: distill(t, None, few), "student that is a network, got NoneType"),
     "the teacher itself": (lambda t, few, m: distill(t, t, few), "student beside the teacher"),
-    **{f"a first stage of {method} and nothing after it": (lambda t, few, m, method=method: distill(t, create("resnet8", 10), few, method, recipe=Training(epochs=5, milestones=(4,))),
-       f"first stage of {method} shorter than the 5 epochs .* got first_stage 30") for method in ("ab", "ft", "fsp")},
-    "no features": (lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"), "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),
+    **{f"a first stage of {method} and nothing after it": (
+        lambda t, few, m, method=method: distill(t, create("resnet8", 10), few, method,
+                                                 recipe=Training(epochs=5, milestones=(4,))),
+        f"first stage of {method} shorter than the 5 epochs .* got first_stage 30") for method in ("ab", "ft", "fsp")},
+    "no features": (
+        lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"),
+        "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),
 }
 
 
@@ -249,7 +284,8 @@ def test_what_does_not_fit_together(case, teacher, few, mixes):
     with pytest.raises(ValueError, match=message): act(teacher, few, mixes)
 
 
-def test_a_stock_of_a_whole_data_set(teacher, digits): assert len(make_mixes(teacher, digits, 20)) == 20  # its training images
+def test_a_stock_of_a_whole_data_set(teacher, digits):
+    assert len(make_mixes(teacher, digits, 20)) == 20  # its training images
 
 
 @pytest.mark.parametrize("method, epochs", [("kd", 2), ("alone", 1)])
@@ -259,7 +295,8 @@ def test_a_stock_is_mixed_ahead_and_changes_nothing(method, epochs, teacher, few
         torch.manual_seed(0)
         student, by = create("resnet8", 10), []
         kept = MixedDataset.sample
-        monkeypatch.setattr(MixedDataset, "sample", lambda self, n, generator: by.append(threading.current_thread() is threading.main_thread()) or kept(self, n, generator))
+        monkeypatch.setattr(MixedDataset, "sample", lambda self, n, generator: by.append(
+            threading.current_thread() is threading.main_thread()) or kept(self, n, generator))
         distill(teacher, student, few, method, mixes, replace(SHORT, epochs=epochs))
         monkeypatch.undo()
         return student.state_dict(), by

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from supermix.data import load_data
-from supermix.engine import BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, joined, plain_way, race, rounded
+from supermix.engine import (BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, joined,
+                             plain_way, race, rounded)
 from supermix.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing import SuperMix, is_solved
 from supermix.recipes import FAST, Mixing
@@ -25,7 +26,8 @@ def solve(teacher, images, mixing=QUICK, blocks=1, slots=128, seed=0, first=0):
     return engine, Found(*(t[found.index.argsort()] for t in found))
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in ("wrn_28_10a", "shakeshake26_2x96d", "imagenet_resnet50", "imagenet_resnet34", "resnet50")])
+@pytest.mark.parametrize("name", [n for n in names() if n not in (
+    "wrn_28_10a", "shakeshake26_2x96d", "imagenet_resnet50", "imagenet_resnet34", "resnet50")])
 def test_folding_leaves_the_logits(name):
     torch.manual_seed(0)
     network = create(name, 10)
@@ -36,7 +38,8 @@ def test_folding_leaves_the_logits(name):
     torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
     count = lambda n: sum(type(m) is nn.BatchNorm2d for m in n.modules())
     assert count(folded) <= 0.6 * count(network)
-    with torch.no_grad(): torch.testing.assert_close(folded(x), network.eval()(x), rtol=1e-3, atol=1e-3 * network(x).abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network.eval()(x), rtol=1e-3, atol=1e-3 * network(x).abs().max().item())
 
 
 def test_a_norm_that_cannot_be_folded_is_left_alone():
@@ -44,7 +47,8 @@ def test_a_norm_that_cannot_be_folded_is_left_alone():
         "One convolution with two norms: folding either would be wrong for the other."
         def __init__(self):
             super().__init__()
-            self.conv, self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 2)
+            self.conv, self.a, self.b, self.head = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4),
+                                                    nn.Linear(4, 2))
 
         def forward(self, x):
             y = self.conv(x)
@@ -71,9 +75,10 @@ def test_holding_the_sparsity():
     theta = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for target in (0.03, 0.06, 0.1):
         held = hold_sparsity(theta, target, (32, 32), rounds=6)
-        torch.testing.assert_close(sparsity(masks_from_theta(held, (32, 32))).mean(), torch.tensor(target), atol=3e-3, rtol=0)
+        torch.testing.assert_close(sparsity(masks_from_theta(held, (32, 32))).mean(), torch.tensor(target),
+                                   atol=3e-3, rtol=0)
         assert torch.equal(held.amax(1), torch.full((50, 8, 8), REST)) and torch.equal(held.argmax(1), theta.argmax(1))
-    shifted = hold_sparsity(theta + torch.randn(50, 1, 8, 8), 0.06, (32, 32))      # what all sources share does not matter
+    shifted = hold_sparsity(theta + torch.randn(50, 1, 8, 8), 0.06, (32, 32))  # what all sources share does not matter
     torch.testing.assert_close(shifted, hold_sparsity(theta, 0.06, (32, 32)), atol=1e-4, rtol=1e-4)
 
 
@@ -105,9 +110,11 @@ def test_draws_depend_on_seed_and_number_alone(teacher, digits):
 def test_what_is_stored_is_what_the_teacher_approved(mixing, teacher, digits):
     engine, found = solve(teacher, digits.train, mixing)
     sets = draw_block(digits.train, engine.see, mixing, 0, 0)
-    assert engine.tried == BLOCK and 0.3 * BLOCK < len(found.index) < BLOCK and (found.steps >= 1).all() and (found.steps <= mixing.max_iter).all()
+    assert (engine.tried == BLOCK and 0.3 * BLOCK < len(found.index) < BLOCK
+            and (found.steps >= 1).all() and (found.steps <= mixing.max_iter).all())
     rows = found.index
-    for name in ("sources", "crop", "flip", "lam", "classes"): assert torch.equal(getattr(found, name), getattr(sets, name)[rows])
+    for name in ("sources", "crop", "flip", "lam", "classes"):
+        assert torch.equal(getattr(found, name), getattr(sets, name)[rows])
     images = mix(sets.images[rows], masks_from_theta(decode(found.code, mixing.hold is not None), (32, 32)))
     with torch.no_grad(): logits = engine.ask(images)
     torch.testing.assert_close(logits, found.logits, rtol=1e-4, atol=1e-4)
@@ -129,9 +136,11 @@ def test_the_papers_update_is_chapter_33s(teacher, digits):
 def test_giving_up_early_loses_sets_and_changes_none(teacher, digits):
     patient, all_found = solve(teacher, digits.train, QUICK)
     hasty, found = solve(teacher, digits.train, replace(QUICK, give_up=2.0))
-    assert hasty.tried == patient.tried == BLOCK and hasty.passes < 0.9 * patient.passes and 0.5 < len(found.index) / len(all_found.index) < 1
+    assert (hasty.tried == patient.tried == BLOCK and hasty.passes < 0.9 * patient.passes
+            and 0.5 < len(found.index) / len(all_found.index) < 1)
     mine = {int(i): (int(n), code) for i, n, code in zip(all_found.index, all_found.steps, all_found.code)}
-    assert set(found.index.tolist()) < set(mine) and all(mine[int(i)][0] == n for i, n in zip(found.index, found.steps.tolist()))
+    assert (set(found.index.tolist()) < set(mine)
+            and all(mine[int(i)][0] == n for i, n in zip(found.index, found.steps.tolist())))
     torch.testing.assert_close(torch.stack([mine[int(i)][1] for i in found.index]), found.code, rtol=5e-3, atol=5e-3)
 
 
@@ -155,7 +164,8 @@ def test_any_callable_and_bad_ones(teacher, digits):
     assert len(list(engine.run([draw_block(digits.train, engine.see, QUICK, 0, 0)])))
     assert list(engine.run([])) == []
     with pytest.raises(ValueError, match="1 or more slots, got 0"): Engine(teacher, x, QUICK, slots=0)
-    with pytest.raises(ValueError, match="Expected the teacher to give logits"): list(Engine(lambda i: i, x, QUICK).run([draw_block(digits.train, teacher, QUICK, 0, 0)]))
+    with pytest.raises(ValueError, match="Expected the teacher to give logits"):
+        list(Engine(lambda i: i, x, QUICK).run([draw_block(digits.train, teacher, QUICK, 0, 0)]))
     with pytest.raises(ValueError, match="hold between 0 and 0.25"): SuperMix(teacher, hold=0.5)
     with pytest.raises(ValueError, match="Did you mean 'regions'"): SuperMix(teacher, hold=0.06, start="region")
     with pytest.raises(ValueError, match="sparsity to hold for start='regions'"): SuperMix(teacher, start="regions")
@@ -164,10 +174,12 @@ def test_any_callable_and_bad_ones(teacher, digits):
 @pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 5], [200, 1, 300, 7], [1] * 300])
 def test_joined_parts_are_their_concatenation(sizes):
     g = torch.Generator().manual_seed(0)
-    parts = [Found(*(torch.randint(100, (n, 3)[:1 + (i > 0)], generator=g) for i in range(len(Found._fields)))) for n in sizes]
+    parts = [Found(*(torch.randint(100, (n, 3)[:1 + (i > 0)], generator=g) for i in range(len(Found._fields))))
+             for n in sizes]
     whole = joined(iter(parts))
     for field, of_parts in zip(whole, zip(*parts)):
-        assert torch.equal(field, torch.cat(of_parts)) and field.untyped_storage().nbytes() == field.nbytes  # and no spare room is kept
+        # and no spare room is kept
+        assert torch.equal(field, torch.cat(of_parts)) and field.untyped_storage().nbytes() == field.nbytes
 
 
 def test_nothing_to_join_is_an_error():
@@ -180,7 +192,8 @@ def test_memory_does_not_grow_with_the_images(teacher, digits):
     def peak(blocks):
         high = 0
         for _ in engine.run(draw_block(digits.train, engine.see, QUICK, 0, b) for b in range(blocks)):
-            living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+            living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                      for t in gc.get_objects() if type(t) is torch.Tensor}
             high = max(high, sum(living.values()))
         return high
     assert peak(6) < 1.1 * peak(2)
@@ -193,8 +206,11 @@ def test_the_plain_way_solves_what_chapter_33_solves(teacher, digits):
     mixed = SuperMix(teacher, max_iter=4).solve(sets.images, sets.lam)
     assert (solved == mixed.solved).float().mean() > 0.95
     same = solved & mixed.solved
-    torch.testing.assert_close(masks_from_theta(theta, (32, 32))[same].mean(), mixed.masks[same].mean(), atol=0.02, rtol=0)
-    with torch.no_grad(): torch.testing.assert_close(teacher(mix(sets.images, masks_from_theta(theta, (32, 32))))[solved], logits[solved], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(masks_from_theta(theta, (32, 32))[same].mean(), mixed.masks[same].mean(),
+                               atol=0.02, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(mix(sets.images, masks_from_theta(theta, (32, 32))))[solved],
+                                   logits[solved], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["races", "races in one process"])
@@ -205,7 +221,8 @@ def test_the_kept_race(name):
         plain, *ways = report[name][k].values()
         assert list(report[name][k]) == ["plain", *RACES[k]]
         for ours in ways:
-            assert ours["ratio"] >= least and ours["solved"] >= plain["solved"] and ours["m(1-m)"] <= 0.065 and ours["share of time in passes"] >= 0.9
+            assert (ours["ratio"] >= least and ours["solved"] >= plain["solved"] and ours["m(1-m)"] <= 0.065
+                    and ours["share of time in passes"] >= 0.9)
             assert ours["KL, where both solve"] <= ours["the plain way's KL there"]
 
 

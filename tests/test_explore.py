@@ -36,8 +36,10 @@ def test_the_trace_ends_where_the_solver_does(digits, teacher, options, k, seede
     mixer = SuperMix(teacher, k=k, **options)
     theta = mixer.first_theta(lam, (32, 32), seeded())
     ours, theirs = trace(mixer, sets, lam, theta), mixer.solve(sets, lam, theta)
-    for name in ("theta", "masks", "images", "logits", "solved"): assert torch.equal(getattr(ours[-1], name), getattr(theirs, name)), name
-    assert torch.equal(ours.solved_at[theirs.solved], theirs.steps[theirs.solved]) and (ours.solved_at[~theirs.solved] == -1).all()
+    for name in ("theta", "masks", "images", "logits", "solved"):
+        assert torch.equal(getattr(ours[-1], name), getattr(theirs, name)), name
+    assert (torch.equal(ours.solved_at[theirs.solved], theirs.steps[theirs.solved])
+            and (ours.solved_at[~theirs.solved] == -1).all())
     assert len(ours) == theirs.steps.max() + 1 and ours.kl.shape == ours.sparsity.shape == (len(ours), 6)
 
 
@@ -99,7 +101,8 @@ def test_shares_of_a_third_are_no_endless_wish(explorer):
     explorer.wait()
     shares, solves = [s.value for s in explorer.controls["lam"][:3]], explorer.worker.number
     assert shares == [0.33] * 3 and explorer.setting.lam == pytest.approx((1 / 3,) * 3)
-    for slider in explorer.controls["lam"][:3]: slider.set_state({"value": 0.33000000000000002})  # what a page sends back
+    for slider in explorer.controls["lam"][:3]:
+        slider.set_state({"value": 0.33000000000000002})  # what a page sends back
     for slider in explorer.controls["lam"][:3]: slider.set_state({"value": 0.3300000001})
     assert explorer.worker.number == solves
     explorer.controls["lam"][0].value = 0.34
@@ -131,7 +134,8 @@ def test_only_the_newest_setting_is_shown(digits, teacher):
     slow = lambda x: (time.sleep(0.01), teacher(x))[1]
     session = Session(digits, slow, max_iter=20, stop=False)
     finished, publish = [], Session.publish
-    session.publish = lambda board: (finished.append(board.scene.setting.lambda_s) if board.finished else None, publish(session, board))
+    session.publish = lambda board: (finished.append(board.scene.setting.lambda_s) if board.finished else None,
+                                     publish(session, board))
     for lambda_s in (1, 5, 20, 60): session.change(lambda_s=lambda_s)
     assert len(alive()) == 1
     session.wait()
@@ -190,7 +194,8 @@ def test_saved_files_are_read_back(explorer, tmp_path):
     with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
         assert np.array_equal(np.asarray(picture), np.asarray(shown))
     with Image.open(tmp_path / "supermix.gif") as film: assert film.n_frames == len(explorer.board)
-    assert told == ["Saving supermix.png …", f"Saved {tmp_path / 'supermix.png'}.", "Saving supermix.gif …", f"Saved {tmp_path / 'supermix.gif'}."]
+    assert told == ["Saving supermix.png …", f"Saved {tmp_path / 'supermix.png'}.",
+                    "Saving supermix.gif …", f"Saved {tmp_path / 'supermix.gif'}."]
     c["folder"].value = str(tmp_path / "supermix.png")  # a file, no folder
     c["gif"].click()
     assert told[-1].startswith("Not saved: ")
@@ -199,11 +204,14 @@ def test_saved_files_are_read_back(explorer, tmp_path):
 @pytest.mark.parametrize("count", [1, 6])
 def test_two_to_five_images(explorer, digits, teacher, count):
     with pytest.raises(ValueError, match=f"two to five images, got {count}"): explorer.change(pick=range(count))
-    with pytest.raises(ValueError, match=f"two to five images, got {count}"): Explorer(digits, teacher, pick=tuple(range(count)))
+    with pytest.raises(ValueError, match=f"two to five images, got {count}"):
+        Explorer(digits, teacher, pick=tuple(range(count)))
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(pick=(0, 0)), "different images"), (dict(pick=(0, 99)), "from 0 to 15"), (dict(lam=(0.5, 0.6)), "sum to 1"),
-                                          (dict(mask_size=64), "no larger than the images"), (dict(search="quick"), "Unknown search"), (dict(sigma=-1.0), "sigma")])
+@pytest.mark.parametrize("wrong, words", [
+    (dict(pick=(0, 0)), "different images"), (dict(pick=(0, 99)), "from 0 to 15"), (dict(lam=(0.5, 0.6)), "sum to 1"),
+    (dict(mask_size=64), "no larger than the images"), (dict(search="quick"), "Unknown search"),
+    (dict(sigma=-1.0), "sigma")])
 def test_errors_say_what_was_expected(digits, teacher, wrong, words):
     with pytest.raises(ValueError, match=words): Session(digits, teacher, **wrong)
 

@@ -27,7 +27,8 @@ OPTIONS = ["--data", "digits", "--count", "500", "--shard", "128"]
 
 def start(folder, *options, launcher=(), **kwargs):
     command = [sys.executable, "-m", *launcher, "supermix.generate", *OPTIONS, "--out", str(folder), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
 def contents(folder): return {p.name: file_hash(p) for p in Path(folder).iterdir()}
@@ -52,7 +53,8 @@ def at_work(folder, since):
 
 
 def killed(folder, kills, whole, seed=0):
-    "Start, kill at a random moment of its work, start again, and compare whenever a run comes to its end; at last to the end. Shards that were there at each kill, runs that ended."
+    """Start, kill at a random moment of its work, start again, and compare whenever a run comes to its end; at last to
+    the end. Shards that were there at each kill, runs that ended."""
     chance, there, ended = random.Random(seed), [], 0
     while len(there) < kills:
         since, process = time.time(), start(folder)
@@ -80,11 +82,18 @@ def test_killed_three_times(whole, tmp_path):
 
 def test_killed_in_the_middle_of_a_write(whole, tmp_path):
     "Of the manifest, of the first shard and of the third, and once the disk has it but the name is not there yet."
-    die = "import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\ndef fsync(file):\n    calls.append(sync(file))\n    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)"
+    die = ("import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\n"
+           "def fsync(file):\n"
+           "    calls.append(sync(file))\n"
+           "    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+           "os.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)")
     for at in (1, 2, 2):
-        process = subprocess.run([sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.run(
+            [sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert process.returncode == -signal.SIGKILL, process.stderr
-        assert [p for p in (tmp_path / "store").iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")], "nothing was left behind: the test tests nothing"
+        assert [p for p in (tmp_path / "store").iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")], (
+            "nothing was left behind: the test tests nothing")
     process = start(tmp_path / "store")
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -96,14 +105,16 @@ def test_killed_fifty_times(whole, tmp_path):
     "Kept in results/kills.json."
     there, ended = killed(tmp_path / "store", 50, whole)
     assert max(there) > 0 and 0 in there  # before the first shard, and after
-    result = {"kills": len(there), "shards at each kill": there, "runs that ended": ended, "byte-identical": True, "command": "pytest tests/test_generate.py --slow -k fifty"}
+    result = {"kills": len(there), "shards at each kill": there, "runs that ended": ended, "byte-identical": True,
+              "command": "pytest tests/test_generate.py --slow -k fifty"}
     (ROOT / "results" / "kills.json").write_text(json.dumps(result) + "\n")
 
 
 def test_the_kept_kills():
     "What the chapter shows."
     kept = json.loads((ROOT / "results" / "kills.json").read_text())
-    assert kept["kills"] == len(kept["shards at each kill"]) == 50 and kept["byte-identical"] and max(kept["shards at each kill"]) > 0
+    assert (kept["kills"] == len(kept["shards at each kill"]) == 50 and kept["byte-identical"]
+            and max(kept["shards at each kill"]) > 0)
     assert json.loads((ROOT / "results" / "scaling.json").read_text())["speedup"] >= 1.8
 
 
@@ -126,7 +137,8 @@ def test_a_worker_that_dies_is_replaced(whole, tmp_path):
 
 
 def test_under_torchrun(whole, tmp_path):
-    process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))
+    process = start(tmp_path / "store",
+                    launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     assert out.count("500 mixed images") == 1  # one of them reports
@@ -134,7 +146,8 @@ def test_under_torchrun(whole, tmp_path):
 
 
 def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
-    process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m"))
+    process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                                  "--max-restarts", "3", "-m"))
     while not shards(tmp_path / "store"): time.sleep(0.05)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
@@ -145,15 +158,18 @@ def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
 
 def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
     took = []
-    for attempt in range(3):  # it takes a second; on a busy machine a process may be held up for longer than five, but not each time
+    # it takes a second; on a busy machine a process may be held up for longer than five, but not each time
+    for attempt in range(3):
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
-        process = start(tmp_path / "store", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs, and their children, ignore it
+        # a shell's background jobs, and their children, ignore it
+        process = start(tmp_path / "store", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         begun = time.time()
         out, err = process.communicate(timeout=30)
         took.append(time.time() - begun)
-        assert process.returncode == 1 and "of 500 images are kept in" in err and "Run the same command again" in err and "Traceback" not in err
+        assert (process.returncode == 1 and "of 500 images are kept in" in err
+                and "Run the same command again" in err and "Traceback" not in err)
         if took[-1] < 5: break
     assert min(took) < 5, took
     assert start(tmp_path / "store").wait() == 0 and contents(tmp_path / "store") == contents(whole)
@@ -162,7 +178,8 @@ def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
 def test_a_full_disk_keeps_what_was_done(whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=68k", "tmpfs", disk], capture_output=True).returncode: pytest.skip("a small disk cannot be mounted here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=68k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
     try:
         process = start(disk / "store")
         out, err = process.communicate()
@@ -199,15 +216,18 @@ def test_a_run_that_is_repeated_does_not_approve_a_changed_shard(spoil, message,
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda store: (store / "00001.safetensors").write_bytes((store / "00000.safetensors").read_bytes()), "it holds shard 0"),
-    (lambda store: (store / "00001.safetensors").write_bytes((store / "00001.safetensors").read_bytes()[:-1] + b"\x07"), "its tensors are not those of its card"),
+    (lambda store: (store / "00001.safetensors").write_bytes((store / "00000.safetensors").read_bytes()),
+     "it holds shard 0"),
+    (lambda store: (store / "00001.safetensors").write_bytes(
+        (store / "00001.safetensors").read_bytes()[:-1] + b"\x07"), "its tensors are not those of its card"),
     (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
 ])
 def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(whole, store)
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key not in ("shards", "images")}))  # as before the end
+    (store / "manifest.json").write_text(json.dumps(
+        {key: value for key, value in manifest.items() if key not in ("shards", "images")}))  # as before the end
     spoil(store)
     with pytest.raises(ValueError, match=f"00001.safetensors was changed: {message}"): generate(RECIPE, store)
 
@@ -216,7 +236,8 @@ def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, who
 def test_a_disk_that_is_full_from_the_beginning(size, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode: pytest.skip("a small disk cannot be mounted here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
     try:
         (disk / "filler").write_bytes(b"x" * 4096)
         with pytest.raises(OSError, match="is full. 0 images are kept"): generate(RECIPE, disk / "store")
@@ -225,13 +246,16 @@ def test_a_disk_that_is_full_from_the_beginning(size, tmp_path):
 
 def test_claims(tmp_path):
     with claimed(tmp_path / "a") as first:
-        code = "import sys; from pathlib import Path; from supermix.generate import claimed\nwith claimed(Path(sys.argv[1])) as mine: print(mine)"
-        assert first and subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True).stdout == "False\n"
+        code = ("import sys; from pathlib import Path; from supermix.generate import claimed\n"
+                "with claimed(Path(sys.argv[1])) as mine: print(mine)")
+        assert first and subprocess.run([sys.executable, "-c", code, tmp_path / "a"],
+                                        capture_output=True, text=True).stdout == "False\n"
     with claimed(tmp_path / "a") as again: assert again
 
 
 @pytest.mark.parametrize("counts, count, missing", [
-    ({}, 500, [0, 1, 2, 3]), ({0: (64, 128)}, 500, [1, 2, 3, 4, 5, 6, 7]), ({0: (128, 128), 3: (128, 128)}, 500, [1, 2]), ({0: (128, 128)}, 128, []),
+    ({}, 500, [0, 1, 2, 3]), ({0: (64, 128)}, 500, [1, 2, 3, 4, 5, 6, 7]),
+    ({0: (128, 128), 3: (128, 128)}, 500, [1, 2]), ({0: (128, 128)}, 128, []),
 ])
 def test_which_shards_are_missing(counts, count, missing): assert missing_shards(counts, count, 128) == missing
 
@@ -248,10 +272,14 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     (dict(shard=100), "multiple of 128 sets, got count 500 and shard 100"), (dict(count=0), "count of 1 or more"),
     (dict(teacher="nobody"), "Unknown teacher 'nobody'"), (dict(data="digit"), "Did you mean 'digits'"),
-    (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"), (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
-    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "1 or more slots"), (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
-    (dict(mixing=replace(RECIPE.mixing, hold=None)), "sparsity to hold"), (dict(mixing=replace(RECIPE.mixing, start="region")), "Did you mean 'regions'"),
-    (dict(mixing=replace(RECIPE.mixing, step=0.0)), "step above 0"), (dict(mixing=replace(RECIPE.mixing, k=1)), "k of 2 or more"),
+    (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"),
+    (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
+    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "1 or more slots"),
+    (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
+    (dict(mixing=replace(RECIPE.mixing, hold=None)), "sparsity to hold"),
+    (dict(mixing=replace(RECIPE.mixing, start="region")), "Did you mean 'regions'"),
+    (dict(mixing=replace(RECIPE.mixing, step=0.0)), "step above 0"),
+    (dict(mixing=replace(RECIPE.mixing, k=1)), "k of 2 or more"),
 ])
 def test_what_cannot_be_made(changes, message, tmp_path):
     "And no folder is left behind, in which the corrected command would find another run."
@@ -267,7 +295,8 @@ class Torn(torch.nn.Module):
 
 
 def test_a_teacher_whose_sets_are_never_solved_is_an_error(tmp_path, digits):
-    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"): generate(RECIPE, tmp_path / "store", digits.train, Torn())
+    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"):
+        generate(RECIPE, tmp_path / "store", digits.train, Torn())
     assert not list((tmp_path / "store").glob("*.safetensors"))
 
 
@@ -279,19 +308,26 @@ def test_a_teacher_from_a_file(teacher, digits, tmp_path):
 
 def test_python_has_nothing_to_say_of_the_module(tmp_path):
     "`python -m supermix.generate` runs a module that nobody has imported before."
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import sys, supermix; assert 'supermix.generate' not in sys.modules; assert supermix.distill and supermix.make_mixes"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import sys, supermix; "
+                           "assert 'supermix.generate' not in sys.modules; "
+                           "assert supermix.distill and supermix.make_mixes"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "RuntimeWarning" not in subprocess.run([sys.executable, "-m", "supermix.generate", "--help"], capture_output=True, text=True).stderr
+    assert "RuntimeWarning" not in subprocess.run([sys.executable, "-m", "supermix.generate", "--help"],
+                                                  capture_output=True, text=True).stderr
 
 
 def test_the_command_line():
-    shown = subprocess.run([Path(sys.executable).with_name("supermix"), "generate", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}).stdout
-    for text in ("--count", "--mixing.k", "--mixing.hold", "--out", "sets that are drawn for a file", "images a mixing set"): assert text in shown
+    shown = subprocess.run([Path(sys.executable).with_name("supermix"), "generate", "--help"],
+                           capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}).stdout
+    for text in ("--count", "--mixing.k", "--mixing.hold", "--out", "sets that are drawn for a file",
+                 "images a mixing set"):
+        assert text in shown
 
 
 @pytest.mark.slow
 def test_two_processes_are_nearly_twice_as_fast(tmp_path):
-    "One thread each, shards of Fashion-MNIST; kept in results/scaling.json. Times are the processes' own, without starting Python."
+    """One thread each, shards of Fashion-MNIST; kept in results/scaling.json. Times are the processes' own, without
+    starting Python."""
     def took(name, n):
         options = ["--data", "fashion_mnist", "--count", "8000", "--shard", "256"]
         running = [start(tmp_path / f"{name}", *options) for _ in range(n)]
@@ -299,7 +335,7 @@ def test_two_processes_are_nearly_twice_as_fast(tmp_path):
         return max(float(text.rsplit(" ", 2)[-2]) for text in said)
     rounds = [(took(f"one{i}", 1), took(f"two{i}", 2)) for i in range(2)]
     speedup = sum(a for a, _ in rounds) / sum(b for _, b in rounds)
-    result = {"images": 8000, "seconds with one process": [a for a, _ in rounds], "with two": [b for _, b in rounds], "speedup": speedup,
-              "command": "pytest tests/test_generate.py --slow -k twice"}
+    result = {"images": 8000, "seconds with one process": [a for a, _ in rounds], "with two": [b for _, b in rounds],
+              "speedup": speedup, "command": "pytest tests/test_generate.py --slow -k twice"}
     (ROOT / "results" / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     assert speedup >= 1.8

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, StageSum, ab_loss, at_loss, attention, flow, fsp_loss, ft_loss, hint_loss, nst_loss,
-                            regressor, same_size, vid_loss)
+from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, StageSum, ab_loss, at_loss, attention, flow, fsp_loss,
+                            ft_loss, hint_loss, nst_loss, regressor, same_size, vid_loss)
 from supermix.losses import Seen, see
 from supermix.zoo import create
 
@@ -29,7 +29,8 @@ FS, SAME = [f.relu() for f in FS], [f.relu() for f in SAME]
     ("fitnet hint(fs[1]-shaped 30.., same shape ft_same[1])", [hint_loss(FS[1], SAME[1])]),
     ("at per stage (fs, ft)", [at_loss(s, t) for s, t in zip(FS, FT_)]),
     ("nst per stage (fs, ft_same)", [nst_loss(s, t) for s, t in zip(FS, SAME)]),
-    ("fsp per pair of neighbouring stages (fs, ft_same)", [fsp_loss(FS[i], FS[i + 1], SAME[i], SAME[i + 1]) for i in (0, 1)]),
+    ("fsp per pair of neighbouring stages (fs, ft_same)",
+     [fsp_loss(FS[i], FS[i + 1], SAME[i], SAME[i + 1]) for i in (0, 1)]),
     ("ft(fs[2], ft_same[2]) p1=2 p2=1", [ft_loss(FS[2], SAME[2])]),
     ("ab per stage (pre-activations raw, rawt) margin=1, stage weights 2^(i-2), / batch * 3/1000",
      [3 / 1000 * 2.0 ** (i - 2) * ab_loss(RAW[i], RAWT[i]) for i in range(3)]),
@@ -43,12 +44,13 @@ def pooled(maps, h):
     "Maps as nested lists, averaged over blocks to the size h."
     B, C, H, _ = maps.shape
     k = H // h
-    return [[[[sum(maps[b, c, k * y + i, k * x + j].item() for i in range(k) for j in range(k)) / k ** 2 for x in range(h)]
-              for y in range(h)] for c in range(C)] for b in range(B)]
+    return [[[[sum(maps[b, c, k * y + i, k * x + j].item() for i in range(k) for j in range(k)) / k ** 2
+               for x in range(h)] for y in range(h)] for c in range(C)] for b in range(B)]
 
 
 def looped_attention(image):
-    q = [sum(channel[y][x] ** 2 for channel in image) / len(image) for y in range(len(image[0])) for x in range(len(image[0]))]
+    q = [sum(channel[y][x] ** 2 for channel in image) / len(image)
+         for y in range(len(image[0])) for x in range(len(image[0]))]
     length = math.sqrt(sum(v * v for v in q))
     return [v / length for v in q]
 
@@ -99,7 +101,8 @@ def test_ab_in_plain_loops(margin, seed):
 
 
 def test_a_teachers_neuron_at_zero_is_not_active():
-    assert ab_loss(torch.full((1, 1, 1, 1), -1.0), torch.zeros(1, 1, 1, 1)) == 0 != ab_loss(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    assert (ab_loss(torch.full((1, 1, 1, 1), -1.0), torch.zeros(1, 1, 1, 1))
+            == 0 != ab_loss(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)))
 
 
 def test_vid_in_plain_loops():
@@ -133,7 +136,8 @@ def test_sizes_are_matched_axis_by_axis():
     assert torch.equal(same_size(same, same)[0], same)
 
 
-@pytest.mark.parametrize("size, wanted", [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((4, 4), (8, 8)), ((7, 5), (4, 4)), ((2, 2), (1, 1))])
+@pytest.mark.parametrize("size, wanted", [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((4, 4), (8, 8)), ((7, 5), (4, 4)),
+                                          ((2, 2), (1, 1))])
 @pytest.mark.parametrize("act", [True, False])
 def test_regressors(size, wanted, act):
     torch.manual_seed(0)
@@ -144,7 +148,8 @@ def test_regressors(size, wanted, act):
 
 
 def seen(seed, channels=(4, 4, 6), sizes=(8, 8, 4), graph=False):
-    features = [random(seed + i, 3, c, h, h).relu().requires_grad_(graph) for i, (c, h) in enumerate(zip(channels, sizes))]
+    features = [random(seed + i, 3, c, h, h).relu().requires_grad_(graph)
+                for i, (c, h) in enumerate(zip(channels, sizes))]
     return Seen([*features, random(seed + 9, 3, 5)], random(seed + 10, 3, 2))
 
 
@@ -153,8 +158,10 @@ def call(term, s, t): return term(s, t, torch.zeros(3).long(), torch.arange(3), 
 
 def test_terms_sum_the_losses_of_their_stages():
     s, t, wide = seen(0), seen(100), seen(200, channels=(4, 7, 9), sizes=(8, 4, 4))
-    assert call(AT(s, wide, 9), s, wide) == at_loss(s.features[1], wide.features[1]) + at_loss(s.features[2], wide.features[2])
-    assert call(NST(s, wide, 9), s, wide) == nst_loss(s.features[1], wide.features[1]) + nst_loss(s.features[2], wide.features[2])
+    assert (call(AT(s, wide, 9), s, wide)
+            == at_loss(s.features[1], wide.features[1]) + at_loss(s.features[2], wide.features[2]))
+    assert (call(NST(s, wide, 9), s, wide)
+            == nst_loss(s.features[1], wide.features[1]) + nst_loss(s.features[2], wide.features[2]))
 
     class Means(StageSum):
         "A term of one's own: the squared difference of the maps' means."
@@ -174,7 +181,8 @@ def test_fitnet_and_vid_with_their_parts():
     variances = [F.softplus(scale) + 1e-5 for scale in vid.scale]
     torch.testing.assert_close(variances[1], torch.full((9,), 5.0).double(), rtol=1e-6, atol=1e-6)
     first = vid_loss(vid.guess[0](F.adaptive_avg_pool2d(s.features[1], 4)), wide.features[1], variances[0])
-    torch.testing.assert_close(call(vid, s, wide), first + vid_loss(vid.guess[1](s.features[2]), wide.features[2], variances[1]))
+    torch.testing.assert_close(call(vid, s, wide),
+                               first + vid_loss(vid.guess[1](s.features[2]), wide.features[2], variances[1]))
 
 
 @pytest.mark.parametrize("term", [FitNet, AT, NST, VID, FT])
@@ -186,7 +194,8 @@ def test_gradients_reach_student_and_own_parts_only(term):
     assert loss.shape == () and any(f.grad is not None and f.grad.abs().sum() > 0 for f in s.features[1:-1])
     assert all(f.grad is None for f in t.features[:-1])
     learned = dict(made.named_parameters())
-    if term is FT: learned = {k: p for k, p in learned.items() if k.startswith("translate")}  # the rest has its own stage
+    if term is FT:
+        learned = {k: p for k, p in learned.items() if k.startswith("translate")}  # the rest has its own stage
     assert all(p.grad.abs().sum() > 0 for p in learned.values())
 
 
@@ -213,7 +222,8 @@ def test_first_stages(term, digits):
     assert losses[-1] < losses[0]
     assert all(p.grad is None for p in teacher.parameters())
     touched = {id(p) for p in [*student.parameters(), *made.parameters()] if p.grad is not None}
-    assert touched <= {id(p) for p in parameters} and (term is not FT or not {id(p) for p in student.parameters()} & touched)
+    assert (touched <= {id(p) for p in parameters}
+            and (term is not FT or not {id(p) for p in student.parameters()} & touched))
 
 
 def test_abs_first_loss_is_the_benchmarks_sum(digits):
@@ -233,7 +243,8 @@ def test_ab_connects_other_shapes(digits):
     images = digits.train[:4][0]
     made = AB(see(student, images), see(teacher, images), 9)
     made.first_loss(student, teacher, images).backward()
-    assert made.connectors[0][0].weight.shape == (32, 16, 1, 1) and all(p.grad.abs().sum() > 0 for p in made.connectors.parameters())
+    assert (made.connectors[0][0].weight.shape == (32, 16, 1, 1)
+            and all(p.grad.abs().sum() > 0 for p in made.connectors.parameters()))
 
 
 def test_impossible_pairs():
@@ -247,14 +258,16 @@ def test_impossible_pairs():
     with pytest.raises(ValueError, match="half as large"): FitNet(seen(0, sizes=(8, 4, 1)), seen(0), 9)
 
 
-PAIRS = [("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"),
-         ("resnet32x4", "shufflenetv1"), ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1")]
+PAIRS = [("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"),
+         ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"), ("resnet32x4", "shufflenetv2"),
+         ("wrn_40_2", "shufflenetv1")]
 
 
 @pytest.mark.parametrize("teacher, student", PAIRS)
 def test_the_papers_pairs(teacher, student):
     "Every term but FSP can be made for every pair, and FSP for those alone that have equal channels."
-    with torch.device("meta"): s, t = (see(create(name).eval(), torch.empty(2, 3, 32, 32)) for name in (student, teacher))
+    with torch.device("meta"):
+        s, t = (see(create(name).eval(), torch.empty(2, 3, 32, 32)) for name in (student, teacher))
     with torch.device("meta"): made = [term(s, t, 9) for term in (FitNet, AT, NST, AB, FT, VID)]
     for term in made:
         if term.later: assert call(term, s, t).shape == ()

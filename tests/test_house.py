@@ -16,17 +16,21 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def house(tmp_path):
     "tools/house.py of a copy with the whole package and four notebooks, all of them stamped."
-    for folder in ("supermix", "tools"): shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("supermix", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "nbs" / "runs").mkdir(parents=True)
     (tmp_path / "solutions").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for name in ("index", "00_core", "31_mixers", "runs/01_cifar100_distillation"): shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
+    for name in ("index", "00_core", "31_mixers", "runs/01_cifar100_distillation"):
+        shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
     shutil.copy(ROOT / "nbs" / "33_mixing.ipynb", tmp_path / "solutions")
     spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert set(module.stale()[0]) == {"index", "00_core", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}
-    module.write_stamps({module.name_of(path): {"source": module.source_of(path), "seconds": 1.0} for path in module.notebooks()})
+    assert set(module.stale()[0]) == {"index", "00_core", "31_mixers", "runs/01_cifar100_distillation",
+                                      "solutions/33_mixing"}
+    module.write_stamps({module.name_of(path): {"source": module.source_of(path), "seconds": 1.0}
+                         for path in module.notebooks()})
     assert module.stale() == ([], [])
     return module
 
@@ -62,8 +66,10 @@ def test_prose_and_outputs_do_not(house):
 
 @pytest.mark.parametrize("module, changed", [
     ("masks", {"31_mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
-    ("models/blocks", {"index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),  # through supermix/__init__.py, zoo and resnet: nobody names it
-    ("explore", set()), ("core", {"index", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}), ("__init__", {"index"})])
+    # through supermix/__init__.py, zoo and resnet: nobody names it
+    ("models/blocks", {"index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
+    ("explore", set()), ("core", {"index", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
+    ("__init__", {"index"})])
 def test_a_module_makes_those_stale_that_import_it(house, module, changed):
     path = house.ROOT / "supermix" / f"{module}.py"
     path.write_text("# a cell's marker\n\n" + path.read_text())
@@ -87,14 +93,31 @@ def test_executing_what_is_stale(house):
     write_notebook(good, "import supermix.core\nprint(supermix.core.__file__)")
     write_notebook(bad, "1 / 0")
     write_notebook(old, "print('as it was')")
-    kept = house.stamps() | {"02_bad": {"source": "of old", "seconds": 2.0}, "03_old": {"source": house.source_of(old), "seconds": 3.0}, "04_gone": {}}
+    kept = house.stamps() | {"02_bad": {"source": "of old", "seconds": 2.0},
+                             "03_old": {"source": house.source_of(old), "seconds": 3.0}, "04_gone": {}}
     house.STAMPS.write_text(json.dumps(kept))
     before = bad.read_text(), old.read_text()
     command = [sys.executable, "tools/house.py", "execute", "--stale", "--workers", "2", "01", "02", "03"]
-    done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and done.stderr.endswith("Failed, and left as they were: 02_bad\n") and "ZeroDivisionError" in done.stderr
+    done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode == 1 and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
+            and "ZeroDivisionError" in done.stderr)
     assert (bad.read_text(), old.read_text()) == before
-    assert house.stale() == (["02_bad"], []) and house.stamps()["02_bad"] == kept["02_bad"] and house.stamps()["03_old"] == kept["03_old"]
+    assert (house.stale() == (["02_bad"], []) and house.stamps()["02_bad"] == kept["02_bad"]
+            and house.stamps()["03_old"] == kept["03_old"])
     outputs = json.loads(good.read_text())["cells"][0]["outputs"]
     assert "".join(outputs[0]["text"]).strip() == str(house.ROOT / "supermix" / "core.py")  # of its own tree's package
     assert house.stamps()["01_good"]["seconds"] > 0 and not list((house.ROOT / "nbs").glob(".*"))
+
+
+def test_no_line_of_code_has_more_than_120_columns():
+    cells = {f"{path.relative_to(ROOT)}, cell {cell['id']}": "".join(cell["source"])
+             for folder in ("nbs", "solutions") for path in (ROOT / folder).rglob("*.ipynb")
+             if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+             for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"}
+    files = {str(path.relative_to(ROOT)): path.read_text() for folder in ("tests", "tools")
+             for path in (ROOT / folder).glob("*.py")}
+    assert len(cells) > 500 and len(files) > 30
+    long = [f"{name}: {line.strip()[:60]}" for name, text in {**cells, **files}.items()
+            for line in text.splitlines() if len(line) > 120 and not line.startswith("#|")]
+    assert not long

@@ -7,7 +7,8 @@ from shutil import copytree
 from zipfile import ZipFile
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("nbdev", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyterlab", "jupyter_core", "nbformat", "nbconvert")
+TOOLS = ("nbdev", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyterlab", "jupyter_core", "nbformat",
+         "nbconvert")
 
 
 def test_supermix_imports_without_any_notebook_tool():

@@ -1,4 +1,5 @@
-"""The losses of logits and the student's loss against torch, scipy, plain loops and the benchmark's value; the form of terms."""
+"""The losses of logits and the student's loss against torch, scipy, plain loops and the benchmark's value; the form of
+terms."""
 
 import json
 import math
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 from supermix.contrast import TERMS
-from supermix.losses import LOGIT_LOSSES, Seen, Term, dist_loss, dkd_loss, kd_loss, see, stage_pairs, standardize, std_loss, student_loss, vectors
+from supermix.losses import (LOGIT_LOSSES, Seen, Term, dist_loss, dkd_loss, kd_loss, see, stage_pairs, standardize,
+                             std_loss, student_loss, vectors)
 from supermix.recipes import METHODS, Terms
 from supermix.zoo import create
 
@@ -63,7 +65,8 @@ y, ms, mt = torch.arange(8), random(3, 5, 10), random(4, 5, 10)
 hard = CE(ms, mt.argmax(1))
 EXPECTED = {
     ("alone", False): CE(zs, y), ("kd", False): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt), ("alone", True): CE(zs, y) + hard,
-    ("kd", True): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt) + 0.9 * KL(ms, mt), ("at", False): CE(zs, y), ("at", True): CE(zs, y) + hard,
+    ("kd", True): 0.1 * CE(zs, y) + 0.9 * KL(zs, zt) + 0.9 * KL(ms, mt),
+    ("at", False): CE(zs, y), ("at", True): CE(zs, y) + hard,
     ("crd_kd", True): CE(zs, y) + KL(zs, zt) + KL(ms, mt), ("std", False): 0.1 * CE(zs, y) + 9 * std_loss(zs, zt, 2.0),
     ("dist", True): CE(zs, y) + dist_loss(zs, zt, 4.0) + dist_loss(ms, mt, 4.0),
     ("dkd", True): CE(zs, y) + dkd_loss(zs, zt, y, 4.0) + dkd_loss(ms, mt, mt.argmax(1), 4.0),
@@ -77,7 +80,8 @@ def test_the_terms_of_each_method(method, mixed):
     torch.testing.assert_close(student_loss(terms, zs, y, zt, ms, mt), EXPECTED[method, mixed])
 
 
-def test_every_feature_method_has_its_term(): assert {name for terms in METHODS.values() for name, _ in terms.features} == set(TERMS)
+def test_every_feature_method_has_its_term():
+    assert {name for terms in METHODS.values() for name, _ in terms.features} == set(TERMS)
 
 
 def test_the_temperature_of_both_kl_terms():
@@ -125,7 +129,8 @@ def test_dist_in_plain_loops(B, N, tau, seed):
     p, q = ([softmaxed(row, tau) for row in z.tolist()] for z in (s, t))
     rows = sum(1 - pearson(a, b) for a, b in zip(p, q)) / B
     columns = sum(1 - pearson(a, b) for a, b in zip(zip(*p), zip(*q))) / N
-    assert dist_loss(s, t, tau, beta=0.5, gamma=3.0).item() == pytest.approx(tau ** 2 * (0.5 * rows + 3 * columns), rel=1e-6, abs=1e-9)
+    assert (dist_loss(s, t, tau, beta=0.5, gamma=3.0).item()
+            == pytest.approx(tau ** 2 * (0.5 * rows + 3 * columns), rel=1e-6, abs=1e-9))
 
 
 def test_dist_of_a_single_image_has_no_columns():
@@ -141,7 +146,8 @@ def test_standardisation_in_plain_loops(B, N, seed):
     def standard(row):
         mean = sum(row) / N
         return [(v - mean) / math.sqrt(sum((w - mean) ** 2 for w in row) / (N - 1)) for v in row]
-    expected = sum(9 * divergence(softmaxed(standard(b), 3), softmaxed(standard(a), 3)) for a, b in zip(s.tolist(), t.tolist())) / B
+    expected = sum(9 * divergence(softmaxed(standard(b), 3), softmaxed(standard(a), 3))
+                   for a, b in zip(s.tolist(), t.tolist())) / B
     assert std_loss(s, t, 3.0).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert standardize(100 * s + 7).sub(standardize(s)).abs().max() < 1e-4
 
@@ -160,7 +166,8 @@ def test_all_losses_of_logits_are_called_alike(name, dtype):
     assert loss.shape == () and loss.dtype == dtype and loss > 0.01
     assert torch.autograd.grad(loss, s)[0].abs().sum() > 0
     assert LOGIT_LOSSES[name](t + 5, t, target, 2.0).abs() < 1e-4
-    assert torch.autograd.gradcheck(lambda z: LOGIT_LOSSES[name](z, zt[:3], target[:3], 2.0), zs[:3].clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: LOGIT_LOSSES[name](z, zt[:3], target[:3], 2.0),
+                                    zs[:3].clone().requires_grad_())
 
 
 @pytest.mark.parametrize("name", LOGIT_LOSSES)
@@ -172,7 +179,8 @@ def test_very_sure_logits(name):
 
 def test_the_named_functions_are_in_the_table():
     target = torch.arange(8)
-    by_name = {"kd": kd_loss(zs, zt, 3), "dkd": dkd_loss(zs, zt, target, 3), "dist": dist_loss(zs, zt, 3), "std": std_loss(zs, zt, 3)}
+    by_name = {"kd": kd_loss(zs, zt, 3), "dkd": dkd_loss(zs, zt, target, 3), "dist": dist_loss(zs, zt, 3),
+               "std": std_loss(zs, zt, 3)}
     assert by_name == {name: loss(zs, zt, target, 3) for name, loss in LOGIT_LOSSES.items()}
 
 
@@ -197,11 +205,15 @@ def test_a_network_of_torchvision_is_seen_too():
 
 
 def test_pairs_and_vectors_cut_the_teachers_graph():
-    student, teacher = (Seen([random(i, 2, 4, 3, 3).requires_grad_() for i in range(3)] + [random(9, 2, 4).requires_grad_()], zs) for _ in range(2))
+    student, teacher = (Seen([random(i, 2, 4, 3, 3).requires_grad_() for i in range(3)]
+                             + [random(9, 2, 4).requires_grad_()], zs) for _ in range(2))
     assert len(stage_pairs(student, teacher)) == 2
-    for s, t in [*stage_pairs(student, teacher), vectors(student, teacher)]: assert s.requires_grad and not t.requires_grad
-    with pytest.raises(ValueError, match="as many stages as its teacher, got 2 and 1"): stage_pairs(student, Seen(teacher.features[1:], zs))
-    with pytest.raises(ValueError, match="got 0 and 0"): stage_pairs(Seen(teacher.features[2:], zs), Seen(teacher.features[2:], zs))
+    for s, t in [*stage_pairs(student, teacher), vectors(student, teacher)]:
+        assert s.requires_grad and not t.requires_grad
+    with pytest.raises(ValueError, match="as many stages as its teacher, got 2 and 1"):
+        stage_pairs(student, Seen(teacher.features[1:], zs))
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        stage_pairs(Seen(teacher.features[2:], zs), Seen(teacher.features[2:], zs))
 
 
 def test_a_bare_term_says_what_it_lacks():

@@ -1,4 +1,5 @@
-"""What every network of the registry must do: gradients, features, pre-activations, layouts, precisions, sizes, compilation."""
+"""What every network of the registry must do: gradients, features, pre-activations, layouts, precisions, sizes,
+compilation."""
 
 import copy
 import shutil
@@ -24,14 +25,17 @@ from supermix.zoo import create, names
 from torch import nn
 
 SMALL = {  # a family each, small enough to run often
-    "resnet": lambda: ResNet(10, depth=8), "bottleneck": lambda: BottleneckResNet(10, (1, 2), (8, 16, 32)), "wrn": lambda: WRN(10, 10, 1),
-    "vgg": lambda: VGG(10, widths=(8, 8, 16, 16, 16)), "mobilenetv2": lambda: MobileNetV2(10, 0.25, 64),
-    "shufflenetv1": lambda: ShuffleNetV1(10, (60, 120), (2, 2)), "shufflenetv2": lambda: ShuffleNetV2(10, (16, 32), (2, 2), 32),
+    "resnet": lambda: ResNet(10, depth=8), "bottleneck": lambda: BottleneckResNet(10, (1, 2), (8, 16, 32)),
+    "wrn": lambda: WRN(10, 10, 1), "vgg": lambda: VGG(10, widths=(8, 8, 16, 16, 16)),
+    "mobilenetv2": lambda: MobileNetV2(10, 0.25, 64), "shufflenetv1": lambda: ShuffleNetV1(10, (60, 120), (2, 2)),
+    "shufflenetv2": lambda: ShuffleNetV2(10, (16, 32), (2, 2), 32),
     "shakeshake": lambda: ShakeShake(10, 8, 8), "imagenet_resnet": lambda: imagenet_resnet(10),
-    "timm": lambda: Hooked(timm.create_model("regnetx_002", num_classes=10, zero_init_last=False), "stem", ["s1", "s2", "s3", "s4"], "head.fc"),
+    "timm": lambda: Hooked(timm.create_model("regnetx_002", num_classes=10, zero_init_last=False), "stem",
+                           ["s1", "s2", "s3", "s4"], "head.fc"),
 }
 LINEAR_ENDS = {"mobilenetv2", "shakeshake"}  # nothing of a ReLU stands at a stage's end
-LARGE = {"wrn_28_10a", "shakeshake26_2x96d", "resnet50", "resnet32x4", "imagenet_resnet34", "imagenet_resnet50", "imagenet_resnet18"}
+LARGE = {"wrn_28_10a", "shakeshake26_2x96d", "resnet50", "resnet32x4", "imagenet_resnet34", "imagenet_resnet50",
+         "imagenet_resnet18"}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +88,8 @@ def test_features_are_one_contract(network, family):
     assert len(features) == 2 + len([name for name in network.parts() if name.startswith("stage")])
     head = network.parts()["head"]
     torch.testing.assert_close(head(features[-1]), logits)
-    assert sum(p.numel() for part in network.parts().values() for p in part.parameters()) == sum(p.numel() for p in network.parameters())
+    assert (sum(p.numel() for part in network.parts().values() for p in part.parameters())
+            == sum(p.numel() for p in network.parameters()))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -95,7 +100,8 @@ def test_preactivations_come_before_the_relu(network, family, training):
     with torch.no_grad(): features, before = network.features(x), twin.preactivations(x)
     torch.testing.assert_close(before[0], features[0])
     torch.testing.assert_close(before[-1], features[-1])
-    torch.testing.assert_close(twin.state_dict(), network.state_dict())  # the norms' averages moved once, as in one pass
+    # the norms' averages moved once, as in one pass
+    torch.testing.assert_close(twin.state_dict(), network.state_dict())
     for u, h in zip(before[1:-1], features[1:-1], strict=True):
         assert u.shape == h.shape and (u < 0).any()
         if family in LINEAR_ENDS: torch.testing.assert_close(u, h)
@@ -114,13 +120,16 @@ def test_the_pre_activation_of_a_wide_network_is_its_next_norm():
 def test_gradients_reach_features(network, family):
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
     for f in network.features(x): assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
-    for f in network.preactivations(x): assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
+    for f in network.preactivations(x):
+        assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("act, message", [
-    (lambda: ResNet(depth=21), "6n \\+ 2"), (lambda: WRN(depth=20), "6n \\+ 4"), (lambda: ShakeShake(depth=20, width=4), None),
-    (lambda: ShakeShake(depth=21), "6n \\+ 2"), (lambda: VGG(depth=9), "Unknown depth 9"), (lambda: imagenet_resnet(depth=20), "Unknown depth 20"),
-    (lambda: VGG(10)(torch.zeros(1, 3, 4, 40)), r"VGG expected images \(B, 3, H, W\) of at least 8×8 pixels, got \(1, 3, 4, 40\)"),
+    (lambda: ResNet(depth=21), "6n \\+ 2"), (lambda: WRN(depth=20), "6n \\+ 4"),
+    (lambda: ShakeShake(depth=20, width=4), None), (lambda: ShakeShake(depth=21), "6n \\+ 2"),
+    (lambda: VGG(depth=9), "Unknown depth 9"), (lambda: imagenet_resnet(depth=20), "Unknown depth 20"),
+    (lambda: VGG(10)(torch.zeros(1, 3, 4, 40)),
+     r"VGG expected images \(B, 3, H, W\) of at least 8×8 pixels, got \(1, 3, 4, 40\)"),
     (lambda: ResNet(10, 8)(torch.zeros(1, 1, 28, 28)), r"ResNet expected images \(B, 3, H, W\), got \(1, 1, 28, 28\)"),
     (lambda: ResNet(10, 8).features(torch.zeros(3, 28, 28)), r"got \(3, 28, 28\)"),
     (lambda: Hooked(torchvision.models.resnet18(), "maxpool", ["layer"], "fc"), "Unknown module of ResNet 'layer'"),
@@ -136,7 +145,8 @@ class Odd(nn.Module):
     "A network with a part that never runs, a part that gives a pair, and a head."
     def __init__(self):
         super().__init__()
-        self.idle, self.stem, self.pair, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.MaxPool2d(2, return_indices=True), nn.Linear(4, 2)
+        self.idle, self.stem, self.pair, self.head = (nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1),
+                                                      nn.MaxPool2d(2, return_indices=True), nn.Linear(4, 2))
 
     def forward(self, x): return self.head(self.pair(self.stem(x))[0].mean((2, 3)))
 
@@ -154,7 +164,8 @@ def test_a_module_that_says_nothing_or_no_tensor_is_named(stem, stages, message)
 def test_a_layer_that_is_changed_in_place_is_found_out():
     wrong = Hooked(torchvision.models.resnet18(num_classes=3), "bn1", ["layer1"], "fc").eval()
     for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-        with mode(), pytest.raises(ValueError, match="'bn1' is changed in place"): wrong.features(torch.randn(1, 3, 32, 32))
+        with mode(), pytest.raises(ValueError, match="'bn1' is changed in place"):
+            wrong.features(torch.randn(1, 3, 32, 32))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrong.modules())
 
 
@@ -182,16 +193,20 @@ def test_a_block_draws_per_image_and_not_in_evaluation():
     block, x = ShakeBlock(4, 4), torch.randn(1, 4, 5, 5).expand(64, -1, -1, -1)
     block.eval().training = True
     with torch.no_grad():
-        shares = ((block(x) - x - block.second(x)) / (block.first(x) - block.second(x))).median(3).values.median(2).values.median(1).values
-        assert len(shares.unique()) == 64 and shares.min() > -1e-3 and shares.max() < 1 + 1e-3 and 0.35 < shares.mean() < 0.65
+        shares = ((block(x) - x - block.second(x)) / (block.first(x) - block.second(x))
+                  ).median(3).values.median(2).values.median(1).values
+        assert (len(shares.unique()) == 64 and shares.min() > -1e-3 and shares.max() < 1 + 1e-3
+                and 0.35 < shares.mean() < 0.65)
         block.training = False
         torch.testing.assert_close(block(x), x + (block.first(x) + block.second(x)) / 2)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("device", [
+    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
 def test_shaking_under_autocast(device):
     network, x = ShakeShake(10, 8, 8).to(device), torch.randn(8, 3, 32, 32, device=device)
-    with torch.autocast(device, torch.bfloat16): loss = F.cross_entropy(network(x).float(), torch.arange(8, device=device))
+    with torch.autocast(device, torch.bfloat16):
+        loss = F.cross_entropy(network(x).float(), torch.arange(8, device=device))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
@@ -219,7 +234,8 @@ dist.destroy_process_group()
 
 def test_shaking_in_two_processes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "worker.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               tmp_path / "worker.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 

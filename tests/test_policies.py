@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from supermix.data import ArrayImages, FolderImages, Info
-from supermix.policies import (LEVELLED, OPS, POLICIES, SIGNED, Augmented, AugmentedViews, Ops, Policy, apply_ops, check_subpolicies,
-                               cutout, load_policy, magnitudes, randaugment, save_policy)
+from supermix.policies import (LEVELLED, OPS, POLICIES, SIGNED, Augmented, AugmentedViews, Ops, Policy, apply_ops,
+                               check_subpolicies, cutout, load_policy, magnitudes, randaugment, save_policy)
 from torchvision.transforms import v2
 
 WITNESS = {"regular": v2.RandAugment(), "wide": v2.TrivialAugmentWide()}
@@ -37,14 +37,17 @@ def test_every_operation_is_torchvisions(op, space, bins, size, photo):
     n = len(values)
     ours = apply_ops(image.expand(n, -1, -1, -1), Ops(torch.full((n, 1), OPS.index(op)), values[:, None]))
     for one, value in zip(ours, values.tolist()):
-        theirs = witness._apply_image_or_video_transform(image, op, value, interpolation=witness.interpolation, fill=witness._fill)
+        theirs = witness._apply_image_or_video_transform(image, op, value, interpolation=witness.interpolation,
+                                                         fill=witness._fill)
         assert (one != theirs).float().mean() < 1e-3  # none at all on processors that fuse multiply and add
 
 
-@pytest.mark.parametrize("op, magnitude", [("ShearX", 0.2), ("ShearY", -0.3), ("TranslateX", -7.9), ("TranslateY", 3), ("Rotate", 25), ("Rotate", -90)])
+@pytest.mark.parametrize("op, magnitude", [("ShearX", 0.2), ("ShearY", -0.3), ("TranslateX", -7.9), ("TranslateY", 3),
+                                           ("Rotate", 25), ("Rotate", -90)])
 def test_fill(op, magnitude, photo):
     witness = v2.RandAugment(fill=128)
-    theirs = witness._apply_image_or_video_transform(photo(32), op, magnitude, interpolation=witness.interpolation, fill=witness._fill)
+    theirs = witness._apply_image_or_video_transform(photo(32), op, magnitude, interpolation=witness.interpolation,
+                                                     fill=witness._fill)
     ours = apply_ops(photo(32)[None], alone(op, magnitude), fill=128)[0]
     assert (ours == 128).any() and (ours != theirs).float().mean() < 1e-3
 
@@ -52,7 +55,8 @@ def test_fill(op, magnitude, photo):
 def test_images_that_are_not_square(photo):
     image, witness = photo(40)[:, :24], WITNESS["regular"]
     for op, magnitude in (("ShearX", 0.3), ("ShearY", 0.3), ("TranslateX", 9), ("Rotate", 30)):
-        theirs = witness._apply_image_or_video_transform(image, op, magnitude, interpolation=witness.interpolation, fill=witness._fill)
+        theirs = witness._apply_image_or_video_transform(image, op, magnitude, interpolation=witness.interpolation,
+                                                         fill=witness._fill)
         assert (apply_ops(image[None], alone(op, magnitude))[0] != theirs).float().mean() < 1e-3
 
 
@@ -78,13 +82,16 @@ def test_operations_are_applied_in_their_order(photo):
 
 
 def test_wrong_images():
-    with pytest.raises(ValueError, match="Expected uint8 images .* got torch.float32"): apply_ops(torch.zeros(1, 3, 8, 8), alone("Invert", 0))
-    with pytest.raises(ValueError, match="each of 2 images, got 1"): apply_ops(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), alone("Invert", 0))
+    with pytest.raises(ValueError, match="Expected uint8 images .* got torch.float32"):
+        apply_ops(torch.zeros(1, 3, 8, 8), alone("Invert", 0))
+    with pytest.raises(ValueError, match="each of 2 images, got 1"):
+        apply_ops(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), alone("Invert", 0))
 
 
 def test_an_empty_batch():
     nothing = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-    for policy in POLICIES.values(): assert policy.apply(nothing, policy.draw(0, 8, torch.Generator())).shape == nothing.shape
+    for policy in POLICIES.values():
+        assert policy.apply(nothing, policy.draw(0, 8, torch.Generator())).shape == nothing.shape
 
 
 # ---- Cutout
@@ -92,12 +99,14 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("length", [1, 4, 5, 16, 40])
 def test_cutout_by_a_loop(length, seeded):
     images = torch.rand((30, 3, 20, 24), generator=seeded()) + 1
-    middle = torch.stack([torch.randint(20, (30,), generator=seeded(1)), torch.randint(24, (30,), generator=seeded(2))], 1)
+    middle = torch.stack([torch.randint(20, (30,), generator=seeded(1)),
+                          torch.randint(24, (30,), generator=seeded(2))], 1)
     ours = cutout(images, middle, length, torch.tensor([0.1, 0.2, 0.3]))
     for image, (row, column), got in zip(images, middle.tolist(), ours):
         top, left = row - length // 2, column - length // 2
         expected = image.clone()
-        expected[:, max(0, top):max(0, top + length), max(0, left):max(0, left + length)] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+        expected[:, max(0, top):max(0, top + length), max(0, left):max(0, left + length)] = (
+            torch.tensor([0.1, 0.2, 0.3])[:, None, None])
         assert torch.equal(got, expected)
 
 
@@ -115,7 +124,8 @@ def test_cutout_covers_the_mean_colour(digits, seeded):
 # ---- what is drawn
 
 def test_draws_follow_the_policy(seeded):
-    policy = Policy("p", [[["Rotate", 0.3, 9], ["Equalize", 1, None]], [["Solarize", 0.0, 5], ["Color", 0.6, 2]], [["Posterize", 1.0, 9]]])
+    policy = Policy("p", [[["Rotate", 0.3, 9], ["Equalize", 1, None]], [["Solarize", 0.0, 5], ["Color", 0.6, 2]],
+                          [["Posterize", 1.0, 9]]])
     n = 60_000
     ops = policy.draw(n, 32, seeded())
     count = {(op, place): (ops.op[:, place] == OPS.index(op)).sum().item() / n for op in OPS for place in (0, 1)}
@@ -137,7 +147,8 @@ def test_several_picks(seeded):
     pairs = ops.op.view(-1, 3, 2)
     first = pairs[..., 0] == OPS.index("Rotate")
     assert ((pairs[..., 1] == OPS.index("Equalize")) == first).all()  # the entries of a sub-policy stay together
-    assert first.float().mean().item() == pytest.approx(0.5, abs=0.02) and first.all(1).float().mean().item() == pytest.approx(1 / 8, abs=0.02)
+    assert (first.float().mean().item() == pytest.approx(0.5, abs=0.02)
+            and first.all(1).float().mean().item() == pytest.approx(1 / 8, abs=0.02))
 
 
 def test_published_policies_draw_evenly(seeded):
@@ -152,9 +163,11 @@ def test_published_policies_draw_evenly(seeded):
 
 
 def test_autoaugment_is_torchvisions_list():
-    for name, policy in (("autoaugment_cifar10", v2.AutoAugmentPolicy.CIFAR10), ("autoaugment_imagenet", v2.AutoAugmentPolicy.IMAGENET)):
+    for name, policy in (("autoaugment_cifar10", v2.AutoAugmentPolicy.CIFAR10),
+                         ("autoaugment_imagenet", v2.AutoAugmentPolicy.IMAGENET)):
         theirs = v2.AutoAugment(policy)._policies
-        assert [[(op, p, level or 0) for op, p, level in line] for line in theirs] == [list(line) for line in POLICIES[name].subpolicies]
+        assert ([[(op, p, level or 0) for op, p, level in line] for line in theirs]
+                == [list(line) for line in POLICIES[name].subpolicies])
 
 
 def test_the_seed_decides(digits, seeded):
@@ -180,14 +193,16 @@ def test_each_image_has_its_own_draw(digits, seeded):
 # ---- schedules
 
 def test_a_schedule_follows_the_epochs(digits, seeded):
-    policy = Policy("s", [[["Invert", 1.0, None]]], later=[(0.5, [[["Solarize", 1.0, 9]]]), (0.75, [[["Equalize", 1.0, None]]])])
+    policy = Policy("s", [[["Invert", 1.0, None]]],
+                    later=[(0.5, [[["Solarize", 1.0, 9]]]), (0.75, [[["Equalize", 1.0, None]]])])
     images = Augmented(digits.train.subset(20), policy, epochs=4)
     seen = []
     for epoch in range(4):
         for _ in images.batches(10, 0, epoch): seen.append(OPS[images.draw(torch.arange(1), seeded()).ops.op.item()])
         list(images.batches(10))  # a plain pass is no epoch
     assert seen[::2] == seen[1::2] == ["Invert", "Invert", "Solarize", "Equalize"]
-    with pytest.raises(ValueError, match="is a schedule: expected the number of epochs"): Augmented(digits.train, policy)
+    with pytest.raises(ValueError, match="is a schedule: expected the number of epochs"):
+        Augmented(digits.train, policy)
 
 
 @pytest.mark.parametrize("share", [-1, 0, 0.49, 0.5, 0.99, 1, 2])
@@ -200,8 +215,10 @@ def test_at(share):
 # ---- files
 
 def test_round_trip(tmp_path):
-    for policy in (*POLICIES.values(), Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]], "wide", 12, 16, 128, 3,
-                                              [(0.1, []), (0.9, [[["Color", 0.25, 11]]])], {"found": "by hand", "n": 3})):
+    for policy in (*POLICIES.values(),
+                   Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]],
+                          "wide", 12, 16, 128, 3, [(0.1, []), (0.9, [[["Color", 0.25, 11]]])],
+                          {"found": "by hand", "n": 3})):
         again = load_policy(save_policy(policy, tmp_path / "deep" / "p.json"))
         assert again == policy and again.about == policy.about
 
@@ -218,7 +235,8 @@ WRONG = {
     "[1]": "Sub-policy 1: expected a list of .* got 1",
     "[[]]": "Sub-policy 1: expected a list",
     '[[["Rotate", 1]]]': r"Sub-policy 1, entry 1: expected \[operation, probability, level\], got \['Rotate', 1\]",
-    '[[["Rotate", 1, 1]], [["Invert", 1, null], ["Rotat", 1, 1]]]': "Sub-policy 2, entry 2: Unknown operation 'Rotat'. Did you mean 'Rotate'",
+    '[[["Rotate", 1, 1]], [["Invert", 1, null], ["Rotat", 1, 1]]]':
+        "Sub-policy 2, entry 2: Unknown operation 'Rotat'. Did you mean 'Rotate'",
     '[[[["a"], 1, 1]]]': "Sub-policy 1, entry 1: ",
     '[[["Rotate", "often", 1]]]': r"entry 1 \(Rotate\): expected a probability from 0 to 1, got 'often'",
     '[[["Rotate", -0.1, 1]]]': "expected a probability from 0 to 1, got -0.1",
@@ -301,11 +319,13 @@ def test_subset_and_devices(digits):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu(digits):
-    images, g = Augmented(digits.train.to("cuda"), load_policy("trivialaugment", cutout=16)), torch.Generator("cuda").manual_seed(0)
+    images, g = (Augmented(digits.train.to("cuda"), load_policy("trivialaugment", cutout=16)),
+                 torch.Generator("cuda").manual_seed(0))
     which = torch.arange(256)
     views = images.draw(which, g)
     pixels = images.fetch(which, views)
-    on_cpu = Augmented(digits.train, images.policy).fetch(which, AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu")))
+    on_cpu = Augmented(digits.train, images.policy).fetch(
+        which, AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu")))
     assert pixels.device.type == "cuda" and (pixels.cpu() != on_cpu).float().mean() < 1e-3
 
 

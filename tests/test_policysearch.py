@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from supermix.policies import OPS, POLICIES, Augmented, Policy, load_policy
-from supermix.policysearch import (DensityFound, DensityRecipe, PopulationFound, PopulationRecipe, compare_policies, exploit, explore,
-                                   judge_policy, make_density, make_population, parameter_lines, random_policy, search_density,
-                                   search_population, split_images)
+from supermix.policysearch import (DensityFound, DensityRecipe, PopulationFound, PopulationRecipe, compare_policies,
+                                   exploit, explore, judge_policy, make_density, make_population, parameter_lines,
+                                   random_policy, search_density, search_population, split_images)
 from supermix.recipes import Training
 
 ONE = Training(epochs=1, batch_size=32, lr=0.05, milestones=())
@@ -57,7 +57,8 @@ def test_the_judge_is_left_as_it_was(digits, teacher):
 
 def test_random_policies_are_even(seeded):
     entries = [entry for line in random_policy(20_000, seeded()).subpolicies for entry in line]
-    assert {op for op, _, _ in entries} == set(OPS[1:]) and all(len(set(column)) == n for column, n in zip(zip(*entries), (14, 10, 10)))
+    assert ({op for op, _, _ in entries} == set(OPS[1:])
+            and all(len(set(column)) == n for column, n in zip(zip(*entries), (14, 10, 10))))
     assert min(p for _, p, _ in entries) == 0.1 and max(p for _, p, _ in entries) == 1.0
     assert sum(level for _, _, level in entries) / 40_000 == pytest.approx(4.5, abs=0.05)
     assert random_policy(3, seeded(1)) == random_policy(3, seeded(1)) != random_policy(3, seeded(2))
@@ -74,7 +75,8 @@ def test_the_search_sorts(digits, teacher):
     again = search_density(teacher, images, recipe)
     assert again.candidates == found.candidates and torch.equal(again.best, found.best)
     merged = found.policy(2, "both", by="test")
-    assert merged.subpolicies == found.candidates[0].subpolicies + found.candidates[1].subpolicies and merged.about == {"by": "test"}
+    assert (merged.subpolicies == found.candidates[0].subpolicies + found.candidates[1].subpolicies
+            and merged.about == {"by": "test"})
 
 
 def test_density_prefers_what_the_judge_knows(digits, teacher):
@@ -113,7 +115,8 @@ def test_parameters_are_lines():
 
 
 def test_lineage_and_schedule_by_hand():
-    parents = torch.tensor([[0, 0, 2], [0, 1, 1], [0, 1, 2]])  # 1 copies 0, then 2 copies 1, then nothing counts any more
+    # 1 copies 0, then 2 copies 1, then nothing counts any more
+    parents = torch.tensor([[0, 0, 2], [0, 1, 1], [0, 1, 2]])
     losses = torch.tensor([[1.0, 3, 2], [2, 1, 3], [3, 2, 1]])
     parameters = torch.arange(9).view(3, 3, 1, 1).expand(3, 3, 14, 2)
     found = PopulationFound(parameters, losses, parents)
@@ -136,7 +139,8 @@ def test_a_small_population(digits):
     for r in (0, 1):
         for member, parent in enumerate(found.parents[r].tolist()):
             if member == parent: assert torch.equal(found.parameters[r + 1, member], found.parameters[r, member])
-        assert (found.parents[r] != torch.arange(4)).sum() == 1 and found.parents[r][found.losses[r].argmax()] == found.losses[r].argmin()
+        assert ((found.parents[r] != torch.arange(4)).sum() == 1
+                and found.parents[r][found.losses[r].argmax()] == found.losses[r].argmin())
     again = search_population(learn, judged, recipe)
     assert torch.equal(again.parameters, found.parameters) and torch.allclose(again.losses, found.losses)
     assert "4 members, 3 rounds" in repr(found)
@@ -147,7 +151,8 @@ def test_a_small_population(digits):
 def test_commands_write_files(tmp_path, monkeypatch):
     small = DensityRecipe(images=60, judged=30, training=ONE, candidates=3, lines=2, draws=1, keep=2)
     policy = load_policy(make_density("digits", tmp_path / "a.json", small))
-    assert len(policy.subpolicies) == 4 and policy.name == "a" and policy.about["recipe"]["candidates"] == 3 and policy.about["data"] == "digits"
+    assert (len(policy.subpolicies) == 4 and policy.name == "a" and policy.about["recipe"]["candidates"] == 3
+            and policy.about["data"] == "digits")
     few = PopulationRecipe(images=60, judged=30, members=4, rounds=2, every=1, training=ONE)
     schedule = load_policy(make_population("digits", tmp_path / "b.json", few))
     assert schedule.picks == 2 and len(schedule.subpolicies) == 14 and len(schedule.about["losses"]) == 2
@@ -170,8 +175,10 @@ def test_the_committed_schedule_is_a_schedule():
 
 def test_comparing(digits):
     train, test = digits.train.subset(64), digits.test.subset(50)
-    reached = compare_policies({"a": POLICIES["none"], "b": POLICIES["none"], "c": POLICIES["trivialaugment"]}, train, test, ONE, seeds=2)
-    assert list(reached) == ["a", "b", "c"] and all(len(v) == 2 for v in reached.values()) and reached["a"] == reached["b"]
+    reached = compare_policies({"a": POLICIES["none"], "b": POLICIES["none"], "c": POLICIES["trivialaugment"]},
+                               train, test, ONE, seeds=2)
+    assert (list(reached) == ["a", "b", "c"] and all(len(v) == 2 for v in reached.values())
+            and reached["a"] == reached["b"])
 
 
 def test_found_is_a_record(): assert "2 candidates: loss 0.100 for the best" in repr(

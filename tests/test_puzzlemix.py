@@ -1,4 +1,5 @@
-"""PuzzleMix: the energy in plain loops, the cut against all labelings and a greatest flow, plans against all permutations."""
+"""PuzzleMix: the energy in plain loops, the cut against all labelings and a greatest flow, plans against all
+permutations."""
 
 import itertools
 import math
@@ -13,19 +14,21 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from supermix.masks import areas, mix, soft_labels
-from supermix.puzzlemix import (Energy, PuzzleMix, block_shares, border_gaps, distances, energy_terms, graph_cuts, min_cut,
-                                minimise, move_blocks, puzzle_masks, saliency, transport, transport_plans)
+from supermix.puzzlemix import (Energy, PuzzleMix, block_shares, border_gaps, distances, energy_terms, graph_cuts,
+                                min_cut, minimise, move_blocks, puzzle_masks, saliency, transport, transport_plans)
 
 
 def pairs(seed, B, H, W, C=3):
     "Random sources, their maps and weights."
     g = torch.Generator().manual_seed(seed)
     lam = torch.rand(B, 1, generator=g)
-    return torch.rand(B, 2, C, H, W, generator=g), torch.rand(B, 2, H, W, generator=g) ** 6, torch.cat([lam, 1 - lam], 1)
+    return (torch.rand(B, 2, C, H, W, generator=g), torch.rand(B, 2, H, W, generator=g) ** 6,
+            torch.cat([lam, 1 - lam], 1))
 
 
 def papers_energy(z, s, pixels, lam, m, beta, gamma, eta):
-    "The formula, block by block, for one pair whose blocks are single pixels: z (h, w), s (2, h, w), pixels (2, C, h, w)."
+    """The formula, block by block, for one pair whose blocks are single pixels: z (h, w), s (2, h, w), pixels
+    (2, C, h, w)."""
     (h, w), total = z.shape, 0.0
     scale = beta / 16 / max(h, w)
     for i, j in itertools.product(range(h), range(w)):
@@ -41,8 +44,9 @@ def papers_energy(z, s, pixels, lam, m, beta, gamma, eta):
     return float(total)
 
 
-@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 2), (2, 2), (2, 3), (3, 1)]), labels=st.sampled_from([2, 3, 4]),
-       beta=st.sampled_from([0.0, 1.2, 8.0, 60.0]), gamma=st.sampled_from([0.0, 0.5, 1.0]), eta=st.sampled_from([0.0, 0.2, 2.0]))
+@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 2), (2, 2), (2, 3), (3, 1)]),
+       labels=st.sampled_from([2, 3, 4]), beta=st.sampled_from([0.0, 1.2, 8.0, 60.0]),
+       gamma=st.sampled_from([0.0, 0.5, 1.0]), eta=st.sampled_from([0.0, 0.2, 2.0]))
 def test_no_labeling_is_better_than_the_cuts(seed, grid, labels, beta, gamma, eta):
     if labels == 4 and grid == (2, 3): labels = 3  # 4096 labelings take long in plain loops
     sets, maps, lam = pairs(seed, 1, *grid)
@@ -59,7 +63,8 @@ def test_the_energy_of_real_blocks_differs_from_the_formula_by_a_constant(seed, 
     sets, maps, lam = pairs(seed, 2, n, n)
     shares, rng, m = block_shares(maps, (n, n)), np.random.default_rng(seed), labels - 1
     energy = energy_terms(shares, border_gaps(sets, (n, n), 1), lam[:, 0], labels, beta=20.0, gamma=1.0)
-    assert (energy.down >= 0).all() and (energy.right >= 0).all() and (energy.site.diff(dim=-1).diff(dim=-1) > -1e-12).all()
+    assert ((energy.down >= 0).all() and (energy.right >= 0).all()
+            and (energy.site.diff(dim=-1).diff(dim=-1) > -1e-12).all())
     apart = []
     for u in rng.integers(0, labels, (4, n, n)):
         z = u / m
@@ -144,12 +149,14 @@ def test_border_gaps_by_plain_loops():
             torch.testing.assert_close(right[b, a, c, i, j], sum(want) / 2)
 
 
-@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 1), (2, 2), (2, 3), (1, 6)]), xi=st.sampled_from([0.0, 0.02, 0.3, 5.0]))
+@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 1), (2, 2), (2, 3), (1, 6)]),
+       xi=st.sampled_from([0.0, 0.02, 0.3, 5.0]))
 def test_no_permutation_is_better_than_the_plan(seed, grid, xi):
     rng, size = np.random.default_rng(seed), grid[0] * grid[1]
     shares, seen = rng.dirichlet(np.full(size, 0.5)), rng.random(size) < 0.5
     where = np.array(list(itertools.product(range(grid[0]), range(grid[1])))) / max(max(grid) - 1, 1)
-    def cost(comes): return sum(xi * ((where[i] - where[j]) ** 2).sum() - shares[i] * seen[j] for j, i in enumerate(comes))
+    def cost(comes):
+        return sum(xi * ((where[i] - where[j]) ** 2).sum() - shares[i] * seen[j] for j, i in enumerate(comes))
     plan = transport_plans(torch.tensor(shares).view(1, *grid), torch.tensor(seen).view(1, *grid), xi)
     assert sorted(plan[0].tolist()) == list(range(size))
     assert cost(plan[0].tolist()) <= min(map(cost, itertools.permutations(range(size)))) + 1e-12
@@ -166,7 +173,8 @@ def test_moved_blocks_are_where_the_plan_says():
     moved = move_blocks(images, plans, grid)
     for b, place in itertools.product(range(3), range(12)):
         (i, j), (k, l) = divmod(place, 4), divmod(plans[b, place].item(), 4)
-        assert torch.equal(moved[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2], images[b, :, 2 * k:2 * k + 2, 2 * l:2 * l + 2])
+        assert torch.equal(moved[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2],
+                           images[b, :, 2 * k:2 * k + 2, 2 * l:2 * l + 2])
 
 
 def test_transport_brings_saliency_into_view():
@@ -233,20 +241,25 @@ def test_without_labels_the_teacher_tells_the_classes(teacher, digits, seeded):
 def test_a_mixer_of_half_precision(teacher, digits, seeded):
     images, labels = digits.test[:4]
     mixed, targets = PuzzleMix(lambda x: teacher(x.float()))(images.half(), labels, seeded())
-    assert mixed.dtype == torch.float16 and torch.isfinite(mixed).all() and torch.allclose(targets.sum(1), torch.ones(4))
+    assert (mixed.dtype == torch.float16 and torch.isfinite(mixed).all()
+            and torch.allclose(targets.sum(1), torch.ones(4)))
 
 
 def test_a_teacher_without_doubts_gives_equal_shares(seeded):
     constant = lambda x: 0 * x.flatten(1)[:, :3] + torch.tensor([100.0, 0, 0])
-    mixed, targets = PuzzleMix(constant, blocks=(2, 4))(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), seeded())
+    mixed, targets = PuzzleMix(constant, blocks=(2, 4))(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long),
+                                                        seeded())
     assert torch.isfinite(mixed).all() and torch.equal(targets, torch.tensor([[1.0, 0, 0]] * 4))
 
 
-SETTINGS = [({"alpha": 0.0}, "alpha above 0 and finite, or None, got 0.0"), ({"blocks": ()}, r"blocks of 2 or more .* got \(\)"),
-            ({"blocks": (1, 2)}, r"blocks of 2 or more .* got \(1, 2\)"), ({"labels": 1}, "labels from 2 to 16, got 1"),
-            ({"labels": 2.5}, "labels from 2 to 16, got 2.5"), ({"beta": -1.0}, "beta of 0 or more, got -1"), ({"eta": float("nan")}, "eta of 0 or more, got nan"),
-            ({"gamma": 1.5}, "gamma from 0 to 1 .* got 1.5"), ({"xi": float("inf")}, "xi of 0 or more, got inf"), ({"size": 0}, "size of 1 pixel or more, got 0"),
-            ({"border": 0.5}, "border of 1 pixel or more, got 0.5"), ({"std": 0.0}, "std above 0, got 0.0"), ({"std": (0.2, -1.0)}, "std above 0")]
+SETTINGS = [({"alpha": 0.0}, "alpha above 0 and finite, or None, got 0.0"),
+            ({"blocks": ()}, r"blocks of 2 or more .* got \(\)"),
+            ({"blocks": (1, 2)}, r"blocks of 2 or more .* got \(1, 2\)"),
+            ({"labels": 1}, "labels from 2 to 16, got 1"), ({"labels": 2.5}, "labels from 2 to 16, got 2.5"),
+            ({"beta": -1.0}, "beta of 0 or more, got -1"), ({"eta": float("nan")}, "eta of 0 or more, got nan"),
+            ({"gamma": 1.5}, "gamma from 0 to 1 .* got 1.5"), ({"xi": float("inf")}, "xi of 0 or more, got inf"),
+            ({"size": 0}, "size of 1 pixel or more, got 0"), ({"border": 0.5}, "border of 1 pixel or more, got 0.5"),
+            ({"std": 0.0}, "std above 0, got 0.0"), ({"std": (0.2, -1.0)}, "std above 0")]
 
 
 @pytest.mark.parametrize("settings, message", SETTINGS)
@@ -258,13 +271,19 @@ images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
 linear = lambda x: x.flatten(1)[:, :4] * 3
 BAD = {
     "no teacher": (lambda: PuzzleMix("resnet20"), "Expected a teacher that maps images to logits, got str"),
-    "blocks that do not divide": (lambda: PuzzleMix(linear)(images, labels), r"blocks that divide the images, got \(2, 4, 8, 16\) for 8×8"),
-    "a teacher without a gradient": (lambda: PuzzleMix(lambda x: linear(x).detach(), blocks=4)(images, labels), "teacher that is differentiable"),
-    "a teacher that gives maps": (lambda: PuzzleMix(lambda x: x, blocks=4)(images, labels), r"Expected the teacher to give logits \(4, N\), got \(4, 3, 8, 8\)"),
-    "a label too large": (lambda: PuzzleMix(linear, blocks=4)(images, labels + 1), "Expected labels from 0 to 3, got 1 to 4"),
+    "blocks that do not divide": (lambda: PuzzleMix(linear)(images, labels),
+                                  r"blocks that divide the images, got \(2, 4, 8, 16\) for 8×8"),
+    "a teacher without a gradient": (lambda: PuzzleMix(lambda x: linear(x).detach(), blocks=4)(images, labels),
+                                     "teacher that is differentiable"),
+    "a teacher that gives maps": (lambda: PuzzleMix(lambda x: x, blocks=4)(images, labels),
+                                  r"Expected the teacher to give logits \(4, N\), got \(4, 3, 8, 8\)"),
+    "a label too large": (lambda: PuzzleMix(linear, blocks=4)(images, labels + 1),
+                          "Expected labels from 0 to 3, got 1 to 4"),
     "bytes": (lambda: PuzzleMix(linear, blocks=4)((255 * images).byte(), labels), "Expected normalised float images"),
-    "NaN": (lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels), "NaN or infinity in 1 of 4"),
-    "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)), "blocks that divide the maps, got 3×4 for 8×8"),
+    "NaN": (lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels),
+            "NaN or infinity in 1 of 4"),
+    "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)),
+                                      "blocks that divide the maps, got 3×4 for 8×8"),
     "one image": (lambda: PuzzleMix(linear, blocks=4)(images[:1], labels[:1]), "at least k = 2"),
 }
 

@@ -1,4 +1,5 @@
-"""The README's snippets, run as they stand, in a folder that looks as they expect; and its tables against what they are drawn from."""
+"""The README's snippets, run as they stand, in a folder that looks as they expect; and its tables against what they are
+drawn from."""
 
 import ast
 import json
@@ -38,10 +39,12 @@ def home(tmp_path_factory):
     "A folder with `photos`, JPEGs in a folder a class, and `teacher.pt`: a ResNet18's weights, trained on them."
     from skimage import data
     home, g = tmp_path_factory.mktemp("home"), torch.Generator().manual_seed(0)
-    for name, photo in {"cat": data.chelsea(), "coffee": data.coffee(), "person": data.astronaut(), "rocket": data.rocket()}.items():
+    for name, photo in {"cat": data.chelsea(), "coffee": data.coffee(), "person": data.astronaut(),
+                        "rocket": data.rocket()}.items():
         photo = Image.fromarray(photo)
         for n in range(16):  # windows of one photograph
-            side, top, left = [int(torch.randint(low, high, (1,), generator=g)) for low, high in ((160, 260), (0, photo.height - 260), (0, photo.width - 260))]
+            side, top, left = [int(torch.randint(low, high, (1,), generator=g))
+                               for low, high in ((160, 260), (0, photo.height - 260), (0, photo.width - 260))]
             file = home / "photos" / ("train" if n < 12 else "val") / name / f"{n % 12:03d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((left, top, left + side, top + side)).save(file, quality=90)
@@ -60,7 +63,8 @@ def home(tmp_path_factory):
 def test_own_pictures_are_mixed_and_a_student_learns(home):
     said = run("\n".join(SNIPPETS[:2]), home)
     assert float(re.search(r"teacher: ([\d.]+) %", said)[1]) > 80 and re.search(r"^\w+ \d+%$", said, re.MULTILINE)
-    with Image.open(home / "mixed.png") as picture: assert picture.size == (8 * 98 + 2, 2 * 98 + 2)  # sixteen, framed by two pixels
+    with Image.open(home / "mixed.png") as picture:
+        assert picture.size == (8 * 98 + 2, 2 * 98 + 2)  # sixteen, framed by two pixels
     student = load(home / "student.safetensors")
     assert student.info.classes == ("cat", "coffee", "person", "rocket")
     assert accuracy(student, load_folder(home / "photos", size=96).test) > 40  # of four classes, after a minute
@@ -89,7 +93,8 @@ def test_the_snippet_without_pictures_of_ones_own(tmp_path): run(SNIPPETS[2], tm
 
 # ---- the rest of the page
 
-def test_the_commands_are_there(): assert all(command in README for command in ("make demo", "make test", "supermix --help"))
+def test_the_commands_are_there():
+    assert all(command in README for command in ("make demo", "make test", "supermix --help"))
 
 
 def test_every_link_within_the_repository_leads_somewhere():
@@ -97,7 +102,8 @@ def test_every_link_within_the_repository_leads_somewhere():
     assert links and all((ROOT / link).exists() for link in links), links
 
 
-def test_every_picture_says_what_is_to_be_seen(): assert all(len(alt) > 40 for alt in re.findall(r"!\[(.*?)\]\(", README))
+def test_every_picture_says_what_is_to_be_seen():
+    assert all(len(alt) > 40 for alt in re.findall(r"!\[(.*?)\]\(", README))
 
 
 def test_the_table_is_the_one_that_was_measured():
@@ -108,8 +114,11 @@ def test_the_table_is_the_one_that_was_measured():
 def test_the_studys_table_is_the_one_that_was_measured():
     found = results(ROOT / "results" / "study")
     rows = found["core"] | found["budget"]
-    wanted = ("alone", "KD", *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")), "KD, double updates")
-    assert table({name: rows[name] for name in wanted}, rows["KD"]) in README and all(len(rows[name]) == 5 for name in wanted)
+    wanted = ("alone", "KD",
+              *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
+              "KD, double updates")
+    assert (table({name: rows[name] for name in wanted}, rows["KD"]) in README
+            and all(len(rows[name]) == 5 for name in wanted))
 
 
 THERE = "the plain way's KL there"
@@ -119,7 +128,8 @@ def test_the_engines_table_is_the_one_that_was_measured():
     report = json.loads((ROOT / "results" / "engine.json").read_text())
     for k, result in report["races"].items():
         for way, w in result.items():
-            row = f"| k = {k}, {'plain way' if way == 'plain' else way} | {w['images/s']:.1f} | {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % | {w['m(1-m)']:.3f} |"
+            row = (f"| k = {k}, {'plain way' if way == 'plain' else way} | {w['images/s']:.1f} "
+                   f"| {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % | {w['m(1-m)']:.3f} |")
             kl = "–" if way == "plain" else f"{w['KL, where both solve']:.2f} ({w[THERE]:.2f})"
             assert f"{row} {kl} |" in README
 
@@ -127,7 +137,8 @@ def test_the_engines_table_is_the_one_that_was_measured():
 # ---- the course: each chapter's needs and times
 
 SECONDS = {name: stamp["seconds"] for name, stamp in json.loads((ROOT / "nbs" / "executed.json").read_text()).items()}
-COURSE = {name: cells for name, *cells in re.findall(r"^\| \[[^\]]*\]\(nbs/([\w./]+)\.ipynb\) \| .* \| (.*?) \| (\d+) \| (\d+|–) \| (\d+) \|$", README, re.MULTILINE)}
+COURSE = {name: cells for name, *cells in re.findall(
+    r"^\| \[[^\]]*\]\(nbs/([\w./]+)\.ipynb\) \| .* \| (.*?) \| (\d+) \| (\d+|–) \| (\d+) \|$", README, re.MULTILINE)}
 EVERYWHERE = {"00", "01", "02", "19"}  # as the text above the table says
 
 
@@ -137,7 +148,8 @@ def number(name): return name.rpartition("/")[0] + name.rpartition("/")[2][:2]
 def notebook(name):
     "A chapter's prose and its code."
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
-    return ["\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind) for kind in ("markdown", "code")]
+    return ["\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
+            for kind in ("markdown", "code")]
 
 
 def needs(name):
@@ -162,7 +174,8 @@ def reading(name):
 
 
 def test_every_chapter_is_in_the_course_and_in_its_order():
-    there = {str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if not any(s.startswith((".", "_")) for s in path.parts)}
+    there = {str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in (ROOT / "nbs").rglob("[0-9]*.ipynb")
+             if not any(s.startswith((".", "_")) for s in path.parts)}
     assert set(COURSE) == there
     for name in COURSE: assert all(n < number(name) for n in needs(name)) or name.startswith("runs/"), name
 
@@ -170,8 +183,10 @@ def test_every_chapter_is_in_the_course_and_in_its_order():
 @pytest.mark.parametrize("name", COURSE)
 def test_a_chapters_needs_are_what_it_imports(name):
     chapters = {n.partition("_")[2]: number(n) for n in COURSE if not n.startswith("runs/")}
-    used = {chapters[module] for module in re.findall(r"^\s*from supermix\.([\w.]+) import", notebook(name)[1], re.MULTILINE)}
-    assert used <= serving(name) | EVERYWHERE, f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the index does not name"
+    used = {chapters[module]
+            for module in re.findall(r"^\s*from supermix\.([\w.]+) import", notebook(name)[1], re.MULTILINE)}
+    assert used <= serving(name) | EVERYWHERE, (
+        f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the index does not name")
 
 
 @pytest.mark.parametrize("name", COURSE)
@@ -180,24 +195,30 @@ def test_a_chapters_times_are_near_the_truth(name):
     assert abs(int(read) - reading(name)) < 5 + reading(name) / 3, f"about {reading(name):.0f} minutes"
     section = re.search(r"^## Exercises\n(.*?)(?=^## |\Z)", notebook(name)[0], re.MULTILINE | re.DOTALL)
     assert do == (str(12 * len(re.findall(r"^\d+\. ", section[1], re.MULTILINE))) if section else "–")
-    assert SECONDS[name] / 12 < int(run) < 3 * SECONDS[name] + 5, f"it took {SECONDS[name]} s"  # on a busy machine all take up to ten times as long
+    # on a busy machine all take up to ten times as long
+    assert SECONDS[name] / 12 < int(run) < 3 * SECONDS[name] + 5, f"it took {SECONDS[name]} s"
 
 
 def test_the_paths_take_as_long_as_they_say():
     by_number = {number(name): name for name in COURSE}
     paths = re.findall(r"^- \*\*.*? ((?:\d\d, )+\d\d)\b.*?about (\d+) hours", README, re.MULTILINE)
     assert len(paths) == 2
-    for path, hours in paths: assert round(sum(reading(by_number[n]) for n in path.split(", ")) / 60) in range(int(hours) - 1, int(hours) + 2)
+    for path, hours in paths:
+        assert (round(sum(reading(by_number[n]) for n in path.split(", ")) / 60)
+                in range(int(hours) - 1, int(hours) + 2))
     read, do = map(int, re.search(r"about (\d+) hours to read, (\d+) for the exercises", README).groups())
-    assert abs(sum(map(reading, COURSE)) / 60 - read) < 3 and abs(sum(int(c[2]) for c in COURSE.values() if c[2] != "–") / 60 - do) < 3
+    assert (abs(sum(map(reading, COURSE)) / 60 - read) < 3
+            and abs(sum(int(c[2]) for c in COURSE.values() if c[2] != "–") / 60 - do) < 3)
 
 
 # ---- the glossary: symbols that all chapters keep
 
 GLOSSARY = notebook("glossary")[0]
 ENTRIES = re.findall(r"^\| (?:.*?) \| (`.*?) \| .*? \| .* \| \[(\d\d)\]\(([\w.]+)\.ipynb\) \|$", GLOSSARY, re.MULTILINE)
-ALIASES = {"lmbda", "lambd", "lamb", "lambda_", "mixing_weights", "sig", "sigma_s", "lam_s", "sparsity_weight", "temp", "T", "thetas", "n_classes", "nclasses", "nb_classes",
-           "n_class", "rng", "gen", "soft_label", "y_hat", "x_hat", "student_z", "teacher_z", "z_s", "z_t", "s_logits", "t_logits", "logits_student", "logits_teacher", "learning_rate", "bs"}
+ALIASES = {"lmbda", "lambd", "lamb", "lambda_", "mixing_weights", "sig", "sigma_s", "lam_s", "sparsity_weight", "temp",
+           "T", "thetas", "n_classes", "nclasses", "nb_classes", "n_class", "rng", "gen", "soft_label", "y_hat",
+           "x_hat", "student_z", "teacher_z", "z_s", "z_t", "s_logits", "t_logits", "logits_student", "logits_teacher",
+           "learning_rate", "bs"}
 
 
 @pytest.mark.parametrize("names, chapter, file", ENTRIES, ids=lambda value: value.replace("`", ""))
@@ -207,7 +228,8 @@ def test_a_symbol_is_introduced_where_the_glossary_says(names, chapter, file):
     for name in re.findall(r"`(\w+)", names): assert re.search(rf"\b{name}\b", text), f"chapter {chapter} has no {name}"
 
 
-def test_the_glossary_has_its_entries(): assert len(ENTRIES) == sum(line.endswith(".ipynb) |") for line in GLOSSARY.splitlines()) > 30
+def test_the_glossary_has_its_entries():
+    assert len(ENTRIES) == sum(line.endswith(".ipynb) |") for line in GLOSSARY.splitlines()) > 30
 
 
 def test_no_signature_has_another_name_for_a_symbol():
@@ -215,6 +237,9 @@ def test_no_signature_has_another_name_for_a_symbol():
     for path in (ROOT / "supermix").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                found += [f"{path.stem}.{getattr(node, 'name', 'lambda')}: {a.arg}" for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg in ALIASES]
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ALIASES: found.append(f"{path.stem}: {node.target.id}")
+                found += [f"{path.stem}.{getattr(node, 'name', 'lambda')}: {a.arg}"
+                          for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                          if a.arg in ALIASES]
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ALIASES:
+                found.append(f"{path.stem}: {node.target.id}")
     assert not found

@@ -6,7 +6,8 @@ from inspect import signature
 import pytest
 from supermix.data import DATA_SETS
 from supermix.mixing import SuperMix
-from supermix.recipes import CIFAR100, CIFAR100_DISTILLATION, CRD_BENCHMARK, DEMO, IMAGENET, METHODS, TEACHERS, Generation, Mixing, Recipe, Terms, Training, Variant, change, differences
+from supermix.recipes import (CIFAR100, CIFAR100_DISTILLATION, CRD_BENCHMARK, DEMO, IMAGENET, METHODS, TEACHERS,
+                              Generation, Mixing, Recipe, Terms, Training, Variant, change, differences)
 from supermix.zoo import names
 
 RECIPES = {"CIFAR100": CIFAR100, "CRD_BENCHMARK": CRD_BENCHMARK, "IMAGENET": IMAGENET, "DEMO": DEMO}
@@ -15,10 +16,12 @@ RECIPES = {"CIFAR100": CIFAR100, "CRD_BENCHMARK": CRD_BENCHMARK, "IMAGENET": IMA
 @pytest.mark.parametrize("recipe, training, mixing", [
     (CIFAR100, dict(epochs=600, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, decay=0.1,
                     milestones=(200, 300, 400, 500), warmup=0),
-     dict(k=2, mask_size=8, sigma=1, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat", give_up=None)),
+     dict(k=2, mask_size=8, sigma=1, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat",
+          give_up=None)),
     (IMAGENET, dict(epochs=100, batch_size=256, lr=0.025, momentum=0.9, weight_decay=1e-4, milestones=(30, 60, 90),
                     decay=0.1, warmup=0),
-     dict(k=2, mask_size=16, sigma=2, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat", give_up=None)),
+     dict(k=2, mask_size=16, sigma=2, lambda_s=25, alpha=3, max_iter=50, step=1, hold=None, margin=0, start="flat",
+          give_up=None)),
 ], ids=["CIFAR100", "IMAGENET"])
 def test_the_papers_numbers(recipe, training, mixing):
     assert training.items() <= asdict(recipe.training).items() and asdict(recipe.mixing) == mixing
@@ -68,20 +71,24 @@ def test_an_unknown_scale_or_field(act, message):
     (lambda: Training(lr=None), "Expected lr of Training to be of type float, got None"),
     (lambda: Training(bfloat16=1), "Expected bfloat16 of Training to be of type bool, got 1"),
     (lambda: Training(milestones=200), r"Expected milestones of Training to be of type tuple\[int, ...\], got 200"),
-    (lambda: Training(milestones=[200, 300]), r"Expected milestones of Training to be of type tuple\[int, ...\], got \[200, 300\]"),
-    (lambda: Training(milestones=(200, "300")), r"Expected milestones of Training to be of type tuple\[int, ...\], got \(200, '300'\)"),
+    (lambda: Training(milestones=[200, 300]),
+     r"Expected milestones of Training to be of type tuple\[int, ...\], got \[200, 300\]"),
+    (lambda: Training(milestones=(200, "300")),
+     r"Expected milestones of Training to be of type tuple\[int, ...\], got \(200, '300'\)"),
     (lambda: Mixing(k=2.5), "Expected k of Mixing to be of type int, got 2.5"),
     (lambda: Mixing(hold="0.06"), r"Expected hold of Mixing to be of type float \| None, got '0.06'"),
     (lambda: Mixing(start=None), "Expected start of Mixing to be of type str, got None"),
     (lambda: Generation(count=1e6), "Expected count of Generation to be of type int, got 1000000.0"),
     (lambda: Generation(mixing={"k": 2}), "Expected mixing of Generation to be of type Mixing, got {'k': 2}"),
-    (lambda: Terms(features=("crd", 0.8)), r"Expected features of Terms to be of type tuple\[tuple\[str, float\], ...\], got"),
+    (lambda: Terms(features=("crd", 0.8)),
+     r"Expected features of Terms to be of type tuple\[tuple\[str, float\], ...\], got"),
     (lambda: Terms(features=(("crd", "0.8"),)), "Expected features of Terms"),
     (lambda: Variant(k="2"), r"Expected k of Variant to be of type int \| None, got '2'"),
     (lambda: Recipe(training=Mixing()), "Expected training of Recipe to be of type Training, got Mixing"),
     (lambda: replace(CIFAR100, mixes="32"), "Expected mixes of Recipe to be of type int, got '32'"),
     (lambda: change(CIFAR100, {"training.lr": "0.1"}), "Expected lr of Training to be of type float, got '0.1'"),
-    (lambda: replace(CIFAR100, scales={"paper": {}, "odd": {"mixing.k": "2"}}).at("odd"), "Expected k of Mixing to be of type int, got '2'"),
+    (lambda: replace(CIFAR100, scales={"paper": {}, "odd": {"mixing.k": "2"}}).at("odd"),
+     "Expected k of Mixing to be of type int, got '2'"),
     (lambda: replace(CIFAR100_DISTILLATION, pairs=("vgg13", "vgg8")), "Expected pairs of Family"),
 ])
 def test_a_value_of_another_type(make, message):
@@ -89,8 +96,10 @@ def test_a_value_of_another_type(make, message):
 
 
 def test_what_stands_for_a_float_or_nothing():
-    assert Training(lr=1, warmup=0).lr == 1 and Mixing(hold=None, sigma=2).sigma == 2 and Recipe(low_lr=None, size=64).size == 64
-    assert Terms(features=(("at", 1000),)).features == (("at", 1000),) and replace(CIFAR100_DISTILLATION, rows={}).rows == {}
+    assert (Training(lr=1, warmup=0).lr == 1 and Mixing(hold=None, sigma=2).sigma == 2
+            and Recipe(low_lr=None, size=64).size == 64)
+    assert (Terms(features=(("at", 1000),)).features == (("at", 1000),)
+            and replace(CIFAR100_DISTILLATION, rows={}).rows == {})
 
 
 @pytest.mark.parametrize("record", [CIFAR100, Training(), Mixing(), METHODS["kd"]], ids=lambda r: type(r).__name__)

@@ -1,4 +1,5 @@
-"""Losses of relations against the benchmark's values and plain loops; what moving, turning and scaling may not change."""
+"""Losses of relations against the benchmark's values and plain loops; what moving, turning and scaling may not
+change."""
 
 import json
 import math
@@ -66,8 +67,8 @@ def test_rkd_in_plain_loops(B, d, D, seed):
     def shape(points):
         far = [[length(minus(a, b)) for b in points] for a in points]
         mean = sum(map(sum, far)) / (B * (B - 1))
-        angles = [[[dot(minus(b, a), minus(c, a)) / (length(minus(b, a)) * length(minus(c, a))) if b is not a is not c else 0.0
-                    for c in points] for b in points] for a in points]
+        angles = [[[dot(minus(b, a), minus(c, a)) / (length(minus(b, a)) * length(minus(c, a)))
+                    if b is not a is not c else 0.0 for c in points] for b in points] for a in points]
         return [x / mean for row in far for x in row], [x for plane in angles for row in plane for x in row]
     (ds, angles_s), (dt, angles_t) = shape(s.tolist()), shape(t.tolist())
     distance = sum(huber(x - y) for x, y in zip(ds, dt)) / B ** 2
@@ -111,7 +112,8 @@ def test_gradients_and_dtypes(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("case", ["one image", "equal images", "all zero"])
 def test_poor_batches_stay_finite(loss, case):
-    s = {"one image": random(1, 1, 3), "equal images": random(1, 1, 3).repeat(4, 1), "all zero": torch.zeros(4, 3).double()}[case]
+    s = {"one image": random(1, 1, 3), "equal images": random(1, 1, 3).repeat(4, 1),
+         "all zero": torch.zeros(4, 3).double()}[case]
     s = s.requires_grad_()
     value = loss(s, random(2, len(s), 3))
     value.backward()
@@ -144,7 +146,8 @@ def test_what_the_terms_look_at():
     assert SP(s, t, 9, all_stages=True)(s, t, None, None) == both
     cc = CC(s, t, 9, dim=3).double()
     assert cc(s, t, None, None) == cc_loss(cc.embed_student(vectors[0]), cc.embed_teacher(vectors[1]))
-    with pytest.raises(ValueError, match="as many stages as its teacher, got 1 and 2"): SP(Seen(s.features[1:], None), t, 9, all_stages=True)
+    with pytest.raises(ValueError, match="as many stages as its teacher, got 1 and 2"):
+        SP(Seen(s.features[1:], None), t, 9, all_stages=True)
 
 
 def test_the_table_of_all_methods():

@@ -16,20 +16,24 @@ from supermix.checkpoints import checkpoints
 from supermix.core import file_hash
 from supermix.policies import Augmented
 from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
-from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION, IMAGENET,
-                              IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS, Variant, change, differences)
-from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result, measured, miniature, open_data,
-                           open_teacher, result_path, run, run_classification, run_distillation, table, run_family)
+from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
+                              IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
+                              Variant, change, differences)
+from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result,
+                           measured, miniature, open_data, open_teacher, result_path, run, run_classification,
+                           run_distillation, table, run_family)
 from supermix.zoo import CRD_KEYS, create, crd_keys, load, save
 
-FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION, IMAGENET_CLASSIFICATION]
+FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
+            IMAGENET_CLASSIFICATION]
 
 
 # ---- the recipes
 
 @pytest.mark.parametrize("recipe, steps", [
     (CIFAR100, [0.1] * 200 + [0.01] * 100 + [0.001] * 100 + [0.0001] * 100 + [0.00001] * 100),
-    (CIFAR100.pair("vgg13", "mobilenetv2"), [0.02] * 200 + [0.002] * 100 + [0.0002] * 100 + [0.00002] * 100 + [0.000002] * 100),
+    (CIFAR100.pair("vgg13", "mobilenetv2"),
+     [0.02] * 200 + [0.002] * 100 + [0.0002] * 100 + [0.00002] * 100 + [0.000002] * 100),
     (CRD_BENCHMARK, [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30),
     (CRD_BENCHMARK.pair("resnet32x4", "shufflenetv2"), [0.01] * 150 + [0.001] * 30 + [0.0001] * 30 + [0.00001] * 30),
     (IMAGENET, [0.025] * 30 + [0.0025] * 30 + [0.00025] * 30 + [0.000025] * 10),
@@ -42,10 +46,12 @@ def test_every_epoch_has_its_learning_rate(recipe, steps):
         for batch in (0, 0.5, 0.9975): assert training.lr_at(epoch + batch) == pytest.approx(rate, rel=1e-9)
 
 
-PARAMETERS = {"wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564, "resnet56": 861_620, "resnet32": 472_756, "resnet20": 278_324,
-              "resnet50": 23_705_252, "resnet32x4": 7_433_860, "resnet8x4": 1_233_540, "vgg13": 9_462_180, "vgg8": 3_965_028, "mobilenetv2": 812_836,
-              "shufflenetv1": 949_258, "shufflenetv2": 1_355_528}
-KINDS = {"wrn": "WRN", "vgg": "VGG", "mob": "MobileNetV2", "shufflenetv1": "ShuffleNetV1", "shufflenetv2": "ShuffleNetV2", "resnet50": "BottleneckResNet"}
+PARAMETERS = {"wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564,
+              "resnet56": 861_620, "resnet32": 472_756, "resnet20": 278_324, "resnet50": 23_705_252,
+              "resnet32x4": 7_433_860, "resnet8x4": 1_233_540, "vgg13": 9_462_180, "vgg8": 3_965_028,
+              "mobilenetv2": 812_836, "shufflenetv1": 949_258, "shufflenetv2": 1_355_528}
+KINDS = {"wrn": "WRN", "vgg": "VGG", "mob": "MobileNetV2", "shufflenetv1": "ShuffleNetV1",
+         "shufflenetv2": "ShuffleNetV2", "resnet50": "BottleneckResNet"}
 
 
 @pytest.mark.parametrize("teacher, student", PAIRS)
@@ -55,15 +61,18 @@ def test_every_pair_is_the_benchmarks(teacher, student):
     for name in (recipe.teacher, recipe.student):
         with torch.device("meta"): network = create(name, 100)
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
-        assert type(network).__name__ == KINDS.get(name, KINDS.get(name[:3], "ResNet")) and network.head.out_features == 100
+        assert (type(network).__name__ == KINDS.get(name, KINDS.get(name[:3], "ResNet"))
+                and network.head.out_features == 100)
         assert type(network).__name__ in CRD_KEYS and crd_keys(network)
     low = student in ("mobilenetv2", "shufflenetv1", "shufflenetv2")
-    assert (recipe.training.lr, CRD_BENCHMARK.pair(teacher, student).training.lr) == ((0.02, 0.01) if low else (0.1, 0.05))
+    assert ((recipe.training.lr, CRD_BENCHMARK.pair(teacher, student).training.lr)
+            == ((0.02, 0.01) if low else (0.1, 0.05)))
 
 
 def test_no_two_families_meet_in_a_file():
     for scale in ("paper", "mini", "smoke"):
-        files = [{result_path(recipe, variant, "").name for recipe, _, variant in family.at(scale).runs()} for family in FAMILIES]
+        files = [{result_path(recipe, variant, "").name for recipe, _, variant in family.at(scale).runs()}
+                 for family in FAMILIES]
         assert len(set.union(*files)) == sum(map(len, files))
 
 
@@ -75,8 +84,10 @@ def test_the_pairs_are_thirteen(): assert len(set(PAIRS)) == 13 and COLUMNS == P
 def test_a_scale_changes_what_a_family_lists_and_nothing_else(family, scale):
     changed = {name: new for name, (_, new) in differences(family, family.at(scale)).items()}
     listed = family.scales[scale]
-    assert changed.items() <= listed.items() and all(name in changed or runs_same(family, name, value) for name, value in listed.items())
-    assert len({(result_path(recipe, variant, "").name) for recipe, _, variant in family.runs()}) == len(list(family.runs()))
+    assert (changed.items() <= listed.items()
+            and all(name in changed or runs_same(family, name, value) for name, value in listed.items()))
+    assert (len({(result_path(recipe, variant, "").name) for recipe, _, variant in family.runs()})
+            == len(list(family.runs())))
 
 
 def runs_same(family, name, value):
@@ -87,7 +98,8 @@ def runs_same(family, name, value):
 
 def test_rows_are_methods_and_mixers():
     for family in FAMILIES:
-        for name, variant in family.rows.items(): assert variant.method in METHODS and (variant.mixer or "") in runs.MIXES, name
+        for name, variant in family.rows.items():
+            assert variant.method in METHODS and (variant.mixer or "") in runs.MIXES, name
     assert {v.method for v in CIFAR100_DISTILLATION.rows.values()} == set(METHODS)
 
 
@@ -96,10 +108,13 @@ def test_rows_are_methods_and_mixers():
 def test_published_results_are_those_of_the_copy():
     copy = json.loads((Path(__file__).parent / "data" / "published.json").read_text())
     assert {f"{t}→{s}": rows for (t, s), rows in DISTILLATION.items()} == copy["accuracy"]
-    assert {name: {row: v for row, v in rows.items() if row != "SuperMix + RandAugment"} for name, rows in CLASSIFICATION.items()} == copy["error"]
+    assert {name: {row: v for row, v in rows.items() if row != "SuperMix + RandAugment"}
+            for name, rows in CLASSIFICATION.items()} == copy["error"]
     assert sum(map(len, DISTILLATION.values())) == 7 * 22 - 1 + 6 * 4
-    assert sum(rows["SuperMix + KD"] for rows in list(DISTILLATION.values())[:7]) == pytest.approx(77.45 + 76.53 + 73.19 + 72.96 + 75.21 + 77.59 + 76.03)
-    assert published("imagenet_resnet50", "imagenet_resnet50", "SuperMix + RandAugment") == 78.2 and published("vgg13", "vgg8", "none") is None
+    assert (sum(rows["SuperMix + KD"] for rows in list(DISTILLATION.values())[:7])
+            == pytest.approx(77.45 + 76.53 + 73.19 + 72.96 + 75.21 + 77.59 + 76.03))
+    assert (published("imagenet_resnet50", "imagenet_resnet50", "SuperMix + RandAugment") == 78.2
+            and published("vgg13", "vgg8", "none") is None)
 
 
 # ---- what is possible
@@ -110,14 +125,18 @@ def places(tmp_path_factory):
     return {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
 
 
-TINY = change(CIFAR100.at("smoke"), {"train_images": 40, "training.epochs": 1, "training.first_stage": 0, "training.milestones": (), "teacher_training.epochs": 2, "teacher_training.milestones": (),
-                                     "mixes": 24, "teacher": "resnet8", "training.lr": 0.01})
+TINY = change(CIFAR100.at("smoke"), {
+    "train_images": 40, "training.epochs": 1, "training.first_stage": 0, "training.milestones": (),
+    "teacher_training.epochs": 2, "teacher_training.milestones": (), "mixes": 24, "teacher": "resnet8",
+    "training.lr": 0.01})
 
 
-@pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"), ("resnet32x4", "shufflenetv1"), ("resnet50", "vgg8")])
+@pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"),
+                                              ("resnet32x4", "shufflenetv1"), ("resnet50", "vgg8")])
 def test_fsp_needs_equal_channels_and_says_so_before_anything_is_trained(teacher, student, places, tmp_path):
     with pytest.raises(Impossible, match=f"{teacher} → {student} by fsp: Expected .*channels"):
-        run_distillation(CIFAR100.pair(teacher, student), "fsp", folder=tmp_path, results=tmp_path / "results", root=places["root"])
+        run_distillation(CIFAR100.pair(teacher, student), "fsp", folder=tmp_path, results=tmp_path / "results",
+                         root=places["root"])
     assert not list(tmp_path.rglob("*"))
 
 
@@ -128,9 +147,11 @@ def test_fsp_is_possible_within_families(teacher, student, places):
 
 @pytest.mark.parametrize("act, message", [
     (lambda places: run_distillation(TINY, "crb", **places), "Unknown method 'crb'. Did you mean 'crd'"),
-    (lambda places: run_distillation(TINY, "kd", "supermx", **places), "Unknown mixer 'supermx'. Did you mean 'supermix'"),
+    (lambda places: run_distillation(TINY, "kd", "supermx", **places),
+     "Unknown mixer 'supermx'. Did you mean 'supermix'"),
     (lambda places: run_distillation(TINY, "authors", **places), "give a mixer"),
-    (lambda places: run_classification(TINY, "randaugmnt", **places), "Unknown policy 'randaugmnt'. Did you mean 'randaugment'"),
+    (lambda places: run_classification(TINY, "randaugmnt", **places),
+     "Unknown policy 'randaugmnt'. Did you mean 'randaugment'"),
     (lambda places: run_distillation(replace(TINY, size=64), "kd", **places), "Expected size=None for cifar100"),
     (lambda places: TINY.at("papr"), "Unknown scale 'papr'. Did you mean 'paper'"),
 ])
@@ -139,7 +160,8 @@ def test_what_cannot_be_is_an_error(act, message, places):
 
 
 def test_a_missing_teacher_is_an_error(places):
-    with pytest.raises(FileNotFoundError, match="no teacher's file .*nowhere.pth"): run_distillation(TINY, "kd", teacher="nowhere.pth", **places)
+    with pytest.raises(FileNotFoundError, match="no teacher's file .*nowhere.pth"):
+        run_distillation(TINY, "kd", teacher="nowhere.pth", **places)
 
 
 # ---- runs
@@ -148,7 +170,8 @@ def test_a_missing_teacher_is_an_error(places):
 def test_every_method_with_mixes(method, places):
     result = run_distillation(TINY, method, "cutmix", **places)
     figures = result["figures"]
-    assert figures["images"] == 40 and figures["epochs"] == 1 and 0 <= figures["test_accuracy"] <= 100 and figures["loss"] == figures["loss"]
+    assert (figures["images"] == 40 and figures["epochs"] == 1 and 0 <= figures["test_accuracy"] <= 100
+            and figures["loss"] == figures["loss"])
     assert json.loads(result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
 
 
@@ -156,10 +179,13 @@ def test_every_method_with_mixes(method, places):
 def test_every_mixer(mixer, places): assert run_distillation(TINY, "kd", mixer, **places)["variant"]["mixer"] == mixer
 
 
-@pytest.mark.parametrize("policy, mixer, label", [("none", None, "lam"), ("randaugment", None, "lam"), ("autoaugment_cifar10", "supermix", "lam"), ("none", "supermix", "softmax")])
+@pytest.mark.parametrize("policy, mixer, label", [
+    ("none", None, "lam"), ("randaugment", None, "lam"), ("autoaugment_cifar10", "supermix", "lam"),
+    ("none", "supermix", "softmax")])
 def test_classifiers(policy, mixer, label, places, monkeypatch):
     seen = []
-    monkeypatch.setattr(Augmented, "batches", lambda self, *args, kept=Augmented.batches: seen.append(args) or kept(self, *args))
+    monkeypatch.setattr(Augmented, "batches",
+                        lambda self, *args, kept=Augmented.batches: seen.append(args) or kept(self, *args))
     result = run_classification(TINY, policy, mixer, label, **places)
     assert bool(seen) == (policy != "none") and (result["teacher"] is None) == (mixer is None)
     assert result["variant"]["label"] == (label if mixer else None)
@@ -170,18 +196,23 @@ def test_a_result_is_found_again_and_never_overwritten(places):
     path = result_path(TINY, Variant("kd", "mixup"), places["results"])
     before = path.stat().st_mtime_ns
     assert run_distillation(TINY, "kd", "mixup", **places) == first and path.stat().st_mtime_ns == before
-    assert result_path(change(TINY, {"training.lr": 0.2}), Variant("kd", "mixup"), places["results"]) != path  # two recipes do not meet in a file
+    # two recipes do not meet in a file
+    assert result_path(change(TINY, {"training.lr": 0.2}), Variant("kd", "mixup"), places["results"]) != path
     assert find_result(TINY, Variant("kd", "no"), places["results"]) is None
 
 
 def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
     torch.manual_seed(5)
     network = create("wrn_16_1", 10)
-    torch.save({"epoch": 240, "model": {theirs: network.state_dict()[ours] for ours, theirs in crd_keys(network).items()}}, tmp_path / "ckpt.pth")
+    torch.save({"epoch": 240, "model": {theirs: network.state_dict()[ours]
+                                        for ours, theirs in crd_keys(network).items()}}, tmp_path / "ckpt.pth")
     recipe = replace(TINY, teacher="wrn_16_1")
     opened = open_teacher(recipe, open_data(recipe, places["root"]), tmp_path, tmp_path / "ckpt.pth")
-    assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), network.state_dict().values(), strict=True)) and not opened.training
-    run_distillation(recipe, "kd", folder=tmp_path, results=tmp_path, root=places["root"], teacher=tmp_path / "ckpt.pth")
+    assert (all(torch.equal(a, b)
+                for a, b in zip(opened.state_dict().values(), network.state_dict().values(), strict=True))
+            and not opened.training)
+    run_distillation(recipe, "kd", folder=tmp_path, results=tmp_path, root=places["root"],
+                     teacher=tmp_path / "ckpt.pth")
     assert not (tmp_path / "teachers").exists()
 
 
@@ -189,7 +220,8 @@ def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
         save(create("resnet8", 10), tmp_path / f"{name}.safetensors")
-    go = lambda name: run_distillation(TINY, "kd", folder=tmp_path, results=tmp_path / "results", root=places["root"], teacher=tmp_path / f"{name}.safetensors")
+    go = lambda name: run_distillation(TINY, "kd", folder=tmp_path, results=tmp_path / "results", root=places["root"],
+                                       teacher=tmp_path / f"{name}.safetensors")
     first = go("first")
     assert go("first") == first
     with pytest.raises(ValueError, match="is the result of another teacher"): go("second")
@@ -198,8 +230,10 @@ def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
 
 
 def test_imagenet_in_small(tmp_path):
-    recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (), "teacher_training.epochs": 1, "teacher_training.milestones": ()})
-    result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path, root=miniature("imagenet", tmp_path))
+    recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (),
+                                           "teacher_training.epochs": 1, "teacher_training.milestones": ()})
+    result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path,
+                              root=miniature("imagenet", tmp_path))
     assert result["figures"]["images"] == 96 and open_data(recipe, tmp_path).train[0][0].shape == (3, 32, 32)
 
 
@@ -211,26 +245,34 @@ def test_a_table_lays_ours_beside_theirs(tmp_path):
         recipe = change(CRD_BENCHMARK.pair("vgg13", "vgg8"), {"training.seed": seed, "training.epochs": epochs})
         path = result_path(recipe, Variant("kd"), tmp_path)
         path.write_text(json.dumps({"recipe": runs.plain(recipe), "figures": {"test_accuracy": accuracy}}))
-    assert measured(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]  # one epoch is another recipe
+    # one epoch is another recipe
+    assert measured(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]
     lines = table(family, tmp_path, (("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"))).splitlines()
-    assert lines[2:5] == ["| KD | 74.50 of 2 seeds (72.98) | not run (73.54) |", "| FSP | not run (70.23) | not run |", ""]
+    assert lines[2:5] == ["| KD | 74.50 of 2 seeds (72.98) | not run (73.54) |",
+                          "| FSP | not run (70.23) | not run |", ""]
     assert len(lines) == 6 and lines[5].endswith("(KD, FSP).")  # where the published values are from
 
 
 def test_costs_grow_with_what_is_asked(places):
     data = open_data(TINY, places["root"])
-    one, ten = (cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data, probe=4) for n in (1, 100))
-    assert 20 < ten.training / one.training < 500 and 20 < ten.mixing / one.mixing < 500 and ten.mixes == pytest.approx(100 * one.mixes)
+    one, ten = (cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data, probe=4)
+                for n in (1, 100))
+    assert (20 < ten.training / one.training < 500 and 20 < ten.mixing / one.mixing < 500
+            and ten.mixes == pytest.approx(100 * one.mixes))
     plain = cost(TINY, Variant("alone"), data, probe=4)
-    assert plain.teacher == plain.mixing == plain.mixes == 0 < plain.training and 100 < bytes_a_mix(CIFAR100.mixing) < bytes_a_mix(IMAGENET.mixing) < 1200
+    assert (plain.teacher == plain.mixing == plain.mixes == 0 < plain.training
+            and 100 < bytes_a_mix(CIFAR100.mixing) < bytes_a_mix(IMAGENET.mixing) < 1200)
     assert not asks_teacher(Variant()) and asks_teacher(Variant(mixer="supermix", label="lam"))
 
 
 def test_a_memory_takes_time_and_room():
     recipe = change(CIFAR100, {"teacher": "resnet8", "student": "resnet8"})
-    plain, crd, less = (cost(recipe_, Variant(method), probe=4, steps=1) for recipe_, method in ((recipe, "kd"), (recipe, "crd"), (replace(recipe, train_images=10_000), "crd")))
+    plain, crd, less = (
+        cost(recipe_, Variant(method), probe=4, steps=1)
+        for recipe_, method in ((recipe, "kd"), (recipe, "crd"), (replace(recipe, train_images=10_000), "crd")))
     vectors = lambda n: 2 * (2 * n * 128 * 4 + n * 8) / 1e9  # two checkpoints, each with two memories and the classes
-    assert crd.checkpoints - plain.checkpoints == pytest.approx(vectors(50_000), rel=0.02) and crd.checkpoints - less.checkpoints == pytest.approx(vectors(40_000), rel=0.001)
+    assert (crd.checkpoints - plain.checkpoints == pytest.approx(vectors(50_000), rel=0.02)
+            and crd.checkpoints - less.checkpoints == pytest.approx(vectors(40_000), rel=0.001))
     assert crd.training > plain.training  # 16,384 negatives for each image
 
 
@@ -239,7 +281,8 @@ def test_weights_that_are_given_cost_no_training():
     taught, given = (cost(recipe, probe=4, steps=1, given=given) for given in (False, True))
     assert taught.teacher > 0 == given.teacher and given.checkpoints < taught.checkpoints
     assert runs.fetched(IMAGENET, 1000) and not runs.fetched(IMAGENET, 4) and not runs.fetched(CIFAR100, 1000)
-    with pytest.raises(ValueError, match="Unknown data set of known size 'digits'"): cost(replace(CIFAR100, data="digits"))
+    with pytest.raises(ValueError, match="Unknown data set of known size 'digits'"):
+        cost(replace(CIFAR100, data="digits"))
 
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet34", "ResNet50"])
@@ -247,16 +290,23 @@ def test_torchvisions_weights_are_those_of_plain_training(name):
     from torchvision.models import get_weight
     reached = get_weight(f"{name}_Weights.{runs.WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
     assert reached == {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.13}[name]
-    if name == "ResNet50": assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5  # not above what it shall teach
+    if name == "ResNet50":  # not above what it shall teach
+        assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5
 
 
 # ---- commands
 
 @pytest.mark.parametrize("command, line, changes", [
-    ("distill", "", {}), ("train", "", {}), ("distill", "--base crd_benchmark --scale mini --student shufflenetv1 --mixing.k 3", {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01}),
-    *((command, f"--base {base} --scale {scale}", {}) for command in ("distill", "train") for base in BASES for scale in ("paper", "mini", "smoke")),
-    ("distill", "--base crd_benchmark --training.lr 0.1", {"training.lr": 0.1}), ("distill", "--base=imagenet --training.batch-size 128", {"training.batch_size": 128}),  # what the first base has, too,
-    ("distill", "--student mobilenetv2 --training.lr 0.1", {"student": "mobilenetv2"}), ("distill", "--scale mini --training.epochs 600", {"training.epochs": 600}),      # is said all the same
+    ("distill", "", {}), ("train", "", {}),
+    ("distill", "--base crd_benchmark --scale mini --student shufflenetv1 --mixing.k 3",
+     {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01}),
+    *((command, f"--base {base} --scale {scale}", {})
+      for command in ("distill", "train") for base in BASES for scale in ("paper", "mini", "smoke")),
+    # what the first base has, too, is said all the same
+    ("distill", "--base crd_benchmark --training.lr 0.1", {"training.lr": 0.1}),
+    ("distill", "--base=imagenet --training.batch-size 128", {"training.batch_size": 128}),
+    ("distill", "--student mobilenetv2 --training.lr 0.1", {"student": "mobilenetv2"}),
+    ("distill", "--scale mini --training.epochs 600", {"training.epochs": 600}),
     ("distill", "--scale smoke --student wrn_16_2 --teacher wrn_40_2", {"student": "wrn_16_2", "teacher": "wrn_40_2"}),
     ("train", "--base crd_benchmark --student wrn_16_2", {"student": "wrn_16_2"}),
 ])
@@ -270,18 +320,21 @@ def test_options_change_the_base_at_its_scale(command, line, changes, monkeypatc
 
 
 def test_the_help_shows_the_bases_numbers(capsys):
-    for line, rate in (("", "0.1"), ("--base crd_benchmark", "0.05"), ("--base crd_benchmark --student mobilenetv2", "0.01")):
+    for line, rate in (("", "0.1"), ("--base crd_benchmark", "0.05"),
+                       ("--base crd_benchmark --student mobilenetv2", "0.01")):
         with pytest.raises(SystemExit): runs.main(["distill", *line.split(), "--help"])
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert f"initial learning rate (S 1.1) (default: {rate})" in shown
 
 
 THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-OPTIONS = ["--scale", "smoke", "--train-images", "96", "--teacher-training.epochs", "2", "--teacher-training.milestones", "1", "--mixes", "24"]
+OPTIONS = ["--scale", "smoke", "--train-images", "96", "--teacher-training.epochs", "2",
+           "--teacher-training.milestones", "1", "--mixes", "24"]
 
 
 def start(*args, launcher=("-m", "supermix.runs")):
-    return subprocess.Popen([sys.executable, *launcher, *map(str, args)], env=THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *launcher, *map(str, args)], env=THREAD, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def ended(process):
@@ -304,36 +357,44 @@ def test_distill_killed_and_started_again_ends_with_the_same_bytes(tmp_path):
     assert checkpoints(next((tmp_path / "killed" / "students").iterdir()))
     out = ended(start(*options, tmp_path / "killed"))
     assert "after 7 epochs" in out and file_hash(student(tmp_path / "killed")) == file_hash(student(tmp_path / "whole"))
-    one, two = (json.loads(next((tmp_path / name / "results").glob("*.json")).read_text())["figures"] for name in ("whole", "killed"))
+    one, two = (json.loads(next((tmp_path / name / "results").glob("*.json")).read_text())["figures"]
+                for name in ("whole", "killed"))
     assert one["test_accuracy"] == two["test_accuracy"] and one["loss"] == two["loss"]
 
 
 def test_two_processes_distil_one_student(tmp_path):
     out = ended(start("distill", *OPTIONS, "--mixer", "supermix", "--method", "kd", "--out", tmp_path,
-                      launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "supermix.runs")))
+                      launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                "-m", "supermix.runs")))
     result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
     assert out.count("% of the test images") == 1 and result["processes"] == 2 and result["figures"]["images"] == 2 * 96
     assert load(student(tmp_path)).card["accuracy"] == result["figures"]["test_accuracy"]
 
 
 def test_train_trains_a_classifier(tmp_path):
-    out = ended(start("train", *OPTIONS, "--policy", "randaugment", "--cutout", "16", "--out", tmp_path, launcher=("-c", "from supermix.cli import main; main()")))
+    out = ended(start("train", *OPTIONS, "--policy", "randaugment", "--cutout", "16", "--out", tmp_path,
+                      launcher=("-c", "from supermix.cli import main; main()")))
     result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
-    assert "% of the test images" in out and result["variant"]["policy"] == "randaugment" and result["variant"]["cutout"] == 16 and result["teacher"] is None
+    assert ("% of the test images" in out and result["variant"]["policy"] == "randaugment"
+            and result["variant"]["cutout"] == 16 and result["teacher"] is None)
 
 
 def test_a_command_says_first_what_it_will_cost(tmp_path):
-    small = ["--data", "digits", "--teacher", "resnet8", "--student", "resnet8", "--train-images", "40", "--training.epochs", "1", "--teacher-training.epochs", "1", "--scale", "mini", "--out", tmp_path]
-    assert ended(start("distill", *small, "--only-cost")).startswith("on 1 CPU threads: student") and not list(tmp_path.iterdir())
+    small = ["--data", "digits", "--teacher", "resnet8", "--student", "resnet8", "--train-images", "40",
+             "--training.epochs", "1", "--teacher-training.epochs", "1", "--scale", "mini", "--out", tmp_path]
+    assert (ended(start("distill", *small, "--only-cost")).startswith("on 1 CPU threads: student")
+            and not list(tmp_path.iterdir()))
     lines = ended(start("distill", *small)).splitlines()
-    assert lines[0].startswith("on 1 CPU threads: student") and "% of the test images after 1 epochs" in lines[1] and len(lines) == 2
+    assert (lines[0].startswith("on 1 CPU threads: student") and "% of the test images after 1 epochs" in lines[1]
+            and len(lines) == 2)
     assert ended(start("distill", *small)).splitlines() == lines[1:]  # done: it costs nothing any more
 
 
 def test_a_mistake_is_one_line(tmp_path):
     process = start("distill", "--student", "resnet21", "--scale", "smoke", "--out", tmp_path)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and errors.startswith("supermix: Unknown network 'resnet21'. Did you mean") and len(errors.splitlines()) == 1
+    assert (process.returncode == 1 and errors.startswith("supermix: Unknown network 'resnet21'. Did you mean")
+            and len(errors.splitlines()) == 1)
 
 
 # ---- rows that need a policy file
@@ -348,4 +409,5 @@ def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_publi
         assert f"{tmp_path}/policies/{name}.json" in told and f"Published: {value} % (the {source} repository)" in told
     assert "make_density" in told and "chapter 47" in told
     shown = table(family, tmp_path / "results")
-    assert "| PBA | not run (83.27) |" in shown and "the PBA repository (PBA)" in shown and "the Fast AutoAugment repository (Fast AutoAugment)" in shown
+    assert ("| PBA | not run (83.27) |" in shown and "the PBA repository (PBA)" in shown
+            and "the Fast AutoAugment repository (Fast AutoAugment)" in shown)

@@ -213,7 +213,8 @@ def test_a_set_that_lacks_much_is_given_up():
     want, got = (mixer.solve(images[draw.partners], draw.lam, draw=draw) for mixer in (patient, hasty))
     gone = ~got.solved & (got.steps < 12)
     assert gone.sum() > 5 and (got.steps[gone] > 1).all() and (hinge(got.logits, got.classes)[gone] > 2).all()
-    assert got.solved.sum() > 5 and (want.solved | ~got.solved).all() and torch.equal(want.steps[got.solved], got.steps[got.solved])
+    assert (got.solved.sum() > 5 and (want.solved | ~got.solved).all()
+            and torch.equal(want.steps[got.solved], got.steps[got.solved]))
     late = ~gone & (got.steps > 1) & (got.steps < 12)
     assert (hinge(got.logits, got.classes)[late] <= 2).all()
 
@@ -402,7 +403,8 @@ BAD = {
     "no mask": (lambda t, s, lam: SuperMix(t, mask_size=0), "Expected mask_size of 1 or more, got 0"),
     "half a cell": (lambda t, s, lam: SuperMix(t, mask_size=7.5), "mask_size.* got 7.5"),
     "no updates": (lambda t, s, lam: SuperMix(t, max_iter=0), "Expected max_iter of 1 or more, got 0"),
-    "what is solved given up": (lambda t, s, lam: SuperMix(t, give_up=0.5), "Expected give_up of 1 or more, or None, got 0.5"),
+    "what is solved given up": (lambda t, s, lam: SuperMix(t, give_up=0.5),
+                                "Expected give_up of 1 or more, or None, got 0.5"),
     "sigma": (lambda t, s, lam: SuperMix(t, sigma=-1.0), "Expected sigma of 0 or more, got -1.0"),
     "lambda_s": (lambda t, s, lam: SuperMix(t, lambda_s=float("nan")), "Expected lambda_s of 0 or more, got nan"),
     "alpha": (lambda t, s, lam: SuperMix(t, alpha=0), "alpha above 0.* got 0"),
@@ -437,10 +439,15 @@ BAD = {
     "no gradient": (lambda t, s, lam: SuperMix(nets(torch.detach)).solve(s, lam), "[Gg]radient|differentiable|detach"),
     "one class": (lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)),
                   "sees at least k = 2 different classes in the 5 images, got 1: .*size, mean and std"),
-    "a softmax at the end": (lambda t, s, lam: SuperMix(nets(lambda z: z.softmax(1)))(s[:, 0]), "Expected logits, got rows that .* sum to 1"),
-    "a teacher in half precision": (lambda t, s, lam: SuperMix(copy.deepcopy(t).half())(s[:, 0]), r"does not take images \(4, 3, 32, 32\) of torch.float32"),
-    "grey images": (lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0, :1]), r"does not take images \(4, 1, 32, 32\)"),
-    "channels last": (lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0].permute(0, 2, 3, 1)), r"does not take images \(4, 32, 32, 3\)"),
+    "a softmax at the end": (lambda t, s, lam: SuperMix(nets(lambda z: z.softmax(1)))(s[:, 0]),
+                             "Expected logits, got rows that .* sum to 1"),
+    "a teacher in half precision": (lambda t, s, lam: SuperMix(copy.deepcopy(t).half())(s[:, 0]),
+                                    r"does not take images \(4, 3, 32, 32\) of torch.float32"),
+    "grey images": (lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0, :1]),
+                    r"does not take images \(4, 1, 32, 32\)"),
+    "channels last": (
+        lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0].permute(0, 2, 3, 1)),
+        r"does not take images \(4, 32, 32, 3\)"),
     "soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(4)),
                     r"class indices \(4,\), .* got torch.float32 \(4, 4\)"),
     "an empty list": (lambda t, s, lam: SuperMix(t)([]), "[Ee]mpty|at least|0 images"),

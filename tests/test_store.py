@@ -53,7 +53,8 @@ def test_every_image_is_one_that_the_teacher_was_shown(teacher, digits, tmp_path
         logits = teacher.eval()(images)
         shown.update(zip((image.numpy().tobytes() for image in images.detach().contiguous()), logits.detach()))
         return logits
-    mixed = MixedDataset(generate(replace(RECIPE, count=150, shard=128), tmp_path / "store", digits.train, watched).folder, digits.train)
+    mixed = MixedDataset(
+        generate(replace(RECIPE, count=150, shard=128), tmp_path / "store", digits.train, watched).folder, digits.train)
     batch = mixed.batch(range(150))
     for image, logits in zip(batch.images, batch.logits):
         assert image.numpy().tobytes() in shown
@@ -81,7 +82,8 @@ def test_as_a_dataset(mixed):
 def test_a_student_learns_from_a_store(mixed, teacher, digits):
     torch.manual_seed(0)
     student = create("resnet8", 10)
-    history = distill(teacher, student, digits.train.subset(100), "kd", mixed, Training(epochs=1, batch_size=25, milestones=()))
+    history = distill(teacher, student, digits.train.subset(100), "kd", mixed,
+                      Training(epochs=1, batch_size=25, milestones=()))
     assert history.images == 100 and history.loss[0] > 0
 
 
@@ -95,7 +97,8 @@ def test_the_store_is_small(mixed, folder, tmp_path):
     with open(out / "labels.csv") as file: rows = list(csv.DictReader(file))
     assert len(rows) == 300 and abs(float(rows[7]["lambda_1"]) + float(rows[7]["lambda_2"]) - 1) < 1e-3
     batch = mixed.batch([7])
-    assert rows[7]["class_1"] == str(batch.classes[0, 0].item()) and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0]
+    assert (rows[7]["class_1"] == str(batch.classes[0, 0].item())
+            and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0])
     pixels = VF.pil_to_tensor(Image.open(out / rows[7]["file"])) / 255
     assert (pixels - mixed.info.denormalize(batch.images[0])).abs().max() <= 0.5 / 255 + 1e-6
     with pytest.raises(ValueError, match="not empty"): export_images(mixed, out)
@@ -105,9 +108,12 @@ def test_the_store_is_small(mixed, folder, tmp_path):
     (lambda f: (f / "manifest.json").unlink(), "is not a store of mixed images"),
     (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     (lambda f: (f / "00001.safetensors").unlink(), "00001.safetensors is missing"),
-    (lambda f: (f / "00000.safetensors").write_bytes((f / "00000.safetensors").read_bytes()[:-5]), "00000.safetensors was changed"),
-    (lambda f: (f / "00001.safetensors").write_bytes((f / "00000.safetensors").read_bytes()), "00001.safetensors was changed"),
-    (lambda f: (f / "manifest.json").write_text(json.dumps({k: v for k, v in json.loads((f / "manifest.json").read_text()).items() if k != "shards"})), "is not finished"),
+    (lambda f: (f / "00000.safetensors").write_bytes((f / "00000.safetensors").read_bytes()[:-5]),
+     "00000.safetensors was changed"),
+    (lambda f: (f / "00001.safetensors").write_bytes((f / "00000.safetensors").read_bytes()),
+     "00001.safetensors was changed"),
+    (lambda f: (f / "manifest.json").write_text(json.dumps(
+        {k: v for k, v in json.loads((f / "manifest.json").read_text()).items() if k != "shards"})), "is not finished"),
 ])
 def test_a_spoilt_store_is_named(spoil, message, folder, digits, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
@@ -116,7 +122,8 @@ def test_a_spoilt_store_is_named(spoil, message, folder, digits, tmp_path):
 
 
 def test_other_data_is_an_error(folder, digits):
-    with pytest.raises(ValueError, match=r"made from digits \(1,297 images, \w+\), not from digits \(500 images"): MixedDataset(folder, digits.test)
+    with pytest.raises(ValueError, match=r"made from digits \(1,297 images, \w+\), not from digits \(500 images"):
+        MixedDataset(folder, digits.test)
     changed = digits.train.subset(1297)
     changed.labels = changed.labels.clone()
     changed.labels[0] = (changed.labels[0] + 1) % 10
@@ -138,8 +145,9 @@ def test_logits_from_the_largest():
 @pytest.mark.parametrize("largest", [255, 256, 1000])
 def test_many_updates_are_counted_rightly(largest):
     "A recipe may allow more updates than a byte can count."
-    few = Found(torch.tensor([1, 0]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool),
-                torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 1, 4, 4).half(), torch.rand(2, 10), torch.tensor([largest, 3]))
+    few = Found(torch.tensor([1, 0]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int64),
+                torch.zeros(2, 2, dtype=torch.bool), torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.int64),
+                torch.zeros(2, 1, 4, 4).half(), torch.rand(2, 10), torch.tensor([largest, 3]))
     kept = pack(few, 10)
     assert kept["steps"].tolist() == [3, largest] and kept["index"].tolist() == [0, 1]
     assert (kept["steps"].dtype == torch.uint8) == (largest < 256)
@@ -158,7 +166,8 @@ def test_files_as_sources(photos, tmp_path):
     "Image files as sources: boxes are stored, and give the same images again."
     for name, photo in photos.items():
         (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(3): Image.fromarray(photo[i * 20:, i * 30:]).save(tmp_path / "data" / name / f"{i}.jpg", quality=95)
+        for i in range(3):
+            Image.fromarray(photo[i * 20:, i * 30:]).save(tmp_path / "data" / name / f"{i}.jpg", quality=95)
     files = sorted((tmp_path / "data").rglob("*.jpg"))
     info = Info("photos", tuple(photos), 64, (0.5,) * 3, (0.5,) * 3)
     images = FolderImages(info, files, torch.tensor([list(photos).index(f.parent.name) for f in files]))
@@ -168,7 +177,8 @@ def test_files_as_sources(photos, tmp_path):
     g = torch.Generator().manual_seed(0)
     for _ in range(25):
         which = torch.randint(len(images), (16,), generator=g)
-        loss = torch.nn.functional.cross_entropy(teacher(info.normalize(images.fetch(which, images.draw(which, g)))), images.labels[which])
+        loss = torch.nn.functional.cross_entropy(
+            teacher(info.normalize(images.fetch(which, images.draw(which, g)))), images.labels[which])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -182,11 +192,15 @@ def test_files_as_sources(photos, tmp_path):
 
 def test_quality(mixed, teacher):
     report = quality(mixed, teacher, limit=200)
-    assert len(report.kl) == 200 and 0.5 < report.solved[-1] <= 1 and report.solved[0] == 0 and sorted(report.solved) == report.solved
+    assert (len(report.kl) == 200 and 0.5 < report.solved[-1] <= 1 and report.solved[0] == 0
+            and sorted(report.solved) == report.solved)
     batch = mixed.batch(range(200))
-    torch.testing.assert_close(report.kl, (batch.target * (batch.target.clamp_min(1e-30).log() - batch.logits.log_softmax(1))).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        report.kl, (batch.target * (batch.target.clamp_min(1e-30).log() - batch.logits.log_softmax(1))).sum(1),
+        rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(report.areas.sum(1), torch.ones(200))
-    torch.testing.assert_close(report.second, report.teacher, atol=1e-2, rtol=1e-1)  # here the second network is the teacher itself
+    # here the second network is the teacher itself
+    torch.testing.assert_close(report.second, report.teacher, atol=1e-2, rtol=1e-1)
     for text in ("KL(ŷ ‖ p)", "second sees of the least", "|area − λ|"): assert text in str(report)
     figure = plot_quality({name: report for name in "abcde"})  # more than there are colours
     assert len(figure.axes[0].lines) == 5 and len(figure.axes[1].lines) == 5
@@ -202,7 +216,8 @@ def test_total_variation():
 
 
 def test_a_folder_of_another_run(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"made otherwise \(recipe.seed: 0 there, 1 now\)"): generate(replace(RECIPE, seed=1), folder)
+    with pytest.raises(ValueError, match=r"made otherwise \(recipe.seed: 0 there, 1 now\)"):
+        generate(replace(RECIPE, seed=1), folder)
     assert Store(folder).manifest()["images"] == 300
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     generate(RECIPE, folder)  # finished: nothing is to do

@@ -6,10 +6,12 @@ from math import ceil
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
+from supermix.data import ArrayImages, load_data
 from supermix.distillation import MIXERS
 from supermix.recipes import METHODS, Mixing
-from supermix.study import T95, Trial, core, grid, interval, results, run_trial, table
+from supermix.study import T95, Trial, clutter, core, grid, interval, results, run_trial, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,14 +21,19 @@ def test_the_grid_is_the_studys():
     assert len({t.file for t in trials}) == len(trials)
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
-    assert len({seen(t) for t in trials if t.group == "longer"}) == 1 and {t.seed for t in trials if t.group == "longer"} == {0, 1}
-    for group in ("n=500", "n=5000", "WRN-16-1", "further"): assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
+    assert len({seen(t) for t in trials if t.group == "longer"}) == 1
+    for group in ("longer", "ablation"): assert {t.seed for t in trials if t.group == group} == {0, 1}
+    for group in ("n=500", "n=5000", "WRN-16-1", "harder", "further"):
+        assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
+    assert {t.data for t in trials if t.group == "harder"} == {"cluttered"}
+    assert {t.data for t in trials if t.group != "harder"} == {"fashion_mnist"}
     for t in trials:
         assert t.method in METHODS and (t.mixer is None or t.mixer in MIXERS)
         assert t.training.epochs * ceil(t.images / t.batch_size) == t.updates
         assert 0 < t.training.milestones[0] < t.training.milestones[1] < t.training.epochs
-    names = {t.name for t in trials if t.group == "budget"}
-    assert names == {f"{who}, double {what}" for who in ("alone", "KD") for what in ("batch", "updates")} | {f"{who} + KD, half batch" for who in ("MixUp", "CutMix", "SuperMix")}
+    doubles = {f"{who}, double {what}" for who in ("alone", "KD") for what in ("batch", "updates")}
+    halves = {f"{who} + KD, half batch" for who in ("MixUp", "CutMix", "SuperMix")}
+    assert {t.name for t in trials if t.group == "budget"} == doubles | halves
 
 
 def test_students_t():
@@ -45,7 +52,8 @@ def test_every_result_is_of_its_trial():
     assert sum(len(seeds) for rows in found.values() for seeds in rows.values()) == len(files)
     for path in files:
         result = json.loads(path.read_text())
-        trial = Trial(**result["trial"] | {"mixing": Mixing(**result["trial"]["mixing"])})  # options that came later have their defaults
+        mixing = Mixing(**result["trial"]["mixing"])            # options that came later have their defaults
+        trial = Trial(**result["trial"] | {"mixing": mixing})
         assert trial == by_file[str(path.relative_to(ROOT / "results" / "study"))]
         assert 10 < result["accuracy"] < 100 and result["core_seconds"]["training"] > 10
 
@@ -60,4 +68,23 @@ def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
     trial = replace(core()[1], images=60, updates=2, batch_size=30)
     result, again = (run_trial(trial, digits, teacher, tmp_path) for _ in range(2))
     assert result["accuracy"] == again["accuracy"] and result["loss"] == again["loss"]
-    assert result["trial"] == asdict(trial) and result["teacher"] == teacher.card["sha256"][:16] and result["threads"] == 1
+    assert result["trial"] == asdict(trial) and result["threads"] == 1
+    assert result["teacher"] == teacher.card["sha256"][:16]
+    assert result["teacher_accuracy"] == teacher.card["test_accuracy"]
+
+
+def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
+    plain = load_data("digits")
+    photographs = torch.arange(2 * 40 * 50).remainder(251).view(2, 40, 50).byte()
+    images = ArrayImages(plain.info, torch.zeros(5, 1, 32, 32, dtype=torch.uint8), torch.arange(5))
+    images.pixels[2, 0, 2:-2, 2:-2] = 200
+    busy = clutter(images, photographs, plain.info, 3)
+    assert busy.labels.equal(images.labels) and busy.pixels.equal(clutter(images, photographs, plain.info, 3).pixels)
+    pieces = {p[y:y + 32, x:x + 32].numpy().tobytes() for p in photographs for y in range(9) for x in range(19)}
+    for i in (0, 1, 3, 4): assert busy.pixels[i, 0].numpy().tobytes() in pieces  # black: the photograph alone
+    rows, columns = (busy.pixels[2, 0] == 200).nonzero().T
+    corner, edge = (int(rows.min()), int(columns.min())), 20
+    square = busy.pixels[2, 0, corner[0]:corner[0] + edge, corner[1]:corner[1] + edge]
+    assert (square == 200).all()
+    assert any(all(piece[i] == value for i, value in enumerate(busy.pixels[2, 0].flatten().tolist()) if value != 200)
+               for piece in pieces)

@@ -100,7 +100,8 @@ def test_a_loss_that_is_no_number_stops_the_training(value, digits, tmp_path):
         seen.append(len(batch.images))
         return F.cross_entropy(net(batch.images), batch.labels) * (value if len(seen) == 3 else 1)
 
-    with pytest.raises(FloatingPointError, match=rf"The loss is {value} at update 3 \(epoch 2, batch 1 of 2\).*checkpoint is .*step-000000002"):
+    with pytest.raises(FloatingPointError, match=rf"The loss is {value} at update 3 \(epoch 2, batch 1 of 2\).*"
+                                                 r"checkpoint is .*step-000000002"):
         train(network, digits.train.subset(20), Training(epochs=5, batch_size=16), objective, folder=tmp_path)
     assert all(torch.isfinite(t).all() for t in network.state_dict().values())  # the bad step was not made
     assert load_checkpoint(checkpoints(tmp_path)[-1])["position"] == [1, 0, 2]
@@ -113,11 +114,15 @@ def test_weights_that_a_gradient_spoils_are_in_no_checkpoint(at, digits, tmp_pat
     def objective(net, batch):
         seen.append(len(batch.images))
         loss = F.cross_entropy(net(batch.images), batch.labels)
-        return loss + (net.head.bias.sum() - net.head.bias.sum().detach()).abs().sqrt() if len(seen) == at else loss  # the root of 0 is 0, and its slope no number
+        # the root of 0 is 0, and its slope no number
+        return loss + (net.head.bias.sum() - net.head.bias.sum().detach()).abs().sqrt() if len(seen) == at else loss
 
-    with pytest.raises(FloatingPointError, match="head.bias is no number any more after update 2|checkpoint is .*step-00000000[24]-" if at == 3 else f"head.bias is no number any more after update {at}"):
+    with pytest.raises(FloatingPointError,
+                       match="head.bias is no number any more after update 2|checkpoint is .*step-00000000[24]-"
+                       if at == 3 else f"head.bias is no number any more after update {at}"):
         train(network, digits.train.subset(20), Training(epochs=3, batch_size=16), objective, folder=tmp_path)
-    for path in checkpoints(tmp_path): assert all(torch.isfinite(t).all() for t in load_checkpoint(path)["network"].values())
+    for path in checkpoints(tmp_path):
+        assert all(torch.isfinite(t).all() for t in load_checkpoint(path)["network"].values())
     assert len(checkpoints(tmp_path)) == {2: 0, 3: 1, 6: 2}[at]
 
 
@@ -130,7 +135,8 @@ class Learning(nn.Module):
 
     def forward(self, network, batch):
         self.seen[batch.indices] += 1
-        noise = torch.rand(len(batch.images), generator=batch.generator) + 0.1 * torch.rand(len(batch.images))  # its own, and torch's
+        # its own, and torch's
+        noise = torch.rand(len(batch.images), generator=batch.generator) + 0.1 * torch.rand(len(batch.images))
         return (F.cross_entropy(network(batch.images) * self.scale, batch.labels, reduction="none") * noise).mean()
 
 
@@ -197,13 +203,16 @@ from supermix.zoo import create, save
 torch.set_num_threads(1)
 torch.manual_seed(0)
 network = create("resnet8", 10)
-train(network, load_digits().train.subset(400), Training(epochs=6, batch_size=32, milestones=(3,)), folder=sys.argv[1], minutes=0.0005)
+train(network, load_digits().train.subset(400), Training(epochs=6, batch_size=32, milestones=(3,)), \
+folder=sys.argv[1], minutes=0.0005)
 save(network, sys.argv[2])
 """
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    def start(folder): return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder, tmp_path / f"{folder}.safetensors"], stderr=subprocess.DEVNULL)
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder,
+                                 tmp_path / f"{folder}.safetensors"], stderr=subprocess.DEVNULL)
     assert start("whole").wait() == 0
     chance, kills = random.Random(0), 0
     while kills < 2:
@@ -228,10 +237,13 @@ def test_a_run_with_another_recipe_is_not_resumed(digits, tmp_path):
 
 def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_path):
     def go(method, tutor=teacher, mixer=None):
-        return distill(tutor, create("resnet8", 10), digits.train.subset(40), method, mixer, replace(RECIPE, epochs=1, milestones=()), folder=tmp_path)
+        return distill(tutor, create("resnet8", 10), digits.train.subset(40), method, mixer,
+                       replace(RECIPE, epochs=1, milestones=()), folder=tmp_path)
     assert go("kd").loss == go("kd").loss
-    for method, tutor, mixer, message in (("dkd", teacher, None, r"terms.ce \(0.1 there, 1.0 now\).* terms.logits \(kd there, dkd now\)"), ("kd", create("resnet8", 10), None, "teacher .* there"),
-                                          ("kd", teacher, "cutmix", r"mixer \(NoneType there, CutMix now\)")):
+    for method, tutor, mixer, message in (
+            ("dkd", teacher, None, r"terms.ce \(0.1 there, 1.0 now\).* terms.logits \(kd there, dkd now\)"),
+            ("kd", create("resnet8", 10), None, "teacher .* there"),
+            ("kd", teacher, "cutmix", r"mixer \(NoneType there, CutMix now\)")):
         with pytest.raises(ValueError, match=message): go(method, tutor, mixer)
 
 
@@ -242,7 +254,8 @@ def test_images_that_are_held_out_are_never_trained_on(digits, tmp_path):
     held = [row["held_out"] for row in history.rows]
     assert history.best == (1 + held.index(max(held)), max(held)) and len(held) == 4
     assert read_log(tmp_path / "log.csv")[-1]["held_out"] == pytest.approx(held[-1])
-    assert "held-out images right in epoch" in repr(history) and f"{history.test:.2f} % of the test images" in repr(history)
+    assert ("held-out images right in epoch" in repr(history)
+            and f"{history.test:.2f} % of the test images" in repr(history))
 
 
 def test_tensorboard_reads_what_was_logged(digits, tmp_path):
@@ -250,7 +263,8 @@ def test_tensorboard_reads_what_was_logged(digits, tmp_path):
     _, history = whole(digits.train.subset(40), tmp_path)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(row["epoch"], pytest.approx(row["loss"])) for row in history.rows]
+    assert ([(e.step, e.value) for e in events.Scalars("loss")]
+            == [(row["epoch"], pytest.approx(row["loss"])) for row in history.rows])
 
 
 @pytest.mark.slow
@@ -272,9 +286,11 @@ join("cpu")
 torch.manual_seed(0)
 student = create("resnet8", 10)
 for m in student.modules():
-    if isinstance(m, torch.nn.BatchNorm2d): m.eval(); m.train = lambda mode=True: None   # statistics are each process's own: without them all is equal
+    if isinstance(m, torch.nn.BatchNorm2d): m.eval(); m.train = lambda mode=True: None\
+   # statistics are each process's own: without them all is equal
 history = distill(pretrained("digits"), student, load_digits().train.subset(70), sys.argv[2], None,
-                  Training(epochs=2, batch_size=32, lr=0.01, milestones=(1,), first_stage=1), folder=sys.argv[1] + "-run")
+                  Training(epochs=2, batch_size=32, lr=0.01, milestones=(1,), first_stage=1), \
+folder=sys.argv[1] + "-run")
 if world()[0] == 0: save(student, sys.argv[1], loss=history.loss, seen=history.images)
 if dist.is_initialized(): dist.destroy_process_group()
 """
@@ -284,13 +300,16 @@ if dist.is_initialized(): dist.destroy_process_group()
 def test_two_processes_make_the_updates_of_one(method, tmp_path):
     def go(name, *launcher):
         command = [sys.executable, *launcher, tmp_path / "script.py", tmp_path / name, method]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              timeout=300)
         assert done.returncode == 0, done.stderr
         return load_tensors(tmp_path / name)
     (tmp_path / "script.py").write_text(DISTRIBUTED)
-    (one, card), (two, other) = go("one"), go("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    (one, card), (two, other) = (go("one"),
+                                 go("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert card["seen"] == other["seen"] == 140
-    if method not in ("crd_kd", "ft"): torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)  # CRD draws other negatives in each process; FT's translator has batch norm
+    # CRD draws other negatives in each process; FT's translator has batch norm
+    if method not in ("crd_kd", "ft"): torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
     assert checkpoints(f"{tmp_path / 'two'}-run")
 
 

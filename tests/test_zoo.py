@@ -43,7 +43,8 @@ def test_a_row_says_name_stages_cost_and_paper(rows):
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)): module.register_forward_hook(count)
         with torch.no_grad(): network(torch.zeros(1, 3, 32, 32))
-        assert rows[name].multiply_adds == cost and "arXiv" in rows[name].paper and f"{rows[name].parameters:,}" in str(rows[name])
+        assert (rows[name].multiply_adds == cost and "arXiv" in rows[name].paper
+                and f"{rows[name].parameters:,}" in str(rows[name]))
 
 
 def fill(shapes):
@@ -76,7 +77,9 @@ def test_the_benchmarks_features_and_logits(name, rows):
     torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"epoch": 240, "model": s, "best_acc": torch.tensor(1.0), "opt": Namespace(a=1)},
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s},
+                                  lambda s: {"epoch": 240, "model": s, "best_acc": torch.tensor(1.0),
+                                             "opt": Namespace(a=1)},
                                   lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])
 def test_a_benchmark_file(wrap, tmp_path):
     state = benchmark_state("vgg8")
@@ -106,13 +109,16 @@ def test_a_benchmark_file_that_would_run_code(tmp_path):
     torch.save({"model": benchmark_state("resnet20"), "opt": Bomb()}, tmp_path / "bad.pth")
     (tmp_path / "short.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:1000])
     for name in ("bad.pth", "short.pth"):
-        with pytest.raises(ValueError, match=f"{name} is not a file of weights that can be read safely"): load_crd(create("resnet20"), tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a file of weights that can be read safely"):
+            load_crd(create("resnet20"), tmp_path / name)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="Unknown family of the CRD benchmark 'ShakeShake'"): load_crd(nn.Module.__new__(ShakeShake), {})
+    with pytest.raises(ValueError, match="Unknown family of the CRD benchmark 'ShakeShake'"):
+        load_crd(nn.Module.__new__(ShakeShake), {})
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "imagenet_resnet18"])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2",
+                                  "imagenet_resnet18"])
 def test_a_network_takes_any_size_and_gives_any_number_of_classes(name, size):
     network, x = create(name, num_classes=3).eval(), torch.randn(2, 3, *size)
     assert network(x).shape == (2, 3)

@@ -26,19 +26,23 @@ html_title = project
 html_copy_source = html_show_sourcelink = False
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False,
+                      "navbar_persistent": []}
 html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
 
 
-FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\langle": "⟨", r"\rangle": "⟩"}
-SUM = '<mo class="sum" largeop="false">&#x02211;</mo>'  # as large as book.css says: few machines have a font with a large one
+FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|",
+          r"\langle": "⟨", r"\rangle": "⟩"}
+# as large as book.css says: few machines have a font with a large one
+SUM = '<mo class="sum" largeop="false">&#x02211;</mo>'
 
 
 def mathml(node, display):
     "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
     tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
     tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
-    tex = re.sub(r"(?<=[\w}])\s*(\\log)(?![a-zA-Z])", r"\\,\1", tex)  # TeX leaves a little space around a function's name
+    # TeX leaves a little space around a function's name
+    tex = re.sub(r"(?<=[\w}])\s*(\\log)(?![a-zA-Z])", r"\\,\1", tex)
     tex = re.sub(r"(\\log|\\mathrm\{\w{2,}\})\s*(?=[^\W_]|\\)(?!\\(?:[bB]igg?|left|[,;:!]))", r"\1\\,", tex)
     tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
     try: result = convert(tex, display=display)

@@ -1,8 +1,10 @@
 """Keeps notebooks, package and README in step.
 
-house.py check     export into a copy and compare: package and README must be what the notebooks say, and the outputs theirs
+house.py check     export into a copy and compare: package and README must be what the notebooks say,
+                   and the outputs theirs
 house.py execute   run every notebook (or those named: 13, runs/01, solutions/) from a clean kernel and save its outputs
-                   --stale: only those whose code has changed since; --workers N: that many at a time, of one thread each
+                   --stale: only those whose code has changed since;
+                   --workers N: that many at a time, of one thread each
 house.py readme    write README.md from nbs/index.ipynb
 """
 import argparse
@@ -22,7 +24,8 @@ from shutil import copytree, ignore_patterns
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STAMPS = ROOT / "nbs" / "executed.json"
-IMPORT = re.compile(r"^\s*(?:from\s+(supermix[\w.]*|\.+[\w.]*)\s+import\s+(.+)|import\s+(supermix[\w.]*))", re.MULTILINE)
+IMPORT = re.compile(r"^\s*(?:from\s+(supermix[\w.]*|\.+[\w.]*)\s+import\s+(.+)|import\s+(supermix[\w.]*))",
+                    re.MULTILINE)
 
 
 def name_of(path):
@@ -63,12 +66,14 @@ def imported(text, package=""):
 
 
 def without_comments(text):
-    "The lines of code that are neither empty nor a comment: lines and not Python's syntax tree, which each version prints in its own way."
+    """The lines of code that are neither empty nor a comment: lines and not Python's syntax tree, which each version
+    prints in its own way."""
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
 
 
 def source_of(path):
-    "A hash of what a notebook's outputs depend on: its code, and that of every module of ours that it imports, without comments."
+    """A hash of what a notebook's outputs depend on: its code, and that of every module of ours that it imports,
+    without comments."""
     cells = json.loads(path.read_text())["cells"]
     text = without_comments("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
     seen, todo = {}, list(imported(text))
@@ -115,16 +120,23 @@ def check():
         for folder in folders[1:]: subprocess.run([BIN / "nbdev_clean", "--fname", folder], cwd=copy, check=True)
         ignored = ["__pycache__", "out", ".ipynb_checkpoints"]
         other = [f"{f}/{n}" for f in folders for n in differing(dircmp(ROOT / f, copy / f, ignore=ignored))]
-    if other: sys.exit("Not what the notebooks say: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
-    if (ROOT / "README.md").read_text() != readme_text(): sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
+    if other:
+        sys.exit("Not what the notebooks say: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
+    if (ROOT / "README.md").read_text() != readme_text():
+        sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
     changed, gone = stale()
-    if changed: sys.exit(f"Outputs are not of today's code: {', '.join(changed)}\nRun `make stale` (tools/house.py execute --stale), and commit.")
-    if gone: sys.exit(f"{STAMPS.name} has notebooks that are gone: {', '.join(gone)}\nRun `make stale` (tools/house.py execute --stale), and commit.")
+    if changed:
+        sys.exit(f"Outputs are not of today's code: {', '.join(changed)}\n"
+                 "Run `make stale` (tools/house.py execute --stale), and commit.")
+    if gone:
+        sys.exit(f"{STAMPS.name} has notebooks that are gone: {', '.join(gone)}\n"
+                 "Run `make stale` (tools/house.py execute --stale), and commit.")
     print("The package and the README are what the notebooks say, and the outputs are theirs.")
 
 
 def run(path, env):
-    "Run one notebook from a clean kernel; it is replaced, cleaned, when all went well. Returns its hash and its seconds."
+    """Run one notebook from a clean kernel; it is replaced, cleaned, when all went well. Returns its hash and its
+    seconds."""
     source, start = source_of(path), time.perf_counter()
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--stdout", path]
     text = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout
@@ -139,10 +151,12 @@ def run(path, env):
 
 
 def execute(names, only_stale, workers):
-    "Run notebooks and save them with their outputs and stamps; one that fails keeps its old ones, and the others go on."
+    """Run notebooks and save them with their outputs and stamps; one that fails keeps its old ones, and the others go
+    on."""
     changed, _ = stale()
     paths = [path for path in notebooks(names) if not only_stale or name_of(path) in changed]
-    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}  # a progress bar is nothing to keep; this tree's package
+    # a progress bar is nothing to keep; this tree's package
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     if workers > 1: env["OMP_NUM_THREADS"] = "1"
     kept, failed = stamps(), []
     with ThreadPoolExecutor(workers) as pool:

@@ -34,7 +34,8 @@ class ConvNorm(nn.Sequential):
         layers = [conv(c_in, c_out, kernel, stride, groups, bias), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
-    def before_relu(self, x): return self[1](self[0](x))  # what the ReLU gets; some distillation methods want it (below)
+    # what the ReLU gets; some distillation methods want it (below)
+    def before_relu(self, x): return self[1](self[0](x))
 
 # %% ../../nbs/10_models.blocks.ipynb #4ece2548
 def shortcut(c_in: int, c_out: int, stride: int = 1, norm: bool = True, bias: bool = False) -> nn.Module:
@@ -62,7 +63,8 @@ def stack(block: type,      # called with (c_in, c_out, stride, **options)
           **options,        # of all blocks alike
           ) -> nn.Sequential:
     "A stage: `blocks` blocks, of which the first changes width and size."
-    return nn.Sequential(*(block(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, **options) for i in range(blocks)))
+    return nn.Sequential(*(block(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, **options)
+                           for i in range(blocks)))
 
 # %% ../../nbs/10_models.blocks.ipynb #33334ae5
 class InvertedResidual(nn.Module):
@@ -110,7 +112,8 @@ class Network(nn.Module):
         self.stem, self.stages, self.neck = stem, nn.ModuleList(stages), neck
         self.head = nn.Linear(width, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         "[stem (B, c0, h0, w0), stage 1 (B, c1, h1, w1), …, pooled vector (B, width)] for images (B, 3, H, W)."
@@ -133,7 +136,8 @@ class Network(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         "Stem, stages, neck and head by their names."
-        return {"stem": self.stem, **{f"stage {i + 1}": s for i, s in enumerate(self.stages)}, "neck": self.neck, "head": self.head}
+        return {"stem": self.stem, **{f"stage {i + 1}": s for i, s in enumerate(self.stages)},
+                "neck": self.neck, "head": self.head}
 
 # %% ../../nbs/10_models.blocks.ipynb #7da8a9bd
 def global_pool() -> nn.Sequential:
@@ -144,7 +148,8 @@ def global_pool() -> nn.Sequential:
 def contents(part: nn.Module) -> str:
     "The blocks in a part, counted: '3 × BasicBlock'."
     def leaves(m): return [leaf for c in m for leaf in leaves(c)] if type(m) in (nn.Sequential, nn.ModuleList) else [m]
-    short = {"MaxPool2d": "max pool", "AdaptiveAvgPool2d": "mean", "BatchNorm2d": "BN", "Conv2d": "conv", "Flatten": "", "Identity": ""}
+    short = {"MaxPool2d": "max pool", "AdaptiveAvgPool2d": "mean", "BatchNorm2d": "BN", "Conv2d": "conv",
+             "Flatten": "", "Identity": ""}
     counted = Counter(short.get(type(m).__name__, type(m).__name__) for m in leaves(part))
     return "\n".join(f"{n} × {name}" if n > 1 else name for name, n in counted.items() if name)
 
@@ -161,10 +166,13 @@ def draw_network(network: nn.Module,  # a `Network`, or any that has `features`,
     for i, ((name, part), shape) in enumerate(zip(parts.items(), shapes, strict=True)):
         height, width = (log2(shape[1]) + 1 if len(shape) > 1 else 0.7), 0.075 * log2(shape[0] + 1)
         count = sum(p.numel() for p in part.parameters())
-        ax.add_patch(plt.Rectangle((i - width / 2, -height / 2), width, height, color=plt.cm.cividis(0.15 + 0.7 * i / len(parts)), zorder=1))
+        ax.add_patch(plt.Rectangle((i - width / 2, -height / 2), width, height,
+                                   color=plt.cm.cividis(0.15 + 0.7 * i / len(parts)), zorder=1))
         ax.text(i, 3.9, f"{name}\n{contents(part)}", ha="center", va="bottom", fontsize=8)
         ax.text(i, -3.9, f"{'×'.join(map(str, shape))}\n{count:,}", ha="center", va="top", fontsize=8)
-    ax.set(xlim=(-0.6, len(parts) - 0.4), ylim=(-5.6, 6.2), title=f"{title or type(network).__name__}: {sum(p.numel() for p in twin.parameters()):,} parameters")
-    ax.text(-0.55, -5.6, "below each box: channels×height×width of its output, and its parameters", fontsize=7, color="#555555")
+    ax.set(xlim=(-0.6, len(parts) - 0.4), ylim=(-5.6, 6.2),
+           title=f"{title or type(network).__name__}: {sum(p.numel() for p in twin.parameters()):,} parameters")
+    ax.text(-0.55, -5.6, "below each box: channels×height×width of its output, and its parameters",
+            fontsize=7, color="#555555")
     ax.set_axis_off()
     return fig

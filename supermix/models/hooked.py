@@ -22,13 +22,15 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GE
 class Kept:
     "A tensor as it was heard; `value` is a ValueError if it was changed since."
     def __init__(self, name, tensor):
-        self.name, self.tensor, self.inference = name, tensor, tensor.is_inference()  # inference tensors do not count changes
+        self.name, self.tensor, self.inference = name, tensor, tensor.is_inference()
+        # inference tensors do not count changes
         self.seen = tensor.clone() if self.inference else tensor._version
 
     @property
     def value(self) -> torch.Tensor:
         if not (torch.equal(self.seen, self.tensor) if self.inference else self.seen == self.tensor._version):
-            raise ValueError(f"The output of {self.name!r} is changed in place by the layer behind it: name that layer instead.")
+            raise ValueError(f"The output of {self.name!r} is changed in place by the layer behind it: "
+                             "name that layer instead.")
         return self.tensor
 
 # %% ../../nbs/18_models.hooked.ipynb #e3cf0213
@@ -36,17 +38,23 @@ def listen(network: nn.Module, names: dict, x: torch.Tensor) -> dict[str, Kept]:
     "Run the network, and keep what stem, stages and the head's input were."
     kept, find, head = {}, network.get_submodule, names["head"]
     def keep(name, tensor):
-        if not isinstance(tensor, torch.Tensor): raise ValueError(f"Expected a tensor at {name!r}, got a {type(tensor).__name__}: name another module.")
-        if name != head and tensor.ndim != 4: raise ValueError(f"Expected a map (B, C, H, W) at {name!r}, got {tuple(tensor.shape)}: name a module in front of the pooling.")
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"Expected a tensor at {name!r}, got a {type(tensor).__name__}: name another module.")
+        if name != head and tensor.ndim != 4:
+            raise ValueError(f"Expected a map (B, C, H, W) at {name!r}, got {tuple(tensor.shape)}: "
+                             "name a module in front of the pooling.")
         kept[name] = Kept(name, tensor)
     with ExitStack() as hooks:
         for name in (names["stem"], *names["stages"]):
-            hooks.callback(find(name).register_forward_hook(lambda m, args, output, name=name: keep(name, output)).remove)
+            hooks.callback(find(name).register_forward_hook(
+                lambda m, args, output, name=name: keep(name, output)).remove)
         hooks.callback(find(head).register_forward_pre_hook(lambda m, args: keep(head, args[0])).remove)
         network(x)
     wanted = (names["stem"], *names["stages"], head)
     silent = [name for name in wanted if name not in kept]
-    if silent: raise ValueError(f"Expected {', '.join(silent)} to be called when {type(network).__name__} runs, but nothing was heard: name other modules.")
+    if silent:
+        raise ValueError(f"Expected {', '.join(silent)} to be called when {type(network).__name__} runs, "
+                         "but nothing was heard: name other modules.")
     return {name: kept[name] for name in wanted}
 
 # %% ../../nbs/18_models.hooked.ipynb #caf4ba32
@@ -61,7 +69,6 @@ def stems(network: nn.Module, named: set) -> nn.ModuleList:
 class Hooked(nn.Module):
     "Any network under the feature contract: [stem, stage 1, …, pooled vector], heard by hooks while it runs."
     size = 224  # height and width of the images that it is meant for
-
     def __init__(self,
                  network: nn.Module,     # images (B, 3, H, W) to logits (B, N)
                  stem: str,              # the module whose output is the stem's, by its name in `named_modules`
@@ -83,7 +90,8 @@ class Hooked(nn.Module):
         return [kept.value for kept in listen(self.network, self.names, x).values()]
 
     def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        "`features(x)`, shape by shape, but each stage's map as it is in front of the activation that ends the stage, if one does."
+        """`features(x)`, shape by shape, but each stage's map as it is in front of the activation
+        that ends the stage, if one does."""
         before, find = {}, self.network.get_submodule
         def comes(stage, module, args): before[stage] = args[0].clone(), None
         def goes(stage, module, args, output): before[stage] = before[stage][0], output
@@ -100,16 +108,18 @@ class Hooked(nn.Module):
         "Stem, stages, neck and head by their names; the stem is whatever else has parameters."
         find, stages, head = self.network.get_submodule, self.names["stages"], self.names["head"]
         stem = stems(self.network, {find(name) for name in (*stages, head)})
-        return {"stem": stem, **{f"stage {i + 1}": find(name) for i, name in enumerate(stages)}, "neck": nn.Identity(), "head": find(head)}
+        return {"stem": stem, **{f"stage {i + 1}": find(name) for i, name in enumerate(stages)},
+                "neck": nn.Identity(), "head": find(head)}
 
 # %% ../../nbs/18_models.hooked.ipynb #f8dc3219
 def imagenet_resnet(num_classes: int = 1000,     # number of logits
                     depth: int = 18,             # 18, 34, 50, 101 or 152
-                    weights: str | None = None,  # torchvision's name for published weights: "DEFAULT", "IMAGENET1K_V1"; they are downloaded
+                    weights: str | None = None,  # published weights to fetch: torchvision's "DEFAULT", "IMAGENET1K_V1"
                     ) -> Hooked:                 # for images of 224×224, others work too
     "torchvision's ResNet under the feature contract."
     build = lookup({d: getattr(torchvision.models, f"resnet{d}") for d in (18, 34, 50, 101, 152)}, depth, "depth")
-    return Hooked(build(weights=weights, num_classes=num_classes), "maxpool", ("layer1", "layer2", "layer3", "layer4"), "fc",
+    return Hooked(build(weights=weights, num_classes=num_classes),
+                  "maxpool", ("layer1", "layer2", "layer3", "layer4"), "fc",
                   "He et al. 2015, arXiv 1512.03385; torchvision")
 
 # %% ../../nbs/18_models.hooked.ipynb #5ebcd2b7

@@ -70,7 +70,8 @@ class BottleneckResNet(Network):
                  ):
         super().__init__(
             ConvNorm(3, widths[0]),
-            [stack(Bottleneck, c_in, c, n, 1 if i == 0 else 2) for i, (c_in, c, n) in enumerate(zip(widths, widths[1:], blocks))],
+            [stack(Bottleneck, c_in, c, n, 1 if i == 0 else 2)
+             for i, (c_in, c, n) in enumerate(zip(widths, widths[1:], blocks))],
             global_pool(), widths[-1], num_classes)
 
 # %% ../../nbs/11_models.resnet.ipynb #d7d17f21

@@ -67,7 +67,8 @@ class ShakeShake(Network):
                  depth: int = 26,         # layers: 6n + 2
                  width: int = 96,         # channels of stem and first stage
                  ):
-        if depth < 8 or (depth - 2) % 6: raise ValueError(f"Expected a depth of 6n + 2 (8, 14, 20, 26, …), got {depth}.")
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"Expected a depth of 6n + 2 (8, 14, 20, 26, …), got {depth}.")
         n, widths = (depth - 2) // 6, (width, width, 2 * width, 4 * width)
         super().__init__(
             nn.Sequential(conv(3, width), nn.BatchNorm2d(width)),

@@ -21,13 +21,15 @@ class SplitUnit(Block):
                  stride: int = 1,  # 2 halves the size, and convolves both branches
                  ):
         super().__init__()
-        if stride == 1 and c_in != c_out: raise ValueError(f"With stride 1 a unit keeps its {c_in} channels, got {c_out}.")
+        if stride == 1 and c_in != c_out:
+            raise ValueError(f"With stride 1 a unit keeps its {c_in} channels, got {c_out}.")
         half = c_out // 2
         self.c_in, seen = c_in, c_in if stride == 2 else half
         self.left = nn.Identity() if stride == 1 else nn.Sequential(
             ConvNorm(c_in, c_in, stride=2, groups=c_in, act=False), ConvNorm(c_in, half, 1, act=False))
         self.right = nn.Sequential(
-            ConvNorm(seen, half, 1), ConvNorm(half, half, stride=stride, groups=half, act=False), ConvNorm(half, half, 1, act=False))
+            ConvNorm(seen, half, 1), ConvNorm(half, half, stride=stride, groups=half, act=False),
+            ConvNorm(half, half, 1, act=False))
 
     def before_relu(self, x):
         a, b = x.chunk(2, 1) if isinstance(self.left, nn.Identity) else (x, x)

@@ -25,15 +25,16 @@ class VGG(Network):
     paper, smallest = "Simonyan & Zisserman 2014, arXiv 1409.1556", 8
 
     def __init__(self,
-                 num_classes: int = 100,                     # number of logits
-                 depth: int = 8,                             # convolutions and linear layers of the paper: 8, 11, 13, 16 or 19
-                 widths: tuple = (64, 128, 256, 512, 512),   # channels of the five blocks
+                 num_classes: int = 100,  # number of logits
+                 depth: int = 8,          # convolutions and linear layers of the paper: 8, 11, 13, 16 or 19
+                 widths: tuple = (64, 128, 256, 512, 512),  # channels of the five blocks
                  ):
         first, *others = lookup(BLOCKS, depth, "depth")
         pools = [nn.MaxPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Identity()]
         super().__init__(
             vgg_block(3, widths[0], first),
-            [nn.Sequential(pool, *vgg_block(c_in, c, n)) for pool, c_in, c, n in zip(pools, widths, widths[1:], others)],
+            [nn.Sequential(pool, *vgg_block(c_in, c, n))
+             for pool, c_in, c, n in zip(pools, widths, widths[1:], others)],
             global_pool(), widths[-1], num_classes)
 
 # %% ../../nbs/13_models.vgg.ipynb #eb2d3e6d

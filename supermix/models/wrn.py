@@ -48,13 +48,14 @@ class WRN(Network):
                  num_classes: int = 100,  # number of logits
                  depth: int = 40,         # layers: 6n + 4
                  width: int = 2,          # factor of the channels
-                 bias: bool = False,      # whether the convolutions have biases: so in the paper's classification networks
+                 bias: bool = False,      # whether convolutions have biases: so in the paper's classification networks
                  ):
         if depth < 10 or (depth - 4) % 6: raise ValueError(f"Expected a depth of 6n + 4 (10, 16, 22, …), got {depth}.")
         n, stages = (depth - 4) // 6, [16 * width, 32 * width, 64 * width]
         super().__init__(
             conv(3, 16, bias=bias),
-            [stack(PreActBlock, c_in, c, n, stride, bias=bias) for c_in, c, stride in zip([16, *stages], stages, (1, 2, 2))],
+            [stack(PreActBlock, c_in, c, n, stride, bias=bias)
+             for c_in, c, stride in zip([16, *stages], stages, (1, 2, 2))],
             nn.Sequential(nn.BatchNorm2d(stages[-1]), nn.ReLU(inplace=False), *global_pool()), stages[-1], num_classes)
 
     def preactivations(self, x):
@@ -65,6 +66,8 @@ class WRN(Network):
 
 # %% ../../nbs/12_models.wrn.ipynb #c04c6e98
 NETWORKS = {
-    **{f"wrn_{depth}_{width}": partial(WRN, depth=depth, width=width) for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))},
-    **{f"wrn_{depth}_{width}a": partial(WRN, depth=depth, width=width, bias=True) for depth, width in ((40, 2), (28, 10))},
+    **{f"wrn_{depth}_{width}": partial(WRN, depth=depth, width=width)
+       for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))},
+    **{f"wrn_{depth}_{width}a": partial(WRN, depth=depth, width=width, bias=True)
+       for depth, width in ((40, 2), (28, 10))},
 }
