@@ -75,7 +75,7 @@ def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
 
 def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     plain = load_data("digits")
-    photographs = torch.arange(2 * 40 * 50).remainder(251).view(2, 40, 50).byte()
+    photographs = torch.arange(2 * 40 * 50).remainder(151).view(2, 40, 50).byte()
     images = ArrayImages(plain.info, torch.zeros(5, 1, 32, 32, dtype=torch.uint8), torch.arange(5))
     images.pixels[2, 0, 2:-2, 2:-2] = 200
     busy = clutter(images, photographs, plain.info, 3)
