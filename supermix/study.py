@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'commit', 'backgrounds', 'windows', 'clutter',
-           'cluttered', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations', 'longer', 'further',
-           'harder', 'grid', 'study', 'interval', 'results', 'table', 'plot_costs', 'compare']
+           'cluttered', 'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations',
+           'longer', 'further', 'harder', 'grid', 'study', 'interval', 'results', 'table', 'plot_costs', 'compare']
 
 # %% ../nbs/60_study.ipynb #ceb3047e
+import base64
+import io
 import json
 import subprocess
 import time
@@ -18,12 +20,16 @@ from shutil import rmtree
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from .core import file_hash, progress, write_atomic
 from .data import ArrayImages, Data, Info, load_data
 from .distillation import distill, make_mixes
 from .generate import claimed
+from .masks import mix
+from .mixers import CutMix
+from .mixing import SuperMix
 from .recipes import FAST, METHODS, TEACHERS, Mixing, Training
 from .training import train
 from .zoo import create, load, pretrained, save
@@ -121,9 +127,9 @@ def windows(pictures: torch.Tensor, at: torch.Tensor, edge: int) -> torch.Tensor
     return pictures[torch.arange(len(at))[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 # %% ../nbs/60_study.ipynb #60bb0005
-def clutter(images: ArrayImages, photographs: torch.Tensor, info: Info, seed: int, edge: int = 20) -> ArrayImages:
-    "Each item of `edge`×`edge` pixels at a random place, on a random piece of a photograph (p, h, w)."
-    chance, size, done = torch.Generator().manual_seed(seed), info.size, []
+def clutter(images: ArrayImages, photographs: torch.Tensor, info: Info, seed: int, edge: int = 20):
+    "`images` with each item at a random place on a random piece of a photograph; and where it covers that (n, H, W)."
+    chance, size, done, covers = torch.Generator().manual_seed(seed), info.size, [], []
     for pixels in images.pixels[:, 0].split(5000):
         n = len(pixels)
         of = torch.randint(len(photographs), (n,), generator=chance)
@@ -134,17 +140,44 @@ def clutter(images: ArrayImages, photographs: torch.Tensor, info: Info, seed: in
         item = windows(F.pad(small[:, 0], (size - edge,) * 4), size - edge - place, size)
         cover = (item / 40).clamp(0, 1)
         done.append((ground * (1 - cover) + item * cover).round().byte())
-    return ArrayImages(info, torch.cat(done)[:, None], images.labels)
+        covers.append(cover)
+    return ArrayImages(info, torch.cat(done)[:, None], images.labels), torch.cat(covers)
 
 def cluttered(data: Data) -> Data:
     "Fashion-MNIST with its items small, on photographs: the same items and labels, always the same pictures."
-    trained, tested = backgrounds()
     info = Info("cluttered", data.info.classes, data.info.size, (0.42,) * 3, (0.22,) * 3)
-    train, test = clutter(data.train, trained, info, 0), clutter(data.test, tested, info, 1)
+    parts = zip((data.train, data.test), backgrounds())
+    train, test = (clutter(part, photographs, info, seed)[0] for seed, (part, photographs) in enumerate(parts))
     return Data(info, train, test, f"{data.source}, on photographs of scikit-image")
 
+# %% ../nbs/60_study.ipynb #60bb000b
+def kept(masks: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:  # (B, k)
+    "The share of each item that is left in its mix, from masks and covers (B, k, H, W)."
+    return (masks * cover).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+
+def portrait(teacher, images: ArrayImages, cover: torch.Tensor, shown: int = 10) -> dict:
+    "What CutMix and SuperMix leave of the items of the same pairs, and a picture (PNG, base64) of some."
+    chance = torch.Generator().manual_seed(0)
+    x, labels = images[:]
+    cutmix, supermix = CutMix(len(images.info.classes)), SuperMix(teacher, **FAST)
+    draw = supermix.draw(x, labels, chance)
+    draw = draw._replace(lam=torch.full_like(draw.lam, 0.5))
+    sets, covers = x[draw.partners], cover[draw.partners]
+    solved = supermix.solve(sets, draw.lam, supermix.first_theta(draw.lam, sets.shape[-2:], chance), draw)
+    masks = {"CutMix": cutmix.choose_masks(sets, draw, chance), "SuperMix": solved.masks}
+    rows, result = [sets[solved.solved][:shown, i] for i in (0, 1)], {"pairs": len(sets)}
+    for name, m in masks.items():
+        m, found = m[solved.solved], kept(m[solved.solved], covers[solved.solved])
+        result[name] = {"kept": found.mean().item(), "the lesser": found.amin(1).mean().item(),
+                        "both above half": (found.amin(1) > 0.5).float().mean().item()}
+        rows.append(mix(sets[solved.solved][:shown], m[:shown]))
+    picture = torch.cat([torch.cat(list(images.info.denormalize(row)[:, 0]), 1) for row in rows])
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().clamp(0, 255).byte().numpy()).save(file, "PNG")
+    return result | {"solved": int(solved.solved.sum()), "picture": base64.b64encode(file.getvalue()).decode()}
+
 # %% ../nbs/60_study.ipynb #60bb0009
-def setting(name: str, home: Path):  # Data, teacher
+def setting(name: str, home: Path, out: Path):  # Data, teacher
     "The images of trials, and their teacher: the shipped one, or one that is trained here once, in `home`."
     plain = load_data("fashion_mnist")
     if name == plain.info.name: return plain, pretrained(name)
@@ -160,6 +193,8 @@ def setting(name: str, home: Path):  # Data, teacher
     card = made(path.with_suffix(".json"), make)
     teacher = load(path)
     teacher.card = card
+    few = clutter(plain.train.subset(1000), backgrounds()[0], data.info, 2)
+    made(out / f"{name}.json", lambda: card | portrait(teacher, *few))
     return data, teacher
 
 # %% ../nbs/60_study.ipynb #22a17dd5
@@ -245,7 +280,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         (out / trial.file).parent.mkdir(parents=True, exist_ok=True)
         with claimed(out / trial.file) as mine:
             if not mine or (out / trial.file).exists(): continue
-            if trial.data not in there: there[trial.data] = setting(trial.data, home)
+            if trial.data not in there: there[trial.data] = setting(trial.data, home, out)
             result = run_trial(trial, *there[trial.data], home)
             write_atomic(out / trial.file, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
             name, took = f"{trial.group:10s} {trial.name:24s} seed {trial.seed}", sum(result["core_seconds"].values())

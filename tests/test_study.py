@@ -48,7 +48,7 @@ def test_students_t():
 def test_every_result_is_of_its_trial():
     found = results(ROOT / "results" / "study")
     by_file = {t.file: t for t in grid()}
-    files = sorted((ROOT / "results" / "study").rglob("*.json"))
+    files = sorted((ROOT / "results" / "study").glob("*/*.json"))
     assert sum(len(seeds) for rows in found.values() for seeds in rows.values()) == len(files)
     for path in files:
         result = json.loads(path.read_text())
@@ -78,8 +78,10 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     photographs = torch.arange(2 * 40 * 50).remainder(151).view(2, 40, 50).byte()
     images = ArrayImages(plain.info, torch.zeros(5, 1, 32, 32, dtype=torch.uint8), torch.arange(5))
     images.pixels[2, 0, 2:-2, 2:-2] = 200
-    busy = clutter(images, photographs, plain.info, 3)
-    assert busy.labels.equal(images.labels) and busy.pixels.equal(clutter(images, photographs, plain.info, 3).pixels)
+    busy, cover = clutter(images, photographs, plain.info, 3)
+    again, _ = clutter(images, photographs, plain.info, 3)
+    assert busy.labels.equal(images.labels) and busy.pixels.equal(again.pixels)
+    assert cover.flatten(1).sum(1).tolist() == [0, 0, 400, 0, 0] and (busy.pixels[2, 0] == 200).equal(cover[2] == 1)
     pieces = {p[y:y + 32, x:x + 32].numpy().tobytes() for p in photographs for y in range(9) for x in range(19)}
     for i in (0, 1, 3, 4): assert busy.pixels[i, 0].numpy().tobytes() in pieces  # black: the photograph alone
     rows, columns = (busy.pixels[2, 0] == 200).nonzero().T
