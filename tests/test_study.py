@@ -21,10 +21,11 @@ def test_the_grid_is_the_studys():
     assert len({t.file for t in trials}) == len(trials)
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
-    assert len({seen(t) for t in trials if t.group == "longer"}) == 1
-    for group in ("longer", "ablation"): assert {t.seed for t in trials if t.group == group} == {0, 1}
-    for group in ("n=500", "n=5000", "WRN-16-1", "harder", "further"):
+    assert len({seen(t) for t in trials if "double" in t.name or t.name == "SuperMix + KD"}) == 1
+    assert {t.seed for t in trials if t.group == "ablation"} == {0, 1}
+    for group in ("n=500", "n=5000", "WRN-16-1", "harder", "schedule", "further"):
         assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
+    assert {t.seed for t in trials if t.name.startswith("KD, rate")} == {0}
     assert {t.data for t in trials if t.group == "harder"} == {"cluttered"}
     assert {t.data for t in trials if t.group != "harder"} == {"fashion_mnist"}
     for t in trials:
@@ -53,7 +54,8 @@ def test_every_result_is_of_its_trial():
     for path in files:
         result = json.loads(path.read_text())
         mixing = Mixing(**result["trial"]["mixing"])            # options that came later have their defaults
-        trial = Trial(**result["trial"] | {"mixing": mixing})
+        drops = tuple(result["trial"].get("drops", Trial.drops))
+        trial = Trial(**result["trial"] | {"mixing": mixing, "drops": drops})
         assert trial == by_file[str(path.relative_to(ROOT / "results" / "study"))]
         assert 10 < result["accuracy"] < 100 and result["core_seconds"]["training"] > 10
 
