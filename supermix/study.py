@@ -340,8 +340,8 @@ def table(rows: dict[str, dict[int, dict]],      # by row and seed
             lines.append(f"| {name} | not run | | 0 | |")
             continue
         pairs = [seeds[s]["accuracy"] - against[s]["accuracy"] for s in seeds if against and s in against]
-        reached, took = show([r["accuracy"] for r in seeds.values()]), f"{cost(seeds, 'mixing'):.0f} + {cost(seeds):.0f}"
-        lines.append(f"| {name} | {reached} | {show(pairs, '+')} | {len(seeds)} | {took} |")
+        reached, took = show([r["accuracy"] for r in seeds.values()]), (cost(seeds, "mixing"), cost(seeds))
+        lines.append(f"| {name} | {reached} | {show(pairs, '+')} | {len(seeds)} | {took[0]:.0f} + {took[1]:.0f} |")
     return "\n".join(lines)
 
 # %% ../nbs/60_study.ipynb #5f195fd0
