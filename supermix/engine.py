@@ -28,7 +28,8 @@ from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
-from .mixing import advance, ask, check_classes, check_settings, hinge, is_hopeless, is_solved, objective
+from .mixing import (advance, ask, check_classes, check_gradient, check_settings, hinge, is_hopeless, is_solved,
+                             objective, see)
 from .recipes import EAGER, FAST, Mixing
 
 # %% ../nbs/34_engine.ipynb #3f77fabf
@@ -67,7 +68,7 @@ def norms_behind(network: nn.Module, x: torch.Tensor) -> dict[str, str]:
     handles = [m.register_forward_hook(lambda m, a, out, name=name: note(name, out))
                for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     handles += [m.register_forward_pre_hook(lambda m, a, name=name: look(name, a[0]))
-                for name, m in network.named_modules() if type(m) is nn.BatchNorm2d]
+                for name, m in network.named_modules() if type(m) is nn.BatchNorm2d and m.running_mean is not None]
     try:
         with torch.no_grad(): network(x)
     finally:
@@ -89,6 +90,7 @@ def fold_norms(network: nn.Module,  # any network
                ) -> nn.Module:      # a copy in evaluation mode, without the norms that could be folded
     "A copy whose batch norms are folded into the convolutions in front of them; the original is left alone."
     plain = copy.deepcopy(network).eval().requires_grad_(False)
+    x = x.to(next(plain.parameters(), x))
     with torch.no_grad(): want = plain(x)
     def agrees(candidate):
         with torch.no_grad(): return torch.allclose(candidate(x), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
@@ -130,7 +132,8 @@ def draw_block(images: Images,  # the sources
     check_classes(classes, mixing.k)
     rows = draw_partners(classes, mixing.k, g)
     crop, flip = (v.cpu()[rows] for v in (views.crop, views.flip))
-    return Sets(block * BLOCK + torch.arange(BLOCK), which[rows], crop, flip, lam, angle, classes[rows], pixels[rows])
+    return Sets(block * BLOCK + torch.arange(BLOCK), which[rows], crop, flip, lam, angle, classes[rows],
+                pixels.cpu()[rows])
 
 # %% ../nbs/34_engine.ipynb #afe3748d
 class Found(NamedTuple):
@@ -158,8 +161,8 @@ def joined(parts: Iterable[Found]) -> Found:
         for mine, new in zip(whole, part): mine[n:end] = new
         n = end
     if not n:
-        raise ValueError("None of the sets was solved: is the teacher trained, "
-                         "and are images and teacher normalised alike?")
+        raise ValueError("None of the sets was solved: is the teacher trained, are images and teacher normalised "
+                         "alike, and is max_iter large enough for this k?")
     return Found(*(t[:n].clone() for t in whole))
 
 # %% ../nbs/34_engine.ipynb #fec02a76
@@ -227,10 +230,12 @@ class Slots:
 PASSES, DRAWS, UPDATES = "the teacher's passes and the mixing's gradient", "drawing sets", "updates and slots"
 
 class Clock(dict):
-    "Seconds by what they were spent on."
+    "Seconds by what they were spent on; `device` is waited for before the clock is read."
+    device = torch.device("cpu")
+
     def book(self, what: str, since: float) -> float:
         "Book the time since then; the time now."
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        if self.device.type == "cuda": torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self[what] = self.get(what, 0.0) + now - since
         return now
@@ -252,6 +257,7 @@ def work_on(slots: Slots, ask, m: Mixing, device, clock: Clock):  # Found, and w
     with torch.enable_grad():
         masks = masks_from_theta(now, size)
         logits = ask(mix(images, masks))
+        check_gradient(logits)
         done = is_solved(logits.detach(), sets.classes.to(device)).cpu() & (slots.steps > 0)
         lack = hinge(logits, sets.classes.to(device))
         free = done | (slots.steps >= m.max_iter) | is_hopeless(lack.detach().cpu(), slots.steps, m.give_up)
@@ -278,6 +284,7 @@ class Tally:
         "Count from 0."
         self.tried, self.passes, self.solved_after, self.clock = (
             0, 0, torch.zeros(self.mixing.max_iter + 1, dtype=torch.int64), Clock())
+        self.clock.device = self.device
 
     def add(self, other: "Tally") -> None:
         "Take over what another one counted."
@@ -303,14 +310,14 @@ class Engine(Tally):
                  bfloat16: bool = False,           # the teacher's passes in bfloat16
                  ):
         check_engine(teacher, x, mixing, slots)
-        self.mixing, self.slots, self.dtype, self.device, self.network = (
-            mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, x.device, teacher)
+        self.mixing, self.slots, self.dtype, self.network = (
+            mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, teacher)
+        first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
+        self.device = first.device
+        see(teacher, x.to(first), mixing.k)  # what is no teacher is found out now
         if isinstance(teacher, nn.Module):
-            self.device = next(teacher.parameters(), x).device
-            self.network = fold_norms(teacher, x.to(self.device)).to(self.device, self.dtype,
-                                                                     memory_format=torch.channels_last)
+            self.network = fold_norms(teacher, x).to(self.device, self.dtype, memory_format=torch.channels_last)
         self.reset()
-        with torch.no_grad(): self.ask(x)  # what is no teacher is found out now
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
         "The teacher's logits (B, N), float32."
@@ -353,7 +360,8 @@ def solve_counting(engine: Engine, images: Images, seed: int, blocks: range):  #
 def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Executor | None, processes: int) -> Found:
     "The same by the processes of a pool, each with its share of the blocks; the engine gets their counts."
     if pool is None: return solve_blocks(engine, images, seed, blocks)
-    jobs = [pool.submit(solve_counting, engine, images, seed, blocks[i::processes]) for i in range(processes)]
+    n = min(processes, len(blocks))
+    jobs = [pool.submit(solve_counting, engine, images, seed, blocks[i::n]) for i in range(n)]
     parts = [job.result() for job in jobs]
     for _, other in parts: engine.add(other)
     return joined([found for found, _ in parts])
@@ -440,7 +448,7 @@ def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 
 
 # %% ../nbs/34_engine.ipynb #c8e6f8eb
 def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.json", rounds: int = 3) -> dict:
-    "The races and the trade-offs of this chapter, written to a file; some ten minutes."
+    "The races and the trade-offs of this chapter, written to a file; some twenty minutes."
     report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(),
               "torch": torch.__version__, "command": "supermix race"}
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1

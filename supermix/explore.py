@@ -7,8 +7,9 @@ __all__ = ['INK', 'BLUE', 'TEAL', 'ORANGE', 'GREY', 'TILE', 'SIZE', 'LEFT', 'RIG
            'Trace', 'trace', 'boxes_in_turn', 'Setting', 'share_out', 'font', 'cividis', 'as_tile', 'over', 'shorten',
            'draw_bars', 'draw_curves', 'Scene', 'make_scene', 'source_places', 'draw_backdrop', 'draw_frame', 'as_png',
            'Newest', 'take_images', 'painter', 'namer', 'Board', 'solve_job', 'Session', 'widgets', 'thumbnails',
-           'make_controls', 'arrange', 'Quiet', 'Mirror', 'Panel', 'Explorer', 'explore', 'draw_sigma', 'explore_sigma',
-           'draw_tau', 'explore_tau', 'descend', 'draw_newton', 'explore_newton', 'draw_stages', 'explore_stages']
+           'make_controls', 'arrange', 'Quiet', 'show_value', 'Mirror', 'Panel', 'Explorer', 'explore', 'draw_sigma',
+           'explore_sigma', 'draw_tau', 'explore_tau', 'descend', 'draw_newton', 'explore_newton', 'draw_stages',
+           'explore_stages']
 
 # %% ../nbs/70_explore.ipynb #41993fcd
 import base64
@@ -31,7 +32,8 @@ from .core import evaluating, lookup, seeded, write_atomic
 from .data import Data, Images, Info, evenly
 from .masks import areas, mix, masks_from_theta, soft_labels, sparsity
 from .mixers import box_masks, check_images, constant_masks
-from .mixing import SuperMix, advance, ask, check_sets, classes_of, hinge, is_solved, objective, see, start_from
+from .mixing import (SuperMix, advance, ask, check_gradient, check_sets, classes_of, hinge, is_hopeless,
+                             is_solved, objective, see, start_from)
 from .recipes import FAST
 from .smoothing import gaussian_kernel, smooth
 
@@ -59,8 +61,7 @@ def forward(mixer, sets, target, classes, theta):  # of the sets that are still 
     masks = masks_from_theta(now, sets.shape[-2:])
     mixed = mix(sets, masks)
     z = ask(mixer.teacher, mixed, mixer.k).to(target.dtype)
-    if not z.requires_grad:
-        raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+    check_gradient(z)
 
     def onward(going):
         loss = objective(z, target, masks, mixer.lambda_s if hold is None else 0.0)
@@ -92,7 +93,8 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
                                                                theta[active])
             logits[active] = z
             if n > 0: solved[active] = is_solved(z, classes[active])
-            going = ~solved[active] if stop else torch.ones_like(active, dtype=torch.bool)
+            hopeless = is_hopeless(hinge(z, classes[active]), n, mixer.give_up)
+            going = ~solved[active] & ~hopeless if stop else torch.ones_like(active, dtype=torch.bool)
             last, state = n == mixer.max_iter or not going.any(), [t.clone() for t in (theta, masks, images, logits)]
             if not last: theta[active[going]] = onward(going)
             active = active[going]
@@ -458,6 +460,8 @@ class Session:
     "An explorer's state: set from Python, solved in a thread, drawn when asked."
     def __init__(self, images, teacher, info=None, names=None, count=16, seed=0, **setting):
         self.images, info = take_images(images, info, count)
+        if isinstance(teacher, torch.nn.Module):
+            self.images = self.images.to(next(teacher.parameters(), self.images).device)
         self.teacher, self.seed, self.picture = teacher, seed, painter(self.images, info)
         logits = see(teacher, self.images)
         self.classes = logits.argmax(1).tolist()
@@ -579,6 +583,13 @@ class Quiet(threading.local):
     "Whether a thread's own writing into controls is going on, which is no change by the user."
     on = False
 
+def show_value(control, value) -> None:
+    "Let a control show a value, and make room for it where its range ends before."
+    if getattr(control, "max", value) < value: control.max = value
+    sizes = getattr(control, "options", ())
+    if sizes and isinstance(sizes[0], int) and value not in sizes: control.options = sorted((*sizes, value))
+    control.value = value
+
 class Mirror(Session):
     "A session whose controls show its setting."
     quiet = Quiet()
@@ -593,7 +604,7 @@ class Mirror(Session):
                 # on the slider's grid: a page rounds what is not, and would send that back
                 slider.value = round(s.lam[i], 2)
         for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"):
-            self.controls[name].value = getattr(s, name)
+            show_value(self.controls[name], getattr(s, name))
         self.controls["lambda_s"].disabled = s.search == "fast"
         self.quiet.on = False
 
@@ -721,6 +732,7 @@ def explore_sigma(gradient: torch.Tensor):  # (h, w)
 def draw_tau(logits: torch.Tensor, tau: float, names=None):  # (N,) -> a figure
     "softmax(z / τ) beside softmax(z)."
     if not tau > 0: raise ValueError(f"Expected tau above 0, got {tau}.")
+    logits = logits.detach().cpu()
     fig, ax = plt.subplots(figsize=(6, 2.5), layout="constrained")
     at = np.arange(len(logits))
     ax.bar(at - 0.2, logits.softmax(0), 0.4, color=ORANGE, label="τ = 1")
@@ -751,7 +763,7 @@ def draw_newton(mixer: SuperMix, sets, lam, rate: float):
     "The loss of one set under Newton's step and under gradient descent with a rate."
     way = trace(mixer, sets, lam, stop=False)
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    ax.plot((way.kl + mixer.lambda_s * way.sparsity)[:, 0], ".-", color=BLUE, label="Newton's step")
+    ax.plot((way.kl + mixer.lambda_s * way.sparsity)[:, 0].cpu(), ".-", color=BLUE, label="Newton's step")
     ax.plot(descend(mixer, sets, lam, rate), "s--", color=ORANGE, markersize=4,
             label=f"gradient descent, rate {rate:g}")
     ax.set(xlabel="iteration", ylabel="loss (nats)", yscale="log")

@@ -158,7 +158,8 @@ def teacher_of(recipe: Generation, images: Images) -> nn.Module:
     else:
         raise ValueError(f"Unknown teacher {name!r}: expected 'auto', a file that `supermix.zoo.save` wrote, "
                          f"or one of {', '.join(n for n in names() if n.startswith('imagenet'))}.")
-    return teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available(): return teacher
+    return teacher.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")  # some may share one
 
 # %% ../nbs/36_generate.ipynb #1e93fb05
 def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
@@ -176,7 +177,8 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
         sys.exit(f"Stopped: {done:,} of {recipe.count:,} images are kept in {out}. "
                  "Run the same command again to go on.")
     if os.environ.get("RANK", "0") == "0":
-        made, size = store.manifest(), sum(f.stat().st_size for f in store.folder.iterdir())
+        made = store.manifest()
+        size = sum((store.folder / entry["file"]).stat().st_size for entry in made["shards"])
         print(f"{made['images']:,} mixed images in {out}: {size / made['images']:.0f} bytes each, "
               f"made in {time.perf_counter() - start:.0f} s")
 

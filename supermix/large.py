@@ -68,7 +68,7 @@ def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large
             yield draw_block(images, engine.see, mixing, 0, b)
             memory.append(peak_memory())     # when all sets of this block are solved, given up, or in a slot
     found = joined(engine.run(queue()))  # the engine first: a process's peak memory never falls again
-    took = time.perf_counter() - start
+    took, share = time.perf_counter() - start, engine.clock[PASSES] / sum(engine.clock.values())
     block = draw_block(images, engine.see, mixing, 0, 0)
     few, size = type(block)(*(t[:sets] for t in block)), tuple(block.images.shape[-2:])
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large
                "passes an image": engine.passes / len(found.index),
                "peak memory after each block of the engine (MiB)": memory,
                "peak memory after the plain way (MiB)": peak_memory(),
-               "share of time in passes": engine.clock[PASSES] / sum(engine.clock.values()),
+               "share of time in passes": share,
                "sets": engine.tried, "slots": slots, "threads": torch.get_num_threads(),
                "teacher": getattr(teacher, "name", type(teacher).__name__), "command": "supermix large"}
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'hinge', 'is_hopeless', 'advance', 'is_solved', 'Mixed', 'check_sets', 'start_from',
-           'check_settings', 'ask', 'check_classes', 'see', 'classes_of', 'iterate', 'solve', 'SuperMix']
+           'check_settings', 'ask', 'check_classes', 'check_gradient', 'see', 'classes_of', 'iterate', 'solve',
+           'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from .core import evaluating, lookup
 from .masks import hold_sparsity, masks_from_theta, mix, regions, soft_labels, sparsity
-from .mixers import Draw, Mixer, check_images, draw_partners
+from .mixers import Draw, FewClasses, Mixer, check_images, draw_partners
 from .smoothing import smooth
 
 # %% ../nbs/33_mixing.ipynb #0dbaf2b0
@@ -140,8 +141,8 @@ def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step
         if not 0 <= value < float("inf"): raise ValueError(f"Expected {name} of 0 or more, got {value}.")
     for name, value in (("alpha", alpha), ("step", step)):
         if not 0 < value < float("inf"): raise ValueError(f"Expected {name} above 0 and finite, got {value}.")
-    if hold is not None and not 0 < hold < 0.25:
-        raise ValueError(f"Expected hold between 0 and 0.25, or None, got {hold}.")
+    if hold is not None and not 0 < hold < (k - 1) / k ** 2:  # what m(1 − m) is where all sources have equal masks
+        raise ValueError(f"Expected hold between 0 and {(k - 1) / k ** 2:.3g} for k = {k}, or None, got {hold}.")
     if give_up is not None and not 1 <= give_up < float("inf"):
         raise ValueError(f"Expected give_up of 1 or more, or None, got {give_up}.")
     lookup({"flat": 0, "regions": 0}, start, "start")
@@ -171,11 +172,16 @@ def check_classes(classes: torch.Tensor, k: int) -> torch.Tensor:
     "The classes (B,) that the teacher sees in a batch; a ValueError unless there are k different ones."
     seen = classes.unique().tolist()
     if len(seen) < k:
-        raise ValueError(f"Expected a teacher that sees at least k = {k} different classes "
+        raise FewClasses(f"Expected a teacher that sees at least k = {k} different classes "
                          f"in the {len(classes)} images, got {len(seen)}: {', '.join(map(str, seen))}. "
-                         "Is it trained on these classes, "
-                         "and are the images' size, mean and std those of its training?")
+                         "Is it trained on these classes, are the images' size, mean and std those of its training, "
+                         "and are there enough of them?")
     return classes
+
+def check_gradient(logits: torch.Tensor) -> None:
+    "Raise a ValueError unless the images can learn from these logits."
+    if not logits.requires_grad:
+        raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
 
 # %% ../nbs/33_mixing.ipynb #7b7cd4eb
 def see(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N)
@@ -204,8 +210,7 @@ def iterate(ask,                     # images (B, C, H, W) -> the teacher's logi
         now = theta[active].requires_grad_()
         masks = masks_from_theta(now, sets.shape[-2:])
         z = ask(mix(sets[active], masks)).to(target.dtype)
-        if not z.requires_grad:
-            raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+        check_gradient(z)
         logits[active], steps[active] = z.detach(), n
         if n > 0: solved[active] = is_solved(z.detach(), classes[active])
         lack = hinge(z, classes[active])

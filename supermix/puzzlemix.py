@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import evaluating
-from .mixers import Mixer, draw_partners
+from .mixers import Mixer, any_partners
 from .mixing import ask
 
 # %% ../nbs/39_puzzlemix.ipynb #87051514
@@ -218,8 +218,12 @@ def transport(sets: torch.Tensor,   # (B, 2, C, H, W)
               n: int, size: int = 4, xi: float = 0.8,
               ) -> torch.Tensor:    # (B, 2, C, H, W)
     "The sources with their salient blocks moved to where the masks show them."
-    block = [math.gcd(size, length // n) for length in sets.shape[-2:]]
+    cells = [length // n for length in sets.shape[-2:]]
+    block = [next(b for b in range(min(size, cell), cell + 1) if cell % b == 0) for cell in cells]
     grid = tuple(length // b for length, b in zip(sets.shape[-2:], block))
+    if math.prod(grid) > 4096:
+        raise ValueError(f"Expected at most 4,096 blocks that can be moved, got {grid[0]}×{grid[1]}: raise size, "
+                         "their height and width in pixels, or leave them where they are (transport=False).")
     seen = masks[..., ::block[0], ::block[1]] > 0
     plans = transport_plans(block_shares(maps, grid).flatten(0, 1), seen.flatten(0, 1), xi)
     return move_blocks(sets.flatten(0, 1), plans, grid).view_as(sets)
@@ -260,7 +264,7 @@ def draw_puzzle(mixer, images, labels=None, generator=None) -> PuzzleDraw:
                          f"got {mixer.blocks} for {images.shape[-2]}×{images.shape[-1]}.")
     maps, logits = saliency(mixer.teacher, images, labels)
     classes = logits.argmax(1) if labels is None else labels
-    partners = draw_partners(torch.arange(len(images), device=images.device), mixer.k, generator)  # any other images
+    partners = any_partners(images, mixer.k, generator)
     lam = mixer.draw_lam(len(images), generator).to(images.device)
     which = torch.randint(len(mixer.blocks), (len(images),), generator=generator,
                           device=generator.device if generator is not None else "cpu")

@@ -107,7 +107,7 @@ def show_extremes(mixed: MixedDataset, report: Quality, each: int = 3) -> plt.Fi
     order = report.kl.argsort()
     middle = len(order) // 2
     rows = torch.cat([order[:each], order[middle:middle + each], order[-each:]])
-    batch, names = mixed.batch(rows), mixed.info.classes
+    batch, names = mixed.batch(rows), mixed.names
     titles = [f"KL {report.kl[r]:.2f}\n" + ", ".join(f"{p:.0%} {names[c]}" for c, p in zip(cs, ps))
               for r, cs, ps in zip(rows, batch.classes.tolist(), report.teacher[rows].tolist())]
     return show_mixes(mixed.info, batch.sets, batch.masks, titles,

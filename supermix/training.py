@@ -209,8 +209,7 @@ def check_weights(run: Run) -> None:
 def coming(run: Run, images: Images, device):  # yields Batch
     """The batches of the rest of an epoch.
     Where the objective has something to prepare, that is done in a thread, a step ahead."""
-    r, objective, (rank, size), prepare = (
-        run.recipe, run.loss.objective, world(), getattr(run.loss.objective, "prepare", None))
+    r, (rank, size), prepare = run.recipe, world(), getattr(run.loss.objective, "prepare", None)
     def batches():
         for step, (x, labels, indices) in enumerate(
                 images.batches(r.batch_size, r.seed, run.epoch, run.step, (rank, size)), run.step):

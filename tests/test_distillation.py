@@ -65,6 +65,25 @@ def test_sets_that_are_never_solved_end_in_an_error(few):
         make_mixes(in_between, few, 4, Mixing(max_iter=2))
 
 
+def test_a_short_last_batch_of_one_class_has_no_mixes_and_a_long_one_is_an_error(teacher, digits):
+    images, labels = digits.train[:400]
+    fives = images[labels == 5]
+    torch.manual_seed(0)
+    student, objective = create("resnet8", 10), Distillation(teacher, METHODS["kd"].mixed(), SuperMix(teacher))
+    make = lambda n: Batch(fives[:n], torch.full((n,), 5), torch.arange(n), torch.Generator().manual_seed(0))
+    plain = Distillation(teacher, METHODS["kd"])
+    student.eval()
+    assert objective(student, make(3)).item() == pytest.approx(plain(student, make(3)).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="are there enough of them"): objective(student, make(17))
+
+
+def test_rows_of_a_store_are_numbers_or_a_mask(mixes):
+    few = mixes.small["lam"][:len(mixes), 0] > 0.6
+    assert torch.equal(mixes.batch(few).images, mixes.batch(few.nonzero().flatten()).images) and few.sum() > 1
+    assert mixes[torch.tensor(3)][0].shape == (3, 32, 32) and torch.equal(mixes[torch.tensor(3)][0], mixes[3][0])
+    with pytest.raises(IndexError, match=f"a mask of {len(mixes)} rows, got one of 2"): mixes.batch([True, False])
+
+
 @pytest.mark.parametrize("pad", [0, 2])
 def test_a_sample_is_a_window_of_a_mix(pad, mixes, seeded):
     mixes.pad = pad

@@ -1,5 +1,6 @@
 """The engine: folded norms, draws by number, slots, and the race against the plain way."""
 
+import copy
 import gc
 import json
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from supermix.data import load_data
 from supermix.engine import (BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, joined,
-                             plain_way, race, rounded)
+                             plain_way, processes_of, race, rounded, shared, solve_blocks)
 from supermix.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing import SuperMix, is_solved
 from supermix.recipes import FAST, Mixing
@@ -180,6 +181,39 @@ def test_joined_parts_are_their_concatenation(sizes):
     for field, of_parts in zip(whole, zip(*parts)):
         # and no spare room is kept
         assert torch.equal(field, torch.cat(of_parts)) and field.untyped_storage().nbytes() == field.nbytes
+
+
+def test_a_teacher_without_a_gradient_is_an_error_and_no_store_of_chance(teacher, digits):
+    x, _ = digits.train[:2]
+    @torch.no_grad()
+    def deaf(images): return teacher(images)
+    for mixing in (QUICK, replace(QUICK, hold=None, start="flat")):
+        engine = Engine(deaf, x, mixing)
+        with pytest.raises(ValueError, match="differentiable, got logits without a gradient"):
+            list(engine.run([draw_block(digits.train, engine.see, mixing, 0, 0)]))
+
+
+def test_odd_teachers_work_or_say_what_is_wrong(digits):
+    x, _ = digits.train[:2]
+    torch.manual_seed(0)
+    network = create("resnet8", 10).eval()
+    half = Engine(copy.deepcopy(network).bfloat16(), x, QUICK)
+    assert half.see(x).dtype == torch.float32 and half.see(x).allclose(network(x), rtol=0.1, atol=0.1)
+    loose = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False),
+                                torch.nn.Flatten(), torch.nn.Linear(4 * 30 * 30, 10))
+    assert Engine(loose, x, QUICK).see(x).allclose(loose.eval()(x), atol=1e-4)
+    class Pair(torch.nn.Module):
+        def forward(self, images): return network(images), None
+    with pytest.raises(ValueError, match="Expected the teacher to give logits"): Engine(Pair(), x, QUICK)
+    with pytest.raises(ValueError, match="does not take images"):
+        Engine(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 10)), x, QUICK)
+
+
+def test_more_processes_than_blocks(teacher, digits):
+    engine = Engine(teacher, digits.train[:2][0], QUICK, 32)
+    alone = solve_blocks(engine, digits.train, 0, range(1))
+    with processes_of(2) as pool: found = shared(engine, digits.train, 0, range(1), pool, 2)
+    assert found.index.tolist() == alone.index.tolist()
 
 
 def test_nothing_to_join_is_an_error():

@@ -83,6 +83,14 @@ def test_every_control_changes_the_picture(explorer):
     assert c["picture"].value not in seen
 
 
+def test_controls_make_room_for_what_python_sets(explorer):
+    explorer.change(mask_size=6, lambda_s=150.0, sigma=3.5, max_iter=70).wait()
+    shown = {name: explorer.controls[name].value for name in ("mask_size", "lambda_s", "sigma", "max_iter")}
+    assert shown == {"mask_size": 6, "lambda_s": 150.0, "sigma": 3.5, "max_iter": 70}
+    explorer.controls["max_iter"].value = 5  # and they are still heard
+    assert explorer.wait().setting.max_iter == 5 and explorer.setting.mask_size == 6
+
+
 def test_thumbnails_change_the_set(explorer):
     explorer.thumbs[4].value = True
     explorer.wait()

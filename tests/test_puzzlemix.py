@@ -284,7 +284,7 @@ BAD = {
             "NaN or infinity in 1 of 4"),
     "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)),
                                       "blocks that divide the maps, got 3×4 for 8×8"),
-    "one image": (lambda: PuzzleMix(linear, blocks=4)(images[:1], labels[:1]), "at least k = 2"),
+    "one image": (lambda: PuzzleMix(linear, blocks=4)(images[:1], labels[:1]), "at least k = 2 images to mix, got 1"),
 }
 
 
@@ -311,3 +311,18 @@ except ImportError as error: print(error)
     assert done.returncode == 0, done.stderr
     assert "gco-wrapper" in done.stdout and "pip install 'supermix[puzzle]'" in done.stdout
     assert graph_cuts().__name__ == "gco"
+
+
+def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
+    g = torch.Generator().manual_seed(0)
+    sets, maps = torch.rand(1, 2, 3, 56, 56, generator=g), torch.rand(1, 2, 56, 56, generator=g)
+    half = torch.zeros(1, 2, 4, 4)
+    half[:, 0, :, :2], half[:, 1, :, 2:] = 1, 1
+    masks = half.repeat_interleave(14, 2).repeat_interleave(14, 3)
+    moved = transport(sets, maps, masks, 4, size=4, xi=0.0)             # cells of 14 pixels: blocks of 7
+    pieces = lambda x: {p.numpy().tobytes() for p in x.unfold(2, 7, 7).unfold(3, 7, 7).permute(0, 2, 3, 1, 4, 5)
+                        .reshape(-1, 3, 7, 7)}
+    assert pieces(moved[:, 0]) == pieces(sets[:, 0]) and not torch.equal(moved, sets)
+    wide = half.repeat_interleave(72, 2).repeat_interleave(72, 3)
+    with pytest.raises(ValueError, match="at most 4,096 blocks .* got 72×72: raise size"):
+        transport(torch.rand(1, 2, 3, 288, 288), torch.rand(1, 2, 288, 288), wide, 4, size=4)
