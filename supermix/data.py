@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'evenly', 'Batches', 'Images',
            'ArrayImages', 'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data',
-           'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'load_fashion_mnist', 'PlainUnpickler',
-           'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet', 'load_data']
+           'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'locked', 'download_to', 'load_fashion_mnist',
+           'PlainUnpickler', 'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
 import gzip
@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import struct
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
 def evenly(labels: torch.Tensor,  # int64 (m,)
            n: int,                # how many are to be chosen
            seed: int = 0,         # of the shuffle
+           share: bool = False,   # whether each class gives the same share of its images, and not the same number
            ) -> torch.Tensor:     # int64 (m,)
     "All indices in a random order, the first `n` of which are as evenly over the classes as it goes."
     if not 0 < n <= len(labels): raise ValueError(f"Expected 1 to {len(labels)} images, got {n}.")
@@ -88,7 +90,7 @@ def evenly(labels: torch.Tensor,  # int64 (m,)
     by_class, count = shuffled.argsort(stable=True), shuffled.bincount()
     number = torch.empty_like(order)  # of an image among those of its class
     number[by_class] = torch.arange(len(labels)) - (count.cumsum(0) - count)[shuffled[by_class]]
-    return order[number.argsort(stable=True)]
+    return order[((number + 0.5) / count[shuffled] if share else number).argsort(stable=True)]
 
 # %% ../nbs/01_data.ipynb #4f7cadd0
 class Batches:
@@ -139,8 +141,8 @@ class Images(Batches, torch.utils.data.Dataset):
         return self._take(evenly(self.labels, n, seed)[:n].sort().values)
 
     def split(self, n: int, seed: int = 0):  # two `Images`
-        "The same `n` images, and all others."
-        order = evenly(self.labels, n, seed)
+        "A random `n` of the images, of each class the same share, and all others."
+        order = evenly(self.labels, n, seed, share=True)
         return self._take(order[:n].sort().values), self._take(order[n:].sort().values)
 
     def __repr__(self):
@@ -336,6 +338,27 @@ def find_fashion(root=None) -> list[Path] | None:
                                         "Delete it and fetch it again.")
     return None
 
+# %% ../nbs/01_data.ipynb #7c1d0a01
+@contextmanager
+def locked(path: Path):
+    "Hold a file's lock, and wait for it where another process does; without one where the system has none (Windows)."
+    try: from fcntl import LOCK_EX, flock
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        flock(file, LOCK_EX)
+        yield
+
+def download_to(target: Path, folder: str, dataset) -> None:  # dataset: one of torchvision's
+    "Let torchvision download a data set, whose `folder` then appears in `target` as a whole, for one process or many."
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target / f".{folder}.lock"):
+        if (target / folder).exists(): return  # another process was sooner
+        with tempfile.TemporaryDirectory(dir=target) as place:
+            dataset(place, download=True)
+            os.replace(Path(place) / folder, target / folder)
+
 # %% ../nbs/01_data.ipynb #fd865d6b
 def load_fashion_mnist(root=None, download: bool = True) -> Data:
     "Fashion-MNIST, 60,000 training and 10,000 test images, padded from 28×28 to 32×32."
@@ -343,7 +366,7 @@ def load_fashion_mnist(root=None, download: bool = True) -> Data:
     if files is None and download:
         from torchvision.datasets import FashionMNIST
         target = Path(root).expanduser() if root else CACHE
-        try: FashionMNIST(str(target), download=True)
+        try: download_to(target, "FashionMNIST", FashionMNIST)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"Fashion-MNIST is in none of the data folders, and its download failed ({error}). "
                                     "On Debian: apt-get install dataset-fashion-mnist.") from error
@@ -392,7 +415,7 @@ def load_cifar100(root=None, download: bool = True) -> Data:
     if folder is None and download:
         from torchvision.datasets import CIFAR100
         target = Path(root).expanduser() if root else CACHE
-        try: CIFAR100(str(target), download=True)
+        try: download_to(target, "cifar-100-python", CIFAR100)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError("CIFAR-100 is in none of the data folders, "
                                     f"and its download failed ({error}).") from error

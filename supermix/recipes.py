@@ -50,7 +50,7 @@ class Training(Typed):
     milestones: tuple[int, ...] = (200, 300, 400, 500)  # epochs after which the learning rate drops (S 1.1)
     decay: float = 0.1      # what it is then multiplied by (S 1.1)
     warmup: int = 0         # epochs of linear warm-up; S is silent, the authors' code has 5
-    first_stage: int = 30   # epochs that AB, FT and FSP take of these for their first stage (CRD benchmark)
+    first_stage: int = 30   # of these, for the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
     first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
     held_out: int = 0       # training images on which the best epoch is told; 0: none (ours)
     bfloat16: bool = False  # autocast to bfloat16: faster where the processor has it (ours)
@@ -251,7 +251,7 @@ class Variant(Typed):
         "The row's name, as a file may have it: kd-supermix."
         policy = "" if self.policy == "none" else self.policy.rpartition("/")[2].removesuffix(".json")
         parts = [self.method, self.mixer or "", f"k{self.k}" if self.k else "", self.label or "", policy,
-                 f"cutout{self.cutout}" if self.cutout else ""]
+                 f"cutout{self.cutout}" if self.cutout is not None else ""]
         return "-".join(part for part in parts if part)
 
 # %% ../nbs/02_recipes.ipynb #dd885bd1

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'WEIGHTS', 'SIZES', 'BASES', 'CLASSIFIER_BASES', 'Base', 'Scale', 'write_cifar100', 'write_imagenet',
-           'miniature', 'open_data', 'terms_of', 'asks_teacher', 'Impossible', 'check_row', 'short_hash', 'fetched',
-           'open_teacher', 'meet', 'mixing_of', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result',
-           'check_teacher', 'run', 'report', 'run_distillation', 'run_classification', 'Cost', 'seconds_an_image',
-           'training_step', 'bytes_a_mix', 'cost', 'search_step', 'measured', 'cell', 'table', 'run_family',
-           'notebook_places', 'for_base', 'Places', 'carry_out', 'distill_command', 'train_command', 'commands', 'main']
+           'miniature', 'open_data', 'terms_of', 'asks_teacher', 'Impossible', 'check_row', 'fetched', 'open_teacher',
+           'meet', 'mixing_of', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result', 'policy_hash',
+           'check_policy', 'check_teacher', 'run', 'report', 'run_distillation', 'run_classification', 'Cost',
+           'seconds_an_image', 'training_step', 'bytes_a_mix', 'cost', 'search_step', 'measured', 'cell', 'table',
+           'run_family', 'notebook_places', 'for_base', 'Places', 'carry_out', 'distill_command', 'train_command',
+           'commands', 'main']
 
 # %% ../nbs/62_runs.ipynb #aacf8dde
 import argparse
-import hashlib
 import json
 import os
 import pickle
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing
                               Variant)
 from .store import fingerprint, weights_hash
 from .study import commit
-from .training import Batch, join, label_objective, to_device, train, world
+from .training import Batch, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 
 # %% ../nbs/62_runs.ipynb #0b0b3b64
@@ -94,7 +94,10 @@ def miniature(name: str,           # cifar100 or imagenet
                 at = torch.rand(n, 2, generator=chance)
                 corners = [(int(left + x * (right - left - 96)), int(y * (photo.height - 96))) for x, y in at.tolist()]
                 images[split][subject] = [photo.crop((x, y, x + 96, y + 96)) for x, y in corners]
-        write_imagenet(folder / "imagenet", images)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # it appears as a whole
+            made = write_imagenet(Path(place) / "imagenet", images)
+            with suppress(OSError): made.rename(folder / "imagenet")  # another process was sooner
     return lookup({"cifar100": folder, "imagenet": folder}, name, "data set with a miniature")
 
 # %% ../nbs/62_runs.ipynb #bbc8738b
@@ -140,10 +143,6 @@ MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, classes: MixUp(classe
          "cutmix_beta": lambda teacher, classes: CutMix(classes, 1.0)}
 
 # %% ../nbs/62_runs.ipynb #f9fddb17
-def short_hash(*what) -> str:
-    "Eight digits that tell one thing from another."
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-
 # torchvision's first ones, of plain training; its second (ResNet50: 80.9 %) were made with MixUp and CutMix
 WEIGHTS = "IMAGENET1K_V1"
 
@@ -157,8 +156,12 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
     if file:
         path = Path(file).expanduser()
         if not path.is_file(): raise FileNotFoundError(f"There is no teacher's file {path}.")
-        return (load(path) if path.suffix == ".safetensors"
-                else load_crd(create(recipe.teacher, classes), path)).to(device)
+        if path.suffix != ".safetensors": return load_crd(create(recipe.teacher, classes), path).to(device)
+        teacher = load(path)
+        if teacher.card["network"] != recipe.teacher:
+            raise ValueError(f"{path} holds a {teacher.card['network']}, and the recipe's teacher is {recipe.teacher}: "
+                             f"say --teacher {teacher.card['network']}, or give another file.")
+        return teacher.to(device)
     if fetched(recipe, classes): return create(recipe.teacher, weights=WEIGHTS).eval().to(device)
     path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
                                   f"{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors")
@@ -204,12 +207,13 @@ def augmented(images: Images, variant: Variant, epochs: int, policies: str | Pat
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
-    """The file of a run's result; its name holds a hash of all numbers of the recipe but the seed, which stands at
-    the end."""
+    """The file of a run's result; its name holds a hash of all numbers of the recipe and of a policy file's place,
+    but for the seed, which stands at the end."""
     what = plain(recipe)
     seed = what["training"].pop("seed")
+    policy = [variant.policy] if variant.policy.endswith(".json") else []
     return Path(results) / (f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-"
-                            f"{short_hash(what)}-{seed}.json")
+                            f"{short_hash(what, *policy)}-{seed}.json")
 
 def plain(recipe: Recipe) -> dict:
     "A recipe as JSON has it, without its scales."
@@ -219,6 +223,19 @@ def find_result(recipe: Recipe, variant: Variant, results: str | Path) -> dict |
     "The result of a run, or None where there is none."
     path = result_path(recipe, variant, results)
     return json.loads(path.read_text()) if path.is_file() else None
+
+def policy_hash(variant: Variant, policies: str | Path) -> str | None:
+    "What tells a policy file's policy from others; None where the row has none, or the file is gone."
+    file = Path(policies) / variant.policy
+    if not variant.policy.endswith(".json") or not file.is_file(): return None
+    return short_hash({**asdict(load_policy(file, variant.cutout)), "about": None})
+
+def check_policy(found: dict, variant: Variant, policies: str | Path, path: Path) -> None:
+    "A ValueError where a result is of the policy that its file held before."
+    now = policy_hash(variant, policies)
+    if now is not None and found.get("policy") != now:
+        raise ValueError(f"{path} is the result of another policy than {variant.policy} holds now. "
+                         "Move it away, or give the new policy a file of its own.")
 
 def check_teacher(found: dict, teacher: nn.Module | None, path: Path) -> dict:
     "The result; an error where it is another teacher's."
@@ -239,6 +256,7 @@ def run(recipe: Recipe,
     "Train one student, or go on with it: its result, which is also written to a file."
     device, folder = join(device), Path(folder)
     path, found = result_path(recipe, variant, results), find_result(recipe, variant, results)
+    if found: check_policy(found, variant, policies, path)
     if found and not teacher: return found
     data = open_data(recipe, root)
     images = data.train if recipe.train_images is None else data.train.subset(recipe.train_images)
@@ -256,6 +274,7 @@ def run(recipe: Recipe,
         history = distill(tutor, student, Data(data.info, natural, data.test, data.source), terms_of(variant), mixer,
                           recipe.training, folder=folder / "students" / path.stem, **{"title": path.stem, **options})
         result = report(recipe, variant, data, tutor, student, history, device)
+        result["policy"] = policy_hash(variant, policies)
         if world()[0] == 0:
             save(student, folder / "students" / f"{path.stem}.safetensors", accuracy=history.test)
             write_atomic(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
@@ -432,6 +451,7 @@ def run_family(family: Family, **places) -> list[dict]:  # `places`: as in `run`
         try: done.append(run(recipe, variant, **places))
         except (Impossible, FloatingPointError, FileNotFoundError) as error:
             if isinstance(error, FileNotFoundError) and not variant.policy.endswith(".json"): raise
+            if isinstance(error, FloatingPointError) and world()[1] > 1: raise  # the other processes wait for this one
             other = published(recipe.teacher, recipe.student, name)
             quoted = (f" Published: {other:.2f} % ({source(recipe.teacher, recipe.student, name)})."
                       if other is not None else "")
@@ -463,8 +483,12 @@ def for_base(command, bases: dict[str, Recipe], args: list[str]):
     "The command, its recipe's defaults those of the base, scale and networks that the options name."
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("base", "scale", "teacher", "student"): peek.add_argument(f"--{name}")
+    peek.add_argument("--low-lr", "--low_lr", dest="low_lr")
     said = peek.parse_known_args(args)[0]
     recipe = lookup(bases, said.base or next(iter(bases)), "base").at(said.scale or "paper")
+    if said.low_lr is not None:  # what is no number is tyro's to tell
+        with suppress(ValueError):
+            recipe = replace(recipe, low_lr=None if said.low_lr == "None" else float(said.low_lr))
     return partial(command, recipe=recipe.pair(said.teacher or recipe.teacher, said.student or recipe.student))
 
 # %% ../nbs/62_runs.ipynb #24958a34
@@ -478,7 +502,7 @@ class Places:
     data_root: Path | None = None     # a folder in which to look for the data first
     teacher_file: Path | None = None  # weights (CRD .pth or supermix .safetensors); None: trained here or torchvision's
     device: str | None = None         # such as cpu or cuda:1; None: a GPU where there is one
-    minutes: float = 10.0             # between checkpoints within an epoch
+    minutes: float = 10.0             # between checkpoints within an epoch, of one process; else one after each epoch
 
 def carry_out(recipe: Recipe, variant: Variant, scale: str, places: Places, only_cost: bool) -> None:
     "What both commands do."

@@ -4,6 +4,8 @@ import gzip
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -327,7 +329,7 @@ def test_a_subset_is_even_over_the_classes_and_the_same_each_time(digits):
     assert torch.equal(few.pixels, digits.train.subset(45).pixels)
     assert not torch.equal(few.pixels, digits.train.subset(45, seed=1).pixels)
     first, rest = digits.train.split(45)
-    assert torch.equal(first.pixels, few.pixels) and len(rest) == len(digits.train) - 45
+    assert len(first) == 45 and len(rest) == len(digits.train) - 45
     assert torch.equal(torch.cat([first.labels, rest.labels]).bincount(), digits.train.labels.bincount())
     assert (first.pixels.sum((1, 2, 3)).sum() + rest.pixels.sum((1, 2, 3)).sum()) == digits.train.pixels.sum()
 
@@ -371,3 +373,40 @@ def test_a_folder_under_an_odd_normalisation(options, message, photos, tmp_path)
     data = load_folder(tmp_path / "photos", size=32, mean=[0.5, 0.5, 0.5], std=(0.5, 0.5, 0.5))
     assert len(data.train) + len(data.test) == 12 and data.train[:2][0].shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match=message): load_folder(tmp_path / "photos", **options)
+
+
+def test_a_split_takes_the_same_share_of_each_class(digits):
+    labels = torch.tensor([0] * 100 + [1] * 100 + [2] * 12 + [3])
+    images = ArrayImages(digits.info, torch.zeros(213, 1, 32, 32, dtype=torch.uint8), labels)
+    held, learned = images.split(43)
+    counts = labels.bincount()
+    assert ((held.labels.bincount(minlength=4) - counts * 43 / 213).abs() < 1).all() and len(held) == 43
+    assert learned.labels.bincount().equal(counts - held.labels.bincount(minlength=4)) and 3 in learned.labels
+    even = ArrayImages(digits.info, torch.zeros(40, 1, 32, 32, dtype=torch.uint8), torch.arange(40) % 4)
+    assert even.split(8)[0].labels.bincount().tolist() == [2, 2, 2, 2]
+
+
+DOWNLOADS = """
+import sys, time
+from pathlib import Path
+from supermix.data import download_to
+
+def slow(place, download):
+    Path(place, "set").mkdir()
+    for name in "abc":
+        Path(place, "set", name).write_text(name)
+        time.sleep(0.2)
+    with open(sys.argv[1] + "/log", "a") as log: log.write("made\\n")
+
+download_to(Path(sys.argv[1]) / "data", "set", slow)
+assert sorted(p.name for p in Path(sys.argv[1], "data", "set").iterdir()) == ["a", "b", "c"]
+"""
+
+
+def test_several_processes_download_once_and_find_it_whole(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DOWNLOADS)
+    processes = [subprocess.Popen([sys.executable, script, tmp_path]) for _ in range(3)]
+    assert [p.wait(120) for p in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+    assert [p.name for p in (tmp_path / "data").iterdir() if not p.name.startswith(".")] == ["set"]

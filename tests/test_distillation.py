@@ -15,6 +15,7 @@ from supermix.losses import LOGIT_LOSSES, see
 from supermix.masks import areas, soft_labels
 from supermix.mixers import MixUp
 from supermix.mixing import SuperMix
+from supermix.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
 from supermix.store import MixedDataset
 from supermix.training import Batch, accuracy, train
@@ -338,3 +339,25 @@ def test_a_teacher_helps(teacher, digits):
             distill(teacher, student, images, method, mixer, Training(epochs=40, batch_size=32, milestones=(25, 35)))
             reached[method].append(accuracy(student, digits.test))
     assert sum(reached["kd"]) > sum(reached["alone"])
+
+
+def test_images_under_a_policy_are_mixed_without_it(teacher, few):
+    under = Augmented(few, load_policy("randaugment"))
+    mixes = make_mixes(teacher, under, 20)
+    assert mixes.source is few and len(mixes) == 20
+    student = create("resnet8", 10)
+    assert len(distill(teacher, student, under, "kd", "supermix", SHORT, mixes=20).loss) == 1
+
+
+def test_students_of_another_contract_are_told_what_is_missing(teacher, few):
+    class Two(nn.Module):  # as torchvision's GoogLeNet
+        aux_logits = True
+    with pytest.raises(ValueError, match="one head, got Two with auxiliary ones: make it with aux_logits=False"):
+        distill(teacher, Two(), few, "kd", None, SHORT)
+    class Sequence(nn.Module):  # as torchvision's Swin: `features` is no method
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Sequential(nn.Flatten()), nn.Linear(3 * 32 * 32, 10)
+        def forward(self, x): return self.head(self.features(x))
+    with pytest.raises(ValueError, match="Expected a student with `features` for 'at', got Sequence: wrap it"):
+        distill(teacher, Sequence(), few, "at", None, SHORT)

@@ -14,7 +14,7 @@ import torch
 from supermix import runs
 from supermix.checkpoints import checkpoints
 from supermix.core import file_hash
-from supermix.policies import Augmented
+from supermix.policies import Augmented, load_policy, save_policy
 from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
                               IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
@@ -294,6 +294,27 @@ def test_torchvisions_weights_are_those_of_plain_training(name):
         assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5
 
 
+# ---- what is asked for is what is filed
+
+def test_policies_of_one_name_do_not_share_a_result(tmp_path):
+    rows = [Variant(policy=policy, cutout=cutout) for policy in ("policies/pba.json", "mine/pba.json", "none")
+            for cutout in (None, 0, 16)]
+    assert len({result_path(CIFAR100, row, tmp_path) for row in rows}) == len(rows)
+    row = Variant(policy="mine.json")
+    save_policy(load_policy("randaugment"), tmp_path / "mine.json")
+    found = {"policy": runs.policy_hash(row, tmp_path)}
+    runs.check_policy(found, row, tmp_path, tmp_path / "result.json")
+    save_policy(load_policy("trivialaugment"), tmp_path / "mine.json")
+    with pytest.raises(ValueError, match="result of another policy than mine.json holds now"):
+        runs.check_policy(found, row, tmp_path, tmp_path / "result.json")
+
+
+def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
+    save(create("resnet8", 10), tmp_path / "teacher.safetensors")
+    with pytest.raises(ValueError, match="holds a resnet8, and the .* is resnet14: say --teacher resnet8"):
+        open_teacher(CIFAR100.at("smoke"), digits, tmp_path, tmp_path / "teacher.safetensors")
+
+
 # ---- commands
 
 @pytest.mark.parametrize("command, line, changes", [
@@ -305,8 +326,12 @@ def test_torchvisions_weights_are_those_of_plain_training(name):
     # what the first base has, too, is said all the same
     ("distill", "--base crd_benchmark --training.lr 0.1", {"training.lr": 0.1}),
     ("distill", "--base=imagenet --training.batch-size 128", {"training.batch_size": 128}),
-    ("distill", "--student mobilenetv2 --training.lr 0.1", {"student": "mobilenetv2"}),
+    ("distill", "--student mobilenetv2 --training.lr 0.1", {"student": "mobilenetv2", "training.lr": 0.1}),
     ("distill", "--scale mini --training.epochs 600", {"training.epochs": 600}),
+    ("distill", "--student mobilenetv2 --low-lr 0.005",
+     {"student": "mobilenetv2", "low_lr": 0.005, "training.lr": 0.005}),
+    ("distill", "--student mobilenetv2 --low-lr None", {"student": "mobilenetv2", "low_lr": None}),
+    ("distill", "--low-lr 0.005", {"low_lr": 0.005}),
     ("distill", "--scale smoke --student wrn_16_2 --teacher wrn_40_2", {"student": "wrn_16_2", "teacher": "wrn_40_2"}),
     ("train", "--base crd_benchmark --student wrn_16_2", {"student": "wrn_16_2"}),
 ])

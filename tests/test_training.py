@@ -16,6 +16,8 @@ from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
 from supermix.distillation import distill
 from supermix.logs import read_log
+from supermix.mixers import CutMix
+from supermix.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training import accuracy, label_objective, train
 from supermix.zoo import create
@@ -235,6 +237,21 @@ def test_a_run_with_another_recipe_is_not_resumed(digits, tmp_path):
         whole(images, tmp_path, recipe=replace(RECIPE, lr=0.1, seed=4))
 
 
+def test_a_run_on_other_images_or_of_another_network_or_policy_is_not_resumed(digits, tmp_path):
+    def go(images, network="resnet8", mixer="cutmix"):
+        return distill(None, create(network, 10), images, "alone", mixer, replace(RECIPE, epochs=1, milestones=()),
+                       folder=tmp_path)
+    few = digits.train.subset(32)
+    assert go(few).loss == go(few).loss
+    changed = [({"images": digits.train.subset(40)}, r"images \(ArrayImages\(digits: 32 .* there, .*digits: 40 .* now"),
+               ({"images": digits.train.subset(32, seed=1)}, "images .* there"),
+               ({"images": Augmented(few, load_policy("randaugment"))}, "images .* there"),
+               ({"images": few, "network": "resnet14"}, "network .* there"),
+               ({"images": few, "mixer": CutMix(10, 1.0)}, r"mixer \(CutMix .*None.* there, CutMix .*1.0.* now\)")]
+    for options, message in changed:
+        with pytest.raises(ValueError, match=message): go(**options)
+
+
 def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_path):
     def go(method, tutor=teacher, mixer=None):
         return distill(tutor, create("resnet8", 10), digits.train.subset(40), method, mixer,
@@ -243,7 +260,7 @@ def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_
     for method, tutor, mixer, message in (
             ("dkd", teacher, None, r"terms.ce \(0.1 there, 1.0 now\).* terms.logits \(kd there, dkd now\)"),
             ("kd", create("resnet8", 10), None, "teacher .* there"),
-            ("kd", teacher, "cutmix", r"mixer \(NoneType there, CutMix now\)")):
+            ("kd", teacher, "cutmix", r"mixer \(None there, CutMix \{'num_classes': 10, 'alpha': None\} now\)")):
         with pytest.raises(ValueError, match=message): go(method, tutor, mixer)
 
 
@@ -339,3 +356,27 @@ def test_what_was_trained_can_be_asked_whoever_made_it(digits):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     train(network, digits.train.subset(100), Training(epochs=1, batch_size=50, lr=0.01, milestones=()))
     assert predict(network, digits.test[:3][0]).labels[0] in digits.info.classes
+
+
+def test_a_last_batch_that_batch_norm_cannot_learn_from_names_the_batch_size(digits):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), nn.BatchNorm1d(10))
+    with pytest.raises(ValueError, match="single image.* choose another batch_size than 16"):
+        train(network, digits.train.subset(17), Training(epochs=1, batch_size=16, milestones=()))
+
+
+def test_seconds_count_all_sittings(digits, tmp_path):
+    class Slow(nn.Module):
+        asked = 0
+        def forward(self, network, batch):
+            time.sleep(0.1)
+            self.asked += 1
+            if self.asked == 8 and not list(tmp_path.glob("resumed")): raise KeyboardInterrupt
+            return nn.functional.cross_entropy(network(batch.images), batch.labels)
+    recipe = Training(epochs=1, batch_size=10, lr=0.01, milestones=())
+    def go():
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        return train(network, digits.train.subset(100), recipe, Slow(), folder=tmp_path / "run", minutes=0)
+    with pytest.raises(KeyboardInterrupt): go()
+    (tmp_path / "resumed").touch()
+    history = go()
+    assert history.seconds > 1.0 and history.images == 100 and history.speed < 100
