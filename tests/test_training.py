@@ -237,9 +237,9 @@ def test_a_run_with_another_recipe_is_not_resumed(digits, tmp_path):
         whole(images, tmp_path, recipe=replace(RECIPE, lr=0.1, seed=4))
 
 
-def test_a_run_on_other_images_or_of_another_network_or_policy_is_not_resumed(digits, tmp_path):
+def test_a_run_on_other_images_or_of_another_network_or_policy_is_not_resumed(digits, teacher, tmp_path):
     def go(images, network="resnet8", mixer="cutmix"):
-        return distill(None, create(network, 10), images, "alone", mixer, replace(RECIPE, epochs=1, milestones=()),
+        return distill(teacher, create(network, 10), images, "kd", mixer, replace(RECIPE, epochs=1, milestones=()),
                        folder=tmp_path)
     few = digits.train.subset(32)
     assert go(few).loss == go(few).loss
