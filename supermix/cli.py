@@ -46,8 +46,8 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
     Args:
         out: the file that is written.
         blocks: blocks of 128 sets that the engine makes.
-        teacher: EfficientNet-Lite0, whose weights come with a Python package, or an ImageNet network of the zoo,
-            such as imagenet_resnet34, whose weights are fetched.
+        teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
+            (imagenet_resnet34), whose weights are fetched.
     """
     network, *wants = large_teacher(teacher)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'evenly', 'Batches', 'Images',
-           'ArrayImages', 'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size', 'Data',
-           'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'locked', 'download_to', 'load_fashion_mnist',
-           'PlainUnpickler', 'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet', 'load_data']
+           'ArrayImages', 'centred', 'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size',
+           'Data', 'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'locked', 'download_to',
+           'load_fashion_mnist', 'PlainUnpickler', 'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet',
+           'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
 import gzip
@@ -41,6 +42,7 @@ class Info:
     std: tuple[float, float, float]    # of each channel, for pixels in 0 … 1
     flip: bool = True                  # whether a mirror image still shows the same class
     pad: int = 4                       # pixels by which a random crop may be off, in each direction
+    crop_pct: float = 1.0              # the share of an image's shorter side that is left of it where nothing is random
 
     def normalize(self, pixels):       # uint8 (..., 3, H, W)
         "Bytes to float32 with mean 0 and standard deviation 1 a channel, over the data set."
@@ -182,6 +184,10 @@ class ArrayImages(Images):
     def _take(self, indices): return ArrayImages(self.info, self.pixels[indices], self.labels[indices])
 
 # %% ../nbs/01_data.ipynb #7b3d6cf4
+def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the same of height and width `info.size`
+    "The middle of an image, as a test sees it: resized so that the share `crop_pct` of its shorter side is the size."
+    return VF.center_crop(VF.resize(image, [round(info.size / info.crop_pct)]), [info.size, info.size])
+
 def one_ahead(batches):
     "The same batches; the next one is made in a thread while the caller works on this one."
     with ThreadPoolExecutor(1) as ahead:
@@ -191,7 +197,7 @@ def one_ahead(batches):
             yield batch
 
 class FolderImages(Images):
-    "Image files in one folder a class, decoded when they are asked for."
+    "Image files in one folder a class, decoded when they are asked for; without views they are `centred`."
     def __init__(self,
                  info: Info,
                  files: list,           # a path for each image
@@ -207,10 +213,9 @@ class FolderImages(Images):
         return pixels if views is None else torch.where(views.flip[:, None, None, None], pixels.flip(-1), pixels)
 
     def _decode(self, index, box):
-        size = self.info.size
-        image = open_image(self.files[index])
-        if box is not None: return VF.pil_to_tensor(VF.resized_crop(image, *box, [size, size]))
-        return VF.pil_to_tensor(VF.center_crop(VF.resize(image, [round(size * 256 / 224)]), [size, size]))
+        size, image = self.info.size, open_image(self.files[index])
+        seen = centred(image, self.info) if box is None else VF.resized_crop(image, *box, [size, size])
+        return VF.pil_to_tensor(seen)
 
     def draw(self, indices, generator):
         with ThreadPoolExecutor(self.workers) as pool:
@@ -463,7 +468,8 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
         odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
         raise ValueError(f"{root}: train has {len(parts[0].classes)} classes and {names[1]} {len(parts[1].classes)}; "
                          f"only in one: {odd[:5]}.")
-    info = Info(name or root.name, tuple(parts[0].classes), size, tuple(mean), tuple(std), flip)
+    info = Info(name or root.name, tuple(parts[0].classes), size, tuple(mean), tuple(std), flip,
+                crop_pct=224 / 256)
     split = [FolderImages(info, [path for path, _ in part.samples], torch.tensor(part.targets)) for part in parts]
     if names: return Data(info, *split, str(root))
     test, train = split[0].split(round(held_out * len(split[0])))

@@ -323,9 +323,9 @@ class Engine(Tally):
         "The teacher's logits (B, N), float32."
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
         return ask(self.network, images, self.mixing.k).float()
+
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """The same without gradients, as many images at a time as there are slots,
-        for the sources of sets that are being drawn; booked as passes."""
+        "The same without gradients for sources that are being drawn, as many at a time as there are slots."
         since = time.perf_counter()
         with torch.no_grad(): logits = torch.cat([self.ask(part) for part in images.split(self.slots)])
         self.clock[DRAWS] = self.clock.get(DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # no time booked twice
@@ -449,6 +449,7 @@ def trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 
 # %% ../nbs/34_engine.ipynb #c8e6f8eb
 def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.json", rounds: int = 3) -> dict:
     "The races and the trade-offs of this chapter, written to a file; some twenty minutes."
+    if rounds < 1: raise ValueError(f"Expected 1 round or more, got {rounds}.")
     report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(),
               "torch": torch.__version__, "command": "supermix race"}
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1

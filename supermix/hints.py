@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .losses import Seen, Term, stage_pairs
+from .losses import Seen, Term, full_precision, stage_pairs
 
 # %% ../nbs/41_hints.ipynb #85a6d9d3
 def hint_loss(student: torch.Tensor,  # maps (B, c, h, w), already in the teacher's shape
@@ -166,8 +166,9 @@ class AB(Term):
 
     def first_loss(self, student_network, teacher_network, images):
         with torch.no_grad(): theirs = teacher_network.preactivations(images)
-        pairs = stage_pairs(Seen(student_network.preactivations(images), None), Seen(theirs, None))
-        losses = [ab_loss(connect(s), t, self.margin) for connect, (s, t) in zip(self.connectors, pairs)]
+        pairs = stage_pairs(Seen(student_network.preactivations(images), None).full(), Seen(theirs, None).full())
+        with full_precision(images):
+            losses = [ab_loss(connect(s), t, self.margin) for connect, (s, t) in zip(self.connectors, pairs)]
         return 3 / 1000 * sum(2.0 ** (i + 1 - len(losses)) * loss for i, loss in enumerate(losses))
 
     def first_parameters(self, student_network): return [*student_network.parameters(), *self.connectors.parameters()]
@@ -208,8 +209,8 @@ class FT(Term):
         return ft_loss(self.translate(student.features[-2]), factor)
 
     def first_loss(self, student_network, teacher_network, images):
-        with torch.no_grad(): maps = teacher_network.features(images)[-2]
-        return F.mse_loss(self.restore(self.paraphrase(maps)), maps)
+        with torch.no_grad(): maps = Seen(teacher_network.features(images), None).full().features[-2]
+        with full_precision(images): return F.mse_loss(self.restore(self.paraphrase(maps)), maps)
 
     def first_parameters(self, student_network): return [*self.paraphrase.parameters(), *self.restore.parameters()]
 

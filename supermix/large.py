@@ -44,13 +44,15 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
                 mean: tuple = (0.5,) * 3, std: tuple = (0.5,) * 3,  # as the teacher wants them
                 ) -> Images:         # under random windows, as ImageNet's training images are
     "scikit-image's colour photographs as files, and as sources of mixes at 224×224."
-    import skimage.data
+    try: import skimage.data
+    except ImportError as error:
+        raise ImportError("The photographs come with scikit-image: pip install scikit-image") from error
     from PIL import Image
     for name in PHOTOS:
         (Path(folder) / name).mkdir(parents=True, exist_ok=True)
         pixels = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(skimage.data, name)()
         Image.fromarray(pixels).save(Path(folder) / name / "photo.jpg", quality=92)
-    info = Info("photographs", PHOTOS, 224, mean, std)
+    info = Info("photographs", PHOTOS, 224, mean, std, crop_pct=224 / 256)
     return FolderImages(info, [Path(folder) / name / "photo.jpg" for name in PHOTOS], torch.arange(len(PHOTOS)))
 
 # %% ../nbs/38_large.ipynb #246c8841

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGIT_LOSSES', 'kd_loss', 'kl', 'decouple', 'dkd_loss', 'correlation', 'dist_loss', 'standardize', 'std_loss',
-           'student_loss', 'Seen', 'see', 'Term', 'stage_pairs', 'vectors']
+           'student_loss', 'Seen', 'see', 'full_precision', 'Term', 'stage_pairs', 'vectors']
 
 # %% ../nbs/40_losses.ipynb #fd3fa529
 import math
@@ -57,7 +57,9 @@ def dkd_loss(student_logits: torch.Tensor,  # (B, N)
 # %% ../nbs/40_losses.ipynb #c008da41
 def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (R, C), (R, C) -> (R,)
     "Pearson's correlation of each row of `a` with the row of `b`; 0 where a row is constant."
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+    a, b = (rows - rows.mean(1, keepdim=True) for rows in (a, b))
+    constant = torch.minimum(a.norm(dim=1), b.norm(dim=1)) < 1e-6  # what is left is rounding
+    return F.cosine_similarity(a, b, dim=1).masked_fill(constant, 0.0)
 
 def dist_loss(student_logits: torch.Tensor,  # (B, N)
               teacher_logits: torch.Tensor,  # (B, N)
@@ -135,6 +137,11 @@ def see(network: nn.Module,    # with `features` and `parts`, as in chapters 10 
     return Seen(features, head(features[-1]))
 
 # %% ../nbs/40_losses.ipynb #1447d484
+def full_precision(of: torch.Tensor):
+    "Within the block there is no autocast on the device of a tensor."
+    device = of.device.type  # shapes alone (meta) know no autocast
+    return torch.autocast(device if device != "meta" else "cpu", enabled=False)
+
 class Term(nn.Module):
     "A term of a student's loss that compares what teacher and student see within."
     first = False         # whether it has a first stage of training, before the student's own
@@ -149,9 +156,7 @@ class Term(nn.Module):
         super().__init__()
 
     def __call__(self, student, teacher, *rest, **more):
-        device = student.features[-1].device.type
-        # shapes alone (meta) know no autocast
-        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
+        with full_precision(student.features[-1]):
             return super().__call__(student.full(), teacher.full(), *rest, **more)
 
     def forward(self,

@@ -6,7 +6,7 @@
 __all__ = ['OPS', 'SIGNED', 'LEVELLED', 'SPACES', 'OPERATIONS', 'POLICIES', 'ranges', 'magnitudes', 'matrices', 'warp', 'enhance',
            'posterize', 'solarize', 'Ops', 'apply_ops', 'cutout', 'check_subpolicies', 'tables', 'draw_ops',
            'check_later', 'Policy', 'autoaugment', 'randaugment', 'trivialaugment', 'save_policy', 'load_policy',
-           'AugmentedViews', 'Augmented']
+           'AugmentedViews', 'mean_colour', 'Augmented']
 
 # %% ../nbs/03_policies.ipynb #91ca62cd
 import json
@@ -20,7 +20,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as VF
 
 from .core import lookup, write_atomic
-from .data import FolderImages, Images, Views, one_ahead
+from .data import FolderImages, Images, Info, Views, one_ahead
 
 # %% ../nbs/03_policies.ipynb #e6e78a62
 OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
@@ -249,7 +249,7 @@ class Policy:
     about: dict = field(default_factory=dict, compare=False, repr=False)  # where it comes from, in words
 
     def __post_init__(self):
-        lookup(dict.fromkeys(SPACES), self.space, "space")
+        lookup(dict.fromkeys(SPACES), str(self.space), "space")
         for name, low, high in (("bins", 2, 10_000), ("cutout", 0, 10_000), ("fill", 0, 255), ("picks", 1, 100)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -342,6 +342,10 @@ class AugmentedViews(Views):
     def __getitem__(self, rows): return AugmentedViews(self.crop[rows], self.flip[rows], self.ops[rows])
 
 # %% ../nbs/03_policies.ipynb #960ebd25
+def mean_colour(info: Info) -> torch.Tensor:  # (3,), in 0 … 255
+    "The mean colour of a data set: Cutout's."
+    return torch.tensor([round(255 * m) for m in info.mean])
+
 class Augmented(Images):
     "Images under a policy: every random view goes through operations of its own."
     def __init__(self,
@@ -351,14 +355,14 @@ class Augmented(Images):
                  ):
         if policy.later and not epochs:
             raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
+        if isinstance(images, Augmented):
+            raise ValueError(f"Expected images without a policy, got {images}: put all operations into one.")
         self.images, self.policy, self.epochs, self.share = images, policy, epochs or 1, 0.0
         self.info, self.labels = images.info, images.labels
 
     def fetch(self, indices, views=None):
         pixels, ops = self.images.fetch(indices, views), getattr(views, "ops", None)
-        if ops is None: return pixels
-        mean = torch.tensor([round(255 * m) for m in self.info.mean], device=pixels.device)
-        return self.policy.apply(pixels, ops.to(pixels.device), mean)
+        return pixels if ops is None else self.policy.apply(pixels, ops.to(pixels.device), mean_colour(self.info))
 
     def draw(self, indices, generator):
         views, policy = self.images.draw(indices, generator), self.policy.at(self.share)

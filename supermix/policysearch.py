@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .core import evaluating, progress
 from .data import Images, load_data
-from .policies import OPS, Augmented, Policy, save_policy
+from .policies import OPS, Augmented, Policy, mean_colour, save_policy
 from .recipes import Training, Typed
 from .training import accuracy, to_device, train
 from .zoo import create
@@ -42,13 +42,14 @@ def judge_policy(judge,              # a trained network, or any callable from i
                  batch_size: int = 500,
                  ) -> torch.Tensor:  # losses (draws, n)
     "The judge's cross-entropy for every image under several draws of the policy, on the CPU."
+    if policy.later: raise ValueError(f"Expected a policy of one moment, got the schedule {policy}: policy.at(share).")
     generator, losses = torch.Generator().manual_seed(seed), []
     with evaluating(judge):
         for indices in torch.arange(len(images)).split(batch_size):
             pixels = images.fetch(indices)
             for _ in range(draws):
                 ops = policy.draw(len(indices), images.info.size, generator)
-                x = images.info.normalize(policy.apply(pixels, ops.to(pixels.device)))
+                x = images.info.normalize(policy.apply(pixels, ops.to(pixels.device), mean_colour(images.info)))
                 logits = judge(to_device(x, judge)).float().cpu()
                 losses.append(F.cross_entropy(logits, images.labels[indices].cpu(), reduction="none"))
     sizes = [len(part) for part in torch.arange(len(images)).split(batch_size)]
@@ -185,6 +186,9 @@ def search_population(images: Images,    # to learn from
                       ) -> PopulationFound:
     "Train a population, let it breed, and return all that happened."
     generator, classes = torch.Generator().manual_seed(recipe.seed), len(images.info.classes)
+    if recipe.rounds * recipe.every != recipe.training.epochs:
+        raise ValueError(f"Expected rounds that make the {recipe.training.epochs} epochs of the training, "
+                         f"got {recipe.rounds} of {recipe.every}.")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         networks = [create(recipe.network, classes).to(images.labels.device) for _ in range(recipe.members)]
@@ -224,7 +228,7 @@ def make_density(data: str = "fashion_mnist",          # a data set of `supermix
     found = search_density(judge, judged, recipe)
     print(found)
     about = {"method": "Fast AutoAugment (density matching)", "data": source.info.name,
-             "command": "supermix.policysearch.make_density()",
+             "command": f"supermix.policysearch.make_density({data!r}, {str(out)!r}, recipe)",
              "judge_accuracy": round(accuracy(judge, judged), 2), "plain_loss": round(found.plain, 4),
              "losses": [round(v, 4) for v in found.best[:recipe.keep].tolist()], "recipe": asdict(recipe)}
     return save_policy(found.policy(recipe.keep, Path(out).stem, **about), out)
@@ -240,7 +244,7 @@ def make_population(data: str = "fashion_mnist",     # as in `make_density`
     found = search_population(*split_images(source.train, recipe.images, recipe.judged, recipe.seed), recipe)
     print(found)
     about = {"method": "Population Based Augmentation", "data": source.info.name,
-             "command": "supermix.policysearch.make_population()",
+             "command": f"supermix.policysearch.make_population({data!r}, {str(out)!r}, recipe)",
              "losses": [round(v, 4) for v in found.losses.amin(1).tolist()], "recipe": asdict(recipe)}
     return save_policy(found.schedule(Path(out).stem, **about), out)
 

@@ -215,9 +215,10 @@ def move_blocks(images: torch.Tensor,   # (S, C, H, W)
 def transport(sets: torch.Tensor,   # (B, 2, C, H, W)
               maps: torch.Tensor,   # their saliency (B, 2, H, W)
               masks: torch.Tensor,  # (B, 2, H, W), of n × n blocks
-              n: int, size: int = 4, xi: float = 0.8,
+              n: int, size: int | None = None, xi: float = 0.8,  # as `PuzzleMix` has them
               ) -> torch.Tensor:    # (B, 2, C, H, W)
     "The sources with their salient blocks moved to where the masks show them."
+    if size is None: size = next(size for size in (4 * 2 ** i for i in range(20)) if max(sets.shape[-2:]) <= 16 * size)
     cells = [length // n for length in sets.shape[-2:]]
     block = [next(b for b in range(min(size, cell), cell + 1) if cell % b == 0) for cell in cells]
     grid = tuple(length // b for length, b in zip(sets.shape[-2:], block))
@@ -252,7 +253,7 @@ def check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, s
         if not 0 <= value < float("inf"): raise ValueError(f"Expected {name} of 0 or more, got {value}.")
     if not 0 <= gamma <= 1:
         raise ValueError(f"Expected gamma from 0 to 1 (beyond, no cut finds the minimum), got {gamma}.")
-    for name, value in (("border", border), ("size", size)):
+    for name, value in (("border", border), ("size", 4 if size is None else size)):
         if value != int(value) or value < 1: raise ValueError(f"Expected {name} of 1 pixel or more, got {value}.")
     if not (torch.as_tensor(std) > 0).all(): raise ValueError(f"Expected std above 0, got {std}.")
 
@@ -286,7 +287,8 @@ class PuzzleMix(Mixer):
                  transport: bool = True,        # move salient blocks into view (authors' command)
                  xi: float = 0.8,               # cost of moving (authors' command)
                  border: int = 4,               # pixels averaged before borders are compared (authors' command)
-                 size: int = 4,                 # pixels of a block that moves, at most the mask's (authors' command)
+                 size: int | None = None,       # pixels of a block that moves, at most the mask's; None: 4 (authors'
+                                                # command), doubled for larger images until 16 or fewer lie in a row
                  std: float = 0.25,             # divisor of pixels of 0 … 1, or one a channel: `data.info.std` (ours)
                  ):
         blocks = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)

@@ -69,7 +69,11 @@ def quality(mixed: MixedDataset,
         if second is not None:
             device = next(second.parameters()).device
             with evaluating(second), torch.no_grad():
-                values["second"] = second(batch.images.to(device)).float().softmax(1).cpu().gather(1, batch.classes)
+                probabilities = second(batch.images.to(device)).float().softmax(1).cpu()
+            if probabilities.shape[1] != log_p.shape[1]:
+                raise ValueError(f"Expected a second network of the store's {log_p.shape[1]} classes, "
+                                 f"got {probabilities.shape[1]}.")
+            values["second"] = probabilities.gather(1, batch.classes)
         for name, value in values.items(): parts[name].append(value)
     sets = sum(entry["sets"] for entry in mixed.manifest["shards"])
     after = torch.bincount(mixed.small["steps"].long()).cumsum(0) / sets

@@ -31,7 +31,7 @@ import tyro
 from PIL import Image
 from torch import nn
 
-from .core import lookup, write_atomic
+from .core import commit, lookup, write_atomic
 from .data import ArrayImages, Data, FolderImages, Images, Info, load_data, load_digits
 from .distillation import MIXERS, Distillation, check_parts, distill, make_mixes, make_terms
 from .engine import fold_norms
@@ -42,7 +42,6 @@ from .published import published, source
 from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
                               Variant)
 from .store import fingerprint, weights_hash
-from .study import commit
 from .training import Batch, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 
@@ -139,8 +138,8 @@ def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Modu
         raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
 
 # %% ../nbs/62_runs.ipynb #f2c0f74a
-MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, classes: MixUp(classes, 1.0),
-         "cutmix_beta": lambda teacher, classes: CutMix(classes, 1.0)}
+MIXES = {"": None, **MIXERS, "mixup_beta": lambda teacher, info: MixUp(len(info.classes), 1.0),
+         "cutmix_beta": lambda teacher, info: CutMix(len(info.classes), 1.0)}
 
 # %% ../nbs/62_runs.ipynb #f9fddb17
 # torchvision's first ones, of plain training; its second (ResNet50: 80.9 %) were made with MixUp and CutMix
@@ -188,7 +187,7 @@ def mixing_of(recipe: Recipe, variant: Variant) -> Mixing:
 def open_mixer(recipe: Recipe, variant: Variant, teacher, images: Images, folder: Path):  # Mixer, MixedDataset or None
     "Where the row's mixed images come from."
     if variant.mixer != "supermix":
-        return MIXES[variant.mixer](teacher, len(images.info.classes)) if variant.mixer else None
+        return MIXES[variant.mixer](teacher, images.info) if variant.mixer else None
     mixing = mixing_of(recipe, variant)
     sources = images.split(recipe.training.held_out)[1] if recipe.training.held_out else images
     what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources))
@@ -389,7 +388,7 @@ def cost(recipe: Recipe, variant: Variant = Variant("kd"),
     learning = hours(training_step(teacher, label_objective, x, labels, t)) * n * t.epochs if taught else 0.0
     if asked: teacher.eval()
     # what is stored is mixed as fast
-    mixer = (MIXES["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, classes)
+    mixer = (MIXES["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, noise.info)
              if terms.mixes else None)
     objective = Distillation(teacher, terms, mixer, student, noise).to(device)
     training = hours(training_step(student.train(), objective, x, labels, r)) * learned * r.epochs
@@ -529,6 +528,8 @@ def distill_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100
     """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command
     again.
 
+    Where a number comes from stands behind it: (main) is the paper, (S …) its supplement, (ours) nobody else.
+
     Args:
         recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are
             named beside it.
@@ -548,6 +549,8 @@ def train_command(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER
                   label: Literal["lam", "softmax", "teacher", "area"] = "lam", only_cost: bool = False) -> None:
     """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on
     with it: run the same command again.
+
+    Where a number comes from stands behind it: (main) is the paper, (S …) its supplement, (ours) nobody else.
 
     Args:
         recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from math import ceil, isfinite
 from pathlib import Path
@@ -148,10 +149,10 @@ class Run:
 
     def state(self) -> dict:
         return {"network": self.loss.network.state_dict(), "optimiser": self.optimiser.state_dict(),
-                "random": random_state(),
                 "objective": self.loss.objective.state_dict() if isinstance(self.loss.objective, nn.Module) else {},
-                "position": [self.epoch, self.step, self.updates], "losses": self.losses,
+                "random": random_state(), "position": [self.epoch, self.step, self.updates], "losses": self.losses,
                 "history": asdict(self.history), "recipe": json.dumps(self.about())}
+
     def about(self) -> dict:
         "What a checkpoint has to agree with: recipe, network and images, and what the objective says about itself."
         return json.loads(json.dumps(self.told | getattr(self.loss.objective, "about", {})))
@@ -160,9 +161,9 @@ class Run:
         "The learning rate at a moment, in epochs since the start: the objective's own, else the recipe's."
         own = getattr(self.loss.objective, "lr_at", None)
         return own(self.recipe, epoch) if own else self.recipe.lr_at(epoch)
+
     def asked(self, device) -> nn.Module:
-        """The loss as it is called: wrapped for many processes, compiled if the recipe says so;
-        made anew where other parameters are trained than before."""
+        "The loss as it is called: wrapped, compiled if the recipe says so; made anew where other parameters learn."
         trained = [getattr(self.loss.objective, "first", False), *(p.requires_grad for p in self.loss.parameters())]
         if trained != self.trained:
             ask, self.trained = wrap(self.loss, device), trained
@@ -176,10 +177,10 @@ class Run:
         if self.folder and world()[1] > 1:
             dist.barrier()
             self.saved = (checkpoints(self.folder) or [None])[-1]
+
     def resume(self) -> None:
         "Go back to the newest checkpoint, if there is one."
-        found = checkpoints(self.folder) if self.folder else []
-        if found: take_up(self, found[-1])
+        if self.folder and (found := checkpoints(self.folder)): take_up(self, found[-1])
 
 # %% ../nbs/22_training.ipynb #b4c43822
 def take_up(run: Run, checkpoint: Path) -> None:
@@ -278,7 +279,8 @@ def end_epoch(run: Run, images, held, begun, before, log: Log, bar) -> None:
     tick(run)
     seen, seconds = max(len(images) - before * run.recipe.batch_size, 0), max(time.perf_counter() - begun, 1e-9)
     held_out = {"held_out": accuracy(run.loss.network, held)} if held is not None else {}
-    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.lr(run.epoch), loss=sum(run.losses) / len(run.losses),
+    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.optimiser.param_groups[0]["lr"],  # the last one used
+            loss=sum(run.losses) / len(run.losses),
             **{"images/s": round(seen / seconds, 1), "seconds": round(run.history.seconds, 2)}, **held_out)
     run.history.rows, run.history.images = log.rows, run.history.images + len(images)
     bar.set_postfix(epoch=run.epoch + 1, loss=f"{log.rows[-1]['loss']:.3f}")
@@ -303,8 +305,8 @@ def train(network: nn.Module,                # is trained in place
     run.resume()
     main, steps = world()[0] == 0, ceil(len(images) / recipe.batch_size)
     log = Log(folder if main else None, run.history.rows, title, live and main)
-    with progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
-                  **({} if main else {"disable": True})) as bar:
+    with closing(log), progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
+                                **({} if main else {"disable": True})) as bar:
         while run.epoch < recipe.epochs:
             begun, before, run.clock = time.perf_counter(), run.step, time.perf_counter()
             network.train()
@@ -313,7 +315,6 @@ def train(network: nn.Module,                # is trained in place
             run_epoch(run, images, run.asked(device), device, bar, minutes)
             end_epoch(run, images, held, begun, before, log, bar)
             run.save()
-    log.close()
     network.info = images.info  # so that `predict` takes it, whoever made it
     network.eval()
     if test is not None: run.history.test = accuracy(network, test)

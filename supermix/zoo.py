@@ -9,7 +9,6 @@ __all__ = ['NETWORKS', 'STEM', 'BLOCKS', 'CRD_KEYS', 'names', 'create', 'Row', '
 
 # %% ../nbs/19_zoo.ipynb #03a4e6b4
 import json
-import pickle
 import re
 from argparse import Namespace
 from importlib.resources import files
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as VF
 
 from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
-from .data import Info, open_image
+from .data import Info, centred, open_image
 from .models.hooked import NETWORKS as IMAGENET_RESNETS
 from .models.mobilenetv2 import NETWORKS as MOBILENETS
 from .models.resnet import NETWORKS as RESNETS
@@ -145,7 +144,8 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
         try:
             with torch.serialization.safe_globals([Namespace]):
                 state = torch.load(state, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except OSError: raise
+        except Exception as error:  # what is no file of weights fails in many ways
             raise ValueError(f"{where} is not a file of weights that can be read safely: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict): state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -198,12 +198,13 @@ def load(path: str | Path,    # a file that `save` wrote
 def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
              info: Info,  # of the data that the network was trained on
              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
-    "Images of any kind as one normalised batch."
+    "Images of any kind as one normalised batch; what is not normalised yet as a test sees it, `centred`."
     if isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one image, got an empty list.")
         return torch.cat([as_batch(image, info) for image in images])
     if isinstance(images, (str, Path)): images = open_image(images)
-    if isinstance(images, Image.Image): images = VF.pil_to_tensor(images.convert("RGB"))
+    if isinstance(images, Image.Image):
+        return info.normalize(VF.pil_to_tensor(centred(images.convert("RGB"), info))[None])
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""
         raise ValueError("Expected images (3, H, W) or (B, 3, H, W), paths or Pillow images, "
@@ -212,7 +213,7 @@ def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, 
     if images.is_floating_point():
         if not torch.isfinite(images).all(): raise ValueError("Expected finite images, got NaN or infinity.")
         return images
-    return info.normalize(images if images.shape[-2:] == (info.size,) * 2 else VF.resize(images, [info.size] * 2))
+    return info.normalize(centred(images, info))
 
 # %% ../nbs/19_zoo.ipynb #2adfcbb6
 class Prediction(NamedTuple):
@@ -236,8 +237,9 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
     device = next(network.parameters()).device
     with evaluating(network):
         probabilities = network(as_batch(images, network.info).to(device)).float().softmax(1).cpu()
-    classes = probabilities.argmax(1)
-    return Prediction([network.info.classes[c] for c in classes.tolist()], classes, probabilities)
+    classes, names = probabilities.argmax(1), network.info.classes
+    labels = [names[c] if c < len(names) else f"class {c}" for c in classes.tolist()]  # a head may be wider
+    return Prediction(labels, classes, probabilities)
 
 # %% ../nbs/19_zoo.ipynb #8600cb85
 def shipped() -> list[str]:

@@ -9,6 +9,7 @@ from supermix.data import load_digits
 from supermix.zoo import pretrained
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what tests start gets one thread, too
 torch.set_num_threads(1)  # networks this small gain nothing from a second, and on a busy machine wait ten times as long
 
 

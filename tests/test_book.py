@@ -114,6 +114,13 @@ def test_a_book_with_dead_links_is_not_built(tmp_path):
     assert "a-heading" not in complaints and "this-one" not in complaints.replace("not-this-one", "")
 
 
+def test_a_folder_that_is_no_book_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    done = subprocess.run([sys.executable, ROOT / "tools" / "book.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "is there and is no book" in done.stderr
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_equations_have_room_around_names():
     conf, nodes = pytest.importorskip("conf", reason="latex2mathml is missing"), pytest.importorskip("docutils.nodes")
     made = lambda tex: conf.mathml(nodes.math(tex, tex), "block")

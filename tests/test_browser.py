@@ -166,7 +166,11 @@ def until(page, what, seconds=30, why=""):
     "Wait until `what()` holds."
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline, why
+        if time.monotonic() > deadline:
+            SHOTS.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=SHOTS / "late.png")
+            kernel = page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status")
+            pytest.fail(f"{why} (the kernel is {kernel}; see {SHOTS / 'late.png'})")
         page.wait_for_timeout(30)
 
 

@@ -1,5 +1,6 @@
 """Making mixes, and the loss of a student that learns from a teacher on natural and mixed images."""
 
+import copy
 import threading
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from supermix.data import Data
 from supermix.distillation import MIXERS, Distillation, distill, make_mixes
 from supermix.losses import LOGIT_LOSSES, see
 from supermix.masks import areas, soft_labels
-from supermix.mixers import MixUp
+from supermix.mixers import CutMix, MixUp
 from supermix.mixing import SuperMix
 from supermix.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
@@ -76,6 +77,74 @@ def test_a_short_last_batch_of_one_class_has_no_mixes_and_a_long_one_is_an_error
     student.eval()
     assert objective(student, make(3)).item() == pytest.approx(plain(student, make(3)).item(), rel=1e-5)
     with pytest.raises(ValueError, match="are there enough of them"): objective(student, make(17))
+    for _ in range(8): objective(student, make(3))  # with the first that makes nine without mixes
+    with pytest.raises(ValueError, match="are there enough of them"): objective(student, make(3))
+
+
+def counting(teacher):
+    "The teacher, and a list that gets the number of images of each of its passes."
+    shown = []
+    counted = copy.deepcopy(teacher)
+    counted.stem.register_forward_hook(lambda module, args, output: shown.append(len(output)))
+    return counted, shown
+
+
+@pytest.mark.parametrize("method, mixer, passes", [
+    ("kd", None, 16), ("kd", "mixup", 32), ("crd_kd", None, 16), ("crd_kd", "mixup", 32), ("at", None, 16),
+    ("at", "mixup", 32), ("ab", None, 0), ("fsp", None, 0), ("alone", "mixup", 16)])
+def test_the_teacher_sees_no_image_twice(method, mixer, passes, teacher, few):
+    counted, shown = counting(teacher)
+    student, terms = create("resnet8", 10), METHODS[method] if mixer is None else METHODS[method].mixed()
+    objective = Distillation(counted, terms, mixer and MixUp(10), student, few, first_stage=1)
+    if terms.features: objective.begin(student, 1)  # behind the first stage, where there is one
+    else: objective.asked = [counted]               # no copy with folded norms
+    shown.clear()
+    objective(student, batch_of(few))
+    assert sum(shown) == passes
+
+
+def test_a_terms_first_weights_follow_the_seed(teacher, few):
+    def go(seed, noise):
+        torch.manual_seed(1)
+        student = create("resnet14", 10)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        loss = distill(teacher, student, few, "fitnet", recipe=replace(SHORT, seed=seed)).loss
+        assert torch.equal(torch.get_rng_state(), before)
+        return loss
+    assert go(0, 1) == go(0, 2) != go(1, 1)
+
+
+def test_what_was_frozen_stays_frozen(teacher, few):
+    student = create("resnet8", 10)
+    student.stem.requires_grad_(False)
+    objective = Distillation(teacher, METHODS["ab"], None, student, few, first_stage=1)
+    for epoch in (0, 1):
+        objective.begin(student, epoch)
+        assert not any(p.requires_grad for p in student.stem.parameters())
+        assert all(p.requires_grad for p in student.stages.parameters())
+
+
+@pytest.mark.parametrize("label", ["lam", "area"])
+def test_a_student_may_have_more_classes_than_the_mixes_labels(label, teacher, mixes, few):
+    wide, terms = create("resnet8", 12), Terms(ce=1.0, mixed_ce=1.0, label=label)
+    for mixer in (MixUp(10) if label == "lam" else CutMix(10), mixes):
+        loss = Distillation(None, terms, mixer, wide, few)(wide, batch_of(few))
+        assert torch.isfinite(loss)
+    narrow = Distillation(None, terms, MixUp(12) if label == "lam" else CutMix(12), create("resnet8", 10), few)
+    with pytest.raises(ValueError, match="student of the 12 classes of the mixes' labels, got 10"):
+        narrow(create("resnet8", 10), batch_of(few))
+
+
+def test_a_teacher_in_training_mode_is_an_error(teacher, few):
+    learning = copy.deepcopy(teacher).train()
+    with pytest.raises(ValueError, match="teacher in evaluation mode"):
+        Distillation(learning, METHODS["at"], None, create("resnet8", 10), few)
+
+
+def test_puzzlemix_gets_the_deviation_of_the_data(teacher, digits):
+    pytest.importorskip("gco", reason="no graph cuts here")
+    assert MIXERS["puzzlemix"](teacher, digits.info).energy["std"] == digits.info.std
 
 
 def test_rows_of_a_store_are_numbers_or_a_mask(mixes):
@@ -291,7 +360,14 @@ MISFITS = {
     **{f"a first stage of {method} and nothing after it": (
         lambda t, few, m, method=method: distill(t, create("resnet8", 10), few, method,
                                                  recipe=Training(epochs=5, milestones=(4,))),
-        f"first stage of {method} shorter than the 5 epochs .* got first_stage 30") for method in ("ab", "ft", "fsp")},
+        f"first stage of {method} of at least one epoch, and shorter than the 5 epochs .* got first_stage 30")
+       for method in ("ab", "ft", "fsp")},
+    "no first stage": (lambda t, few, m: distill(t, create("resnet8", 10), few, "ab",
+                                                 recipe=Training(epochs=5, milestones=(), first_stage=0)),
+                       "of at least one epoch, .* got first_stage 0"),
+    "a loss that there is not": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(kd=0.9, logits="dkdd"), "supermix"),
+        "Unknown loss on logits 'dkdd'. Did you mean 'dkd'"),
     "no features": (
         lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"),
         "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),

@@ -1,6 +1,9 @@
 """The explorer, driven from Python: its trace is the solver's, its controls work, and old solves are dropped."""
 
+import copy
 import io
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +16,7 @@ from supermix.masks import areas
 from supermix.mixers import box_masks
 from supermix.mixing import SuperMix
 from supermix.recipes import FAST
+from supermix.training import accuracy
 
 pytest.importorskip("ipywidgets")
 
@@ -177,6 +181,42 @@ def test_a_teacher_that_fails_is_told_of_on_the_page(digits, teacher):
         assert status.value.startswith("Iteration") and made.controls["progress"].description == "done"
     finally: made.close()
     assert not alive()
+
+
+def test_telling_of_an_error_may_fail_too():
+    def told(error): raise RuntimeError("the page is gone")
+    worker = Newest(told)
+    worker.submit(lambda cancelled: 1 / 0)
+    with pytest.raises(ZeroDivisionError): worker.wait()
+    assert not alive()
+
+
+def test_a_program_may_end_while_a_solve_runs():
+    code = """
+from supermix import load_data, pretrained
+from supermix.explore import Session
+digits = load_data("digits")
+Session(digits, pretrained("digits"), max_iter=100_000, stop=False).change()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_teacher_that_is_used_elsewhere_is_left_alone(digits, teacher):
+    shared = copy.deepcopy(teacher).train()
+    before = copy.deepcopy(shared.state_dict())
+    sessions = [Session(digits, shared, max_iter=20, stop=False).change() for _ in range(2)]
+    for _ in range(5): accuracy(shared, digits.test.subset(100))
+    for session in sessions: session.wait()
+    assert shared.training and all(torch.equal(v, before[k]) for k, v in shared.state_dict().items())
+    with pytest.raises(ValueError, match="nothing is solved yet"): Session(digits, shared).save_png("no.png")
+
+
+def test_every_explorer_has_pictures_of_its_own(digits, teacher):
+    made = [explore(digits, teacher, max_iter=1) for _ in range(4)]
+    keys = {name for one in made for name in one.thumbs[0]._dom_classes if name.endswith("-0")}
+    for one in made: one.close()
+    assert len(keys) == 4
 
 
 def test_an_old_solve_that_fails_is_not_told_of():

@@ -203,6 +203,19 @@ NETWORKS = ("resnet8", "resnet14")
 
 
 @pytest.mark.parametrize("term", [FSP, AB, FT])
+def test_a_first_stage_computes_in_float32(term, digits):
+    torch.manual_seed(0)
+    student, teacher = (create(name, num_classes=10).eval() for name in NETWORKS)
+    images = digits.train[:8][0]
+    made, heard = term(see(student, images), see(teacher, images), 9).eval(), []
+    for part in made.modules():
+        if not list(part.children()): part.register_forward_hook(lambda m, args, output: heard.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16): loss = made.first_loss(student, teacher, images)
+    assert loss.dtype == torch.float32 and set(heard) <= {torch.float32}
+    assert loss.item() == pytest.approx(made.first_loss(student, teacher, images).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("term", [FSP, AB, FT])
 def test_first_stages(term, digits):
     torch.manual_seed(0)
     student, teacher = (create(name, num_classes=10) for name in NETWORKS)

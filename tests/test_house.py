@@ -83,6 +83,24 @@ def test_another_teacher_makes_those_stale_that_may_ask_it(house):
     assert {"index", "runs/01_cifar100_distillation"} <= set(house.stale()[0]) and "00_core" not in house.stale()[0]
 
 
+def test_results_make_those_stale_that_show_them(house):
+    shows = house.ROOT / "nbs" / "02_shows.ipynb"
+    write_notebook(shows, 'print(open("../results/one.json").read(), *Path("../results/study").glob("*/*.json"))')
+    (house.ROOT / "results" / "study" / "core").mkdir(parents=True)
+    seen = {house.source_of(shows)}
+    for name, text in (("one.json", "1"), ("study/core/KD-0.json", "2"), ("study/core/KD-0.json", "3")):
+        (house.ROOT / "results" / name).write_text(text)
+        seen.add(house.source_of(shows))
+    for name in ("study/core/.KD-0.json.lock", "two.json"): (house.ROOT / "results" / name).write_text("")
+    assert house.source_of(shows) in seen and len(seen) == 4
+
+
+def test_a_notebook_that_there_is_not(house):
+    done = subprocess.run([sys.executable, "tools/house.py", "execute", "00", "99_nothing"], cwd=house.ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "no notebook whose name starts with 99_nothing" in done.stderr
+
+
 def test_new_notebooks_and_those_that_are_gone(house):
     (house.ROOT / "nbs" / "31_mixers.ipynb").rename(house.ROOT / "nbs" / "32_mixers.ipynb")
     assert house.stale() == (["32_mixers"], ["31_mixers"])

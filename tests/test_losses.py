@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 from supermix.contrast import TERMS
-from supermix.losses import (LOGIT_LOSSES, Seen, Term, dist_loss, dkd_loss, kd_loss, see, stage_pairs, standardize,
-                             std_loss, student_loss, vectors)
+from supermix.losses import (LOGIT_LOSSES, Seen, Term, correlation, dist_loss, dkd_loss, kd_loss, see, stage_pairs,
+                             standardize, std_loss, student_loss, vectors)
 from supermix.recipes import METHODS, Terms
 from supermix.zoo import create
 
@@ -22,6 +22,19 @@ def random(seed, *shape): return torch.randn(shape, generator=torch.Generator().
 
 
 zs, zt = random(1, 8, 10), random(2, 8, 10)
+
+
+def test_a_constant_row_has_no_correlation_and_no_gradient():
+    a = torch.full((3, 7), 0.1)
+    a[2] = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    b[1] = 0.3
+    a.requires_grad_()
+    r = correlation(a, b)
+    assert r[:2].tolist() == [0, 0]
+    assert r[2].item() == pytest.approx(torch.corrcoef(torch.stack([a[2], b[2]])).detach()[0, 1].item())
+    gradient, = torch.autograd.grad(r.sum(), a)
+    assert not gradient[:2].any() and gradient[2].any()
 
 
 def test_the_benchmarks_value():

@@ -5,6 +5,7 @@ import copy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,20 @@ def test_a_module_that_says_nothing_or_no_tensor_is_named(stem, stages, message)
         wrapped = Hooked(Odd(), stem, stages, "head")
         with pytest.raises(ValueError, match=message): getattr(wrapped, method)(torch.zeros(1, 3, 4, 4))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.modules())
+
+
+def test_two_threads_hear_their_own_images():
+    network = Hooked(torchvision.models.resnet18(num_classes=3), "maxpool", ["layer1", "layer2"], "fc").eval()
+    wrong = []
+
+    def hear(n):
+        for _ in range(20):
+            for method in (network.features, network.preactivations):
+                with torch.no_grad(): wrong.extend(f.shape for f in method(torch.zeros(n, 3, 32, 32)) if len(f) != n)
+    threads = [threading.Thread(target=hear, args=(n,)) for n in (1, 3)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not wrong
 
 
 def test_a_layer_that_is_changed_in_place_is_found_out():

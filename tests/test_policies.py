@@ -251,6 +251,7 @@ WRONG = {
     '{"bins": 1}': "Expected bins to be a whole number from 2 to 10000, got 1",
     '{"cutout": -1}': "Expected cutout",
     '{"fill": 256}': "Expected fill",
+    '{"space": ["regular"]}': "Unknown space",
     '{"later": [[0.5]]}': "Expected `later` to be a list",
     '{"later": [[0.5, []], [0.4, []]]}': "each above the last, got",
     '{"later": [[0.5, [[["Rotate", 1, 10]]]]]}': r"Sub-policy 1, entry 1 \(Rotate\)",
@@ -303,6 +304,12 @@ def test_processes_share_a_batch(digits):
     whole = next(images.batches(40, 1))[0]
     halves = [next(images.batches(40, 1, share=(rank, 2)))[0] for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), whole)
+
+
+def test_a_policy_on_a_policy_is_an_error(digits):
+    under = Augmented(digits.train, load_policy("randaugment"))
+    with pytest.raises(ValueError, match="images without a policy, got .* under"):
+        Augmented(under, load_policy("trivialaugment"))
 
 
 def test_no_policy_is_the_plain_images(digits):

@@ -12,6 +12,7 @@ from supermix.policysearch import (DensityFound, DensityRecipe, PopulationFound,
                                    exploit, explore, judge_policy, make_density, make_population, parameter_lines,
                                    random_policy, search_density, search_population, split_images)
 from supermix.recipes import Training
+from supermix.zoo import create
 
 ONE = Training(epochs=1, batch_size=32, lr=0.05, milestones=())
 FILES = Path(__file__).parent.parent / "policies"
@@ -146,6 +147,14 @@ def test_a_small_population(digits):
     assert "4 members, 3 rounds" in repr(found)
 
 
+def test_what_cannot_be_searched(digits):
+    recipe = PopulationRecipe(members=4, rounds=2, every=2, training=replace(ONE, epochs=3))
+    with pytest.raises(ValueError, match="rounds that make the 3 epochs of the training, got 2 of 2"):
+        search_population(digits.train.subset(60), digits.test.subset(30), recipe)
+    with pytest.raises(ValueError, match="Expected a policy of one moment"):
+        judge_policy(create("resnet8", 10), digits.test.subset(30), Policy("later", later=((0.5, ()),)))
+
+
 # ---- files
 
 def test_commands_write_files(tmp_path, monkeypatch):
@@ -153,7 +162,7 @@ def test_commands_write_files(tmp_path, monkeypatch):
     policy = load_policy(make_density("digits", tmp_path / "a.json", small))
     assert (len(policy.subpolicies) == 4 and policy.name == "a" and policy.about["recipe"]["candidates"] == 3
             and policy.about["data"] == "digits")
-    few = PopulationRecipe(images=60, judged=30, members=4, rounds=2, every=1, training=ONE)
+    few = PopulationRecipe(images=60, judged=30, members=4, rounds=2, every=1, training=replace(ONE, epochs=2))
     schedule = load_policy(make_population("digits", tmp_path / "b.json", few))
     assert schedule.picks == 2 and len(schedule.subpolicies) == 14 and len(schedule.about["losses"]) == 2
     assert json.loads((tmp_path / "b.json").read_text())["about"]["recipe"]["members"] == 4

@@ -326,3 +326,13 @@ def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
     wide = half.repeat_interleave(72, 2).repeat_interleave(72, 3)
     with pytest.raises(ValueError, match="at most 4,096 blocks .* got 72×72: raise size"):
         transport(torch.rand(1, 2, 3, 288, 288), torch.rand(1, 2, 288, 288), wide, 4, size=4)
+
+
+@pytest.mark.parametrize("edge, block", [(32, 4), (64, 4), (96, 8), (224, 16)])
+def test_larger_images_move_larger_blocks(edge, block):
+    sets, maps = (torch.rand(1, 2, *c, edge, edge, generator=torch.Generator().manual_seed(0)) for c in ((3,), ()))
+    masks = torch.zeros(1, 2, edge, edge)
+    masks[:, 0, :, :edge // 2], masks[:, 1, :, edge // 2:] = 1, 1
+    moved = transport(sets, maps, masks, 2, xi=0.0)
+    assert torch.equal(moved, transport(sets, maps, masks, 2, size=block, xi=0.0))
+    assert not torch.equal(moved, transport(sets, maps, masks, 2, size=2 * block, xi=0.0))

@@ -126,7 +126,7 @@ def places(tmp_path_factory):
 
 
 TINY = change(CIFAR100.at("smoke"), {
-    "train_images": 40, "training.epochs": 1, "training.first_stage": 0, "training.milestones": (),
+    "train_images": 40, "training.epochs": 2, "training.first_stage": 1, "training.milestones": (),
     "teacher_training.epochs": 2, "teacher_training.milestones": (), "mixes": 24, "teacher": "resnet8",
     "training.lr": 0.01})
 
@@ -170,7 +170,7 @@ def test_a_missing_teacher_is_an_error(places):
 def test_every_method_with_mixes(method, places):
     result = run_distillation(TINY, method, "cutmix", **places)
     figures = result["figures"]
-    assert (figures["images"] == 40 and figures["epochs"] == 1 and 0 <= figures["test_accuracy"] <= 100
+    assert (figures["images"] == 80 and figures["epochs"] == 2 and 0 <= figures["test_accuracy"] <= 100
             and figures["loss"] == figures["loss"])
     assert json.loads(result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
 

@@ -325,8 +325,9 @@ def test_two_processes_make_the_updates_of_one(method, tmp_path):
     (one, card), (two, other) = (go("one"),
                                  go("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert card["seen"] == other["seen"] == 140
-    # CRD draws other negatives in each process; FT's translator has batch norm
     if method not in ("crd_kd", "ft"): torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    else:  # CRD draws other negatives in each process, FT's translator has batch norm: near, and not the same
+        assert other["loss"] == pytest.approx(card["loss"], rel=0.1)
     assert checkpoints(f"{tmp_path / 'two'}-run")
 
 

@@ -4,11 +4,13 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
+from supermix.data import FolderImages, Info
 from supermix.models.shakeshake import ShakeShake
 from supermix.training import accuracy
 from supermix.zoo import as_batch, crd_keys, create, load, load_crd, names, predict, pretrained, save, shipped, table
@@ -173,6 +175,42 @@ def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
     assert as_batch([Image.new("L", (50, 90)), first], digits.info).shape == (2, 3, 32, 32)  # grey, and of another size
     for images in (pixels, pictures, [first, *pixels[1:]], [str(first), pictures[1], floats[2]]):
         torch.testing.assert_close(predict(network, images).probabilities, want.probabilities)
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 224 / 256])
+def test_a_picture_is_seen_as_where_accuracy_was_measured(crop_pct, photos, tmp_path):
+    info = Info("photos", tuple(photos), 48, (0.5,) * 3, (0.25,) * 3, crop_pct=crop_pct)
+    pictures = list(map(Image.fromarray, photos.values()))
+    pictures.append(pictures[0].crop((0, 0, 48, 48)))
+    files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+    for picture, file in zip(pictures, files): picture.save(file)
+    tested, _ = FolderImages(info, files, torch.zeros(len(files)))[:]
+    assert torch.equal(as_batch(files, info), tested) and torch.equal(as_batch(pictures, info), tested)
+    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    torch.testing.assert_close(as_batch(pixels, info), tested, rtol=0, atol=8 / 255)  # torch rounds once, Pillow twice
+    assert torch.equal(tested[-1:], info.normalize(pixels[-1][None])) == (crop_pct == 1)  # of just the size: whole
+
+
+def test_a_saved_network_knows_how_a_test_sees(tmp_path):
+    network = create("resnet8", 2)
+    network.info = Info("photos", ("a", "b"), 64, (0.5,) * 3, (0.25,) * 3, crop_pct=0.875)
+    assert load(save(network, tmp_path / "net.safetensors")).info == network.info
+
+
+def test_a_head_may_be_wider_than_the_names(digits):
+    network = create("resnet8", 12)
+    network.info = digits.info
+    torch.nn.init.zeros_(network.head.weight)
+    network.head.bias.data = torch.arange(12.0)
+    assert predict(network, digits.test[:2][0]).labels == ["class 11"] * 2
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", b"\x80\x04", b"PK\x03\x04 and no more"])
+def test_what_is_no_file_of_weights(content, tmp_path):
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="odd.pth is not a file of weights"):
+        load_crd(create("resnet8"), tmp_path / "odd.pth")
+    with pytest.raises(FileNotFoundError): load_crd(create("resnet8"), tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("images, message", [

@@ -1,8 +1,7 @@
 """Makes the book (out/book): the notebooks with their kept outputs, their solutions, and the package's signatures as
 one static site.
-
-book.py [folder]    a folder for the site other than out/book
 """
+import argparse
 import ast
 import json
 import re
@@ -177,7 +176,12 @@ def build(source, site):
 
 
 if __name__ == "__main__":
-    site = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "out" / "book"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "out" / "book",
+                        help="where the book is written; a book that is there is replaced")
+    site = parser.parse_args().folder
+    if site.exists() and (not site.is_dir() or any(site.iterdir()) and not (site / ".buildinfo").is_file()):
+        parser.error(f"{site} is there and is no book: name another folder, or empty it.")
     shutil.rmtree(site, ignore_errors=True)
     sources()
     build(SOURCE, site)

@@ -71,9 +71,17 @@ def without_comments(text):
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
 
 
+def shown_files(text):
+    "Hashes of the results and policies that lines of `text` read, by their paths."
+    for name in sorted(set(re.findall(r"\.\./((?:results|policies)/[\w./=-]*)", text))):
+        place = ROOT / name
+        files = sorted(place.rglob("[!.]*.json")) if place.is_dir() else [place] if place.is_file() else []
+        yield from ((str(f.relative_to(ROOT)), sha256(f.read_bytes()).hexdigest()) for f in files)
+
+
 def source_of(path):
-    """A hash of what a notebook's outputs depend on: its code, and that of every module of ours that it imports,
-    without comments."""
+    """A hash of what a notebook's outputs depend on: its code, that of every module of ours that it imports, without
+    comments, and the results and policies that it shows."""
     cells = json.loads(path.read_text())["cells"]
     text = without_comments("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
     seen, todo = {}, list(imported(text))
@@ -86,6 +94,7 @@ def source_of(path):
         todo += imported(seen[module], module if file.stem == "__init__" else module.rpartition(".")[0])
     if "supermix.zoo" in seen:  # it opens the teachers that we ship
         seen |= {f.name: sha256(f.read_bytes()).hexdigest() for f in (ROOT / "supermix" / "teachers").iterdir()}
+    seen |= shown_files(text)
     return sha256(json.dumps([text, seen], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -154,6 +163,8 @@ def execute(names, only_stale, workers):
     """Run notebooks and save them with their outputs and stamps; one that fails keeps its old ones, and the others go
     on."""
     changed, _ = stale()
+    unknown = [name for name in names if not notebooks([name])]
+    if unknown: sys.exit(f"There is no notebook whose name starts with {' or '.join(unknown)}.")
     paths = [path for path in notebooks(names) if not only_stale or name_of(path) in changed]
     # a progress bar is nothing to keep; this tree's package
     env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
