@@ -407,8 +407,10 @@ class Newest:
 def stop_all():
     "At the program's end: a thread that still computes while Python goes down would abort it."
     for worker in list(WORKERS):
-        worker.cancel()
-        with suppress(Exception): worker.wait(10)
+        if worker.thread is None: continue  # nothing runs, and no new thread can be started any more
+        with suppress(Exception):
+            worker.cancel()
+            worker.wait(10)
 
 # %% ../nbs/70_explore.ipynb #8fb94873
 def take_images(images: Images | Data | torch.Tensor,  # a tensor (n, 3, H, W) is normalised

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from supermix.explore import Explorer, Newest, Session, Setting, boxes_in_turn, explore, share_out, steps, trace
+from supermix.explore import (Explorer, Newest, Session, Setting, boxes_in_turn, explore, share_out, steps, stop_all,
+                              trace)
 from supermix.masks import areas
 from supermix.mixers import box_masks
 from supermix.mixing import SuperMix
@@ -200,6 +201,12 @@ Session(digits, pretrained("digits"), max_iter=100_000, stop=False).change()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr
+
+
+def test_the_end_of_a_program_starts_no_thread():
+    idle = Newest()
+    stop_all()
+    assert idle.number == 0 and not alive()
 
 
 def test_a_teacher_that_is_used_elsewhere_is_left_alone(digits, teacher):
