@@ -16,7 +16,7 @@ demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, on
 test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: $(VENV)/.dev data browser  ## the same with everything that takes long
 	$(BIN)/python tools/house.py check

@@ -172,8 +172,8 @@ def test_files_as_sources(photos, tmp_path):
     info = Info("photos", tuple(photos), 64, (0.5,) * 3, (0.5,) * 3)
     images = FolderImages(info, files, torch.tensor([list(photos).index(f.parent.name) for f in files]))
     torch.manual_seed(0)
-    teacher = create("vgg8", num_classes=4).train()
-    optimiser = torch.optim.SGD(teacher.parameters(), lr=0.01, momentum=0.9)
+    teacher = create("resnet8", num_classes=4).train()
+    optimiser = torch.optim.SGD(teacher.parameters(), lr=0.1, momentum=0.9)
     g = torch.Generator().manual_seed(0)
     for _ in range(25):
         which = torch.randint(len(images), (16,), generator=g)

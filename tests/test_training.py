@@ -300,35 +300,42 @@ from supermix.distillation import distill
 from supermix.training import join, world
 from supermix.zoo import create, pretrained, save
 join("cpu")
-torch.manual_seed(0)
-student = create("resnet8", 10)
-for m in student.modules():
-    if isinstance(m, torch.nn.BatchNorm2d): m.eval(); m.train = lambda mode=True: None\
-   # statistics are each process's own: without them all is equal
-history = distill(pretrained("digits"), student, load_digits().train.subset(70), sys.argv[2], None,
-                  Training(epochs=2, batch_size=32, lr=0.01, milestones=(1,), first_stage=1), \
-folder=sys.argv[1] + "-run")
-if world()[0] == 0: save(student, sys.argv[1], loss=history.loss, seen=history.images)
+for method in sys.argv[2:]:
+    torch.manual_seed(0)
+    student = create("resnet8", 10)
+    for m in student.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.eval(); m.train = lambda mode=True: None\
+       # statistics are each process's own: without them all is equal
+    history = distill(pretrained("digits"), student, load_digits().train.subset(70), method, None,
+                      Training(epochs=2, batch_size=32, lr=0.01, milestones=(1,), first_stage=1), \
+folder=f"{sys.argv[1]}/{method}-run")
+    if world()[0] == 0: save(student, f"{sys.argv[1]}/{method}", loss=history.loss, seen=history.images)
 if dist.is_initialized(): dist.destroy_process_group()
 """
+TOGETHER = ("kd", "crd_kd", "ab", "fsp", "ft")
 
 
-@pytest.mark.parametrize("method", ["kd", "crd_kd", "ab", "fsp", "ft"])
-def test_two_processes_make_the_updates_of_one(method, tmp_path):
-    def go(name, *launcher):
-        command = [sys.executable, *launcher, tmp_path / "script.py", tmp_path / name, method]
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    "Folders with the students of one process, and of two."
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "script.py").write_text(DISTRIBUTED)
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))):
+        command = [sys.executable, *launcher, folder / "script.py", folder / name, *TOGETHER]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              timeout=300)
+                              timeout=600)
         assert done.returncode == 0, done.stderr
-        return load_tensors(tmp_path / name)
-    (tmp_path / "script.py").write_text(DISTRIBUTED)
-    (one, card), (two, other) = (go("one"),
-                                 go("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("method", TOGETHER)
+def test_two_processes_make_the_updates_of_one(method, one_and_two):
+    (one, card), (two, other) = (load_tensors(folder / method) for folder in one_and_two)
     assert card["seen"] == other["seen"] == 140
     if method not in ("crd_kd", "ft"): torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
     else:  # CRD draws other negatives in each process, FT's translator has batch norm: near, and not the same
         assert other["loss"] == pytest.approx(card["loss"], rel=0.1)
-    assert checkpoints(f"{tmp_path / 'two'}-run")
+    assert checkpoints(one_and_two[1] / f"{method}-run")
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(digits):
