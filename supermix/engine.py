@@ -40,8 +40,9 @@ def plain_way(teacher,               # images (B, C, H, W) -> logits (B, N), in 
               mixing: Mixing = Mixing(),
               ) -> tuple:            # θ (B, k, w, w), logits (B, N), solved bool (B,)
     "The paper's iteration on a whole batch, as it is told: two passes and a backward each time."
-    size, theta = sets.shape[-2:], torch.zeros(*sets.shape[:2], mixing.mask_size, mixing.mask_size)
-    solved, target, final = torch.zeros(len(sets), dtype=torch.bool), None, None
+    size, at = sets.shape[-2:], sets.device
+    theta = torch.zeros(*sets.shape[:2], mixing.mask_size, mixing.mask_size, device=at)
+    solved, target, final = torch.zeros(len(sets), dtype=torch.bool, device=at), None, None
     for _ in range(mixing.max_iter):
         now = theta.clone().requires_grad_()
         masks = masks_from_theta(now, size)
@@ -398,13 +399,16 @@ def race(teacher: nn.Module,                # the teacher
     "The engine against the plain way: solved images a second, share solved, sparsity, KL."
     teacher, of = copy.deepcopy(teacher).eval().requires_grad_(False), next(iter(ways.values()))
     before = Mixing(k=of.k, mask_size=of.mask_size, sigma=of.sigma)
-    engines = {name: Engine(teacher, images[:2][0], mixing) for name, mixing in ways.items()}
+    engines, device = ({name: Engine(teacher, images[:2][0], mixing) for name, mixing in ways.items()},
+                       next(teacher.parameters()).device)
     runs, both = {name: [] for name in ("plain", *ways)}, {name: [] for name in ways}
     with processes_of(processes) as pool:
         for r in range(rounds):
             start = time.perf_counter()
-            sets = Sets(*(t[:batch] for t in draw_block(images, teacher, before, seed, r * blocks)))
-            theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, before)
+            sets = draw_block(images, lambda x: teacher(x.to(device)), before, seed, r * blocks)
+            sets = Sets(*(t[:batch] for t in sets))
+            theta, logits, solved = (t.cpu() for t in plain_way(
+                teacher, *(t.to(device) for t in (sets.images, sets.lam, sets.classes)), before))
             runs["plain"].append((time.perf_counter() - start, len(solved),
                                   (plain := figures(sets, theta, logits))[solved]))
             for name, engine in engines.items():

@@ -74,7 +74,8 @@ def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large
     block = draw_block(images, engine.see, mixing, 0, 0)
     few, size = type(block)(*(t[:sets] for t in block)), tuple(block.images.shape[-2:])
     start = time.perf_counter()
-    theta, logits, solved = plain_way(teacher, few.images, few.lam, few.classes, before)
+    theta, logits, solved = (t.cpu() for t in plain_way(
+        teacher, *(t.to(engine.device) for t in (few.images, few.lam, few.classes)), before))
     plain, its = time.perf_counter() - start, figures(few, theta, logits)
     values, first = figures(found, decode(found.code, True), found.logits, size), found.index < sets
     both = first & solved[found.index.clamp(max=sets - 1)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'backgrounds', 'windows', 'clutter', 'cluttered',
            'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations', 'probes',
-           'schedule', 'further', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table', 'plot_costs',
-           'compare']
+           'schedule', 'further', 'again', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
+           'plot_costs', 'compare']
 
 # %% ../nbs/60_study.ipynb #ceb3047e
 import base64
@@ -74,7 +74,7 @@ def made(receipt: Path, make) -> dict:
         if not receipt.exists(): write_atomic(receipt, json.dumps(make()).encode())
     return json.loads(receipt.read_text())
 
-def stock(trial: Trial, teacher, images, home: Path):  # MixedDataset, core seconds
+def stock(trial: Trial, teacher, images, home: Path):  # MixedDataset, core seconds; None where a GPU made them
     "The SuperMix images of a trial, from `home` or made there."
     mixing, count = trial.mixing, trial.mixes * trial.images
     parts = [trial.data, *(f"{key}{value}" for key, value in asdict(mixing).items())]
@@ -84,26 +84,28 @@ def stock(trial: Trial, teacher, images, home: Path):  # MixedDataset, core seco
         rmtree(folder, ignore_errors=True)  # begun by a run that was stopped: its time is not known
         before = time.process_time()
         make_mixes(teacher, images, count, mixing, trial.seed, folder)
-        return {"core_seconds": time.process_time() - before}
+        return {"core_seconds": time.process_time() - before if images.labels.device.type == "cpu" else None}
 
     seconds = made(folder.with_name(folder.name + ".json"), make)["core_seconds"]
     return make_mixes(teacher, images, count, mixing, trial.seed, folder), seconds
 
 # %% ../nbs/60_study.ipynb #608efb99
-def run_trial(trial: Trial, data: Data, teacher, home: Path) -> dict:
-    "Train the student of a trial: its test accuracy, and what it took."
-    images, terms = data.train.subset(trial.images, trial.seed), replace(METHODS[trial.method], label=trial.label)
+def run_trial(trial: Trial, data: Data, teacher, home: Path, device: str = "cpu") -> dict:
+    "Train the student of a trial: its test accuracy, and what it took; core seconds are a processor's only."
+    device, terms = torch.device(device), replace(METHODS[trial.method], label=trial.label)
+    images, teacher = data.train.subset(trial.images, trial.seed).to(device), teacher.to(device)
     if trial.tau is not None: terms = replace(terms, tau=trial.tau)
     mixer, mixing = stock(trial, teacher, images, home) if trial.mixer == "supermix" else (trial.mixer, 0.0)
     torch.manual_seed(trial.seed)
-    student = create(trial.student, num_classes=len(data.info.classes))
+    student = create(trial.student, num_classes=len(data.info.classes)).to(device)
     before, wall = time.process_time(), time.perf_counter()
     history = distill(teacher if terms.teaches or mixer is not None else None, student, replace(data, train=images),
                       terms, mixer, trial.training, title=f"{trial.name}, seed {trial.seed}")
     training, wall = time.process_time() - before, time.perf_counter() - wall
     return {"trial": asdict(trial), "accuracy": history.test, "loss": history.loss[-1],
-            "core_seconds": {"mixing": round(mixing, 1), "training": round(training, 1)},
-            "wall_seconds": round(wall, 1), "threads": torch.get_num_threads(), "device": "CPU",
+            "core_seconds": {"mixing": round(mixing, 1), "training": round(training, 1)} if device.type == "cpu" else None,
+            "wall_seconds": round(wall, 1), "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "teacher": teacher.card["sha256"][:16], "teacher_accuracy": teacher.card["test_accuracy"],
             "data": str(data), "torch": torch.__version__, "commit": commit()}
 
@@ -250,6 +252,11 @@ def further() -> list[Trial]:
     return [replace(base, name="k=3, α=10", mixing=Mixing(**FAST, k=3, alpha=10.0)),
             replace(base, name="mixes x128", mixes=128)]  # 128 an image and a thousand updates of 128: as though fresh
 
+def again() -> list[Trial]:
+    "What five seeds leave open, for seed 0: asked of a GPU with twenty."
+    return [*around("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3)),
+            *doubles(("KD",), "updates", "seeds"), replace(further()[1], group="seeds", name="SuperMix x128 + KD")]
+
 def harder() -> list[Trial]:
     "Harder images: small items on photographs, for seed 0."
     return around("harder", data="cluttered") + doubles(("KD",), "updates", "harder", data="cluttered")
@@ -260,21 +267,22 @@ def grid() -> list[Trial]:
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
     parts = [(core() + budget, range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
-             (probes(), range(1)), (schedule(), range(3)), (further(), range(3))]
+             (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (again(), range(20))]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../nbs/60_study.ipynb #f0ce3f15
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
-          seeds: tuple[int, ...] = (), minutes: float = float("inf")) -> None:
+          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu") -> None:
     """Run what is missing of the study (chapter 60), some minutes a run; start one for each core.
 
     Args:
         out: the folder of the results, one file a run.
         home: the folder of the mixed images, and of the teacher for harder images.
-        groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further;
-            none: all.
+        groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds;
+            none: all. The last one is for a GPU.
         seeds: none: all.
         minutes: after which no further run is begun.
+        device: cpu, or cuda, where runs take seconds, and none is told what it costs a processor.
     """
     torch.set_num_threads(1)
     begun, there = time.perf_counter(), {}
@@ -286,13 +294,14 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         with claimed(out / trial.file) as mine:
             if not mine or (out / trial.file).exists(): continue
             if trial.data not in there: there[trial.data] = setting(trial.data, home, out)
-            result = run_trial(trial, *there[trial.data], home)
+            result = run_trial(trial, *there[trial.data], home, device)
             write_atomic(out / trial.file, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-            name, took = f"{trial.group:10s} {trial.name:24s} seed {trial.seed}", sum(result["core_seconds"].values())
-            print(f"{name}  {result['accuracy']:.2f} %  {took:.0f} core s", flush=True)
+            name, took = f"{trial.group:10s} {trial.name:24s} seed {trial.seed}", result["wall_seconds"]
+            print(f"{name}  {result['accuracy']:.2f} %  {took:.0f} s to train", flush=True)
 
 # %% ../nbs/60_study.ipynb #2d0de900
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5 %
+T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+                      2.131, 2.120, 2.110, 2.101, 2.093), 1))  # Student's t, 97.5 %, by degrees of freedom
 
 def interval(values: list[float]) -> tuple[float, float]:
     "Mean, and half the width of its 95 % interval; that is infinite for a single value."
@@ -311,9 +320,10 @@ def results(folder: str | Path = "results/study") -> dict[str, dict[str, dict[in
     return found
 
 # %% ../nbs/60_study.ipynb #069d8176
-def cost(seeds: dict[int, dict], part: str = "training") -> float:
-    "Core seconds of a row, the median of its seeds: of the training, or of the mixing before it."
-    return median(result["core_seconds"][part] for result in seeds.values())
+def cost(seeds: dict[int, dict], part: str = "training") -> float | None:
+    "Core seconds of a row, the median of what a processor ran: of the training, or of the mixing; None without any."
+    known = [result["core_seconds"][part] for result in seeds.values() if result["core_seconds"]]
+    return median(known) if known else None
 
 def table(rows: dict[str, dict[int, dict]],      # by row and seed
           against: dict[int, dict] | None = None,  # by seed: the row that the others are compared with
@@ -330,14 +340,15 @@ def table(rows: dict[str, dict[int, dict]],      # by row and seed
             lines.append(f"| {name} | not run | | 0 | |")
             continue
         pairs = [seeds[s]["accuracy"] - against[s]["accuracy"] for s in seeds if against and s in against]
-        reached, took = show([r["accuracy"] for r in seeds.values()]), (cost(seeds, "mixing"), cost(seeds))
-        lines.append(f"| {name} | {reached} | {show(pairs, '+')} | {len(seeds)} | {took[0]:.0f} + {took[1]:.0f} |")
+        reached, training = show([r["accuracy"] for r in seeds.values()]), cost(seeds)
+        took = "" if training is None else f"{cost(seeds, 'mixing'):.0f} + {training:.0f}"
+        lines.append(f"| {name} | {reached} | {show(pairs, '+')} | {len(seeds)} | {took} |")
     return "\n".join(lines)
 
 # %% ../nbs/60_study.ipynb #5f195fd0
 def plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure:
     "Accuracy of each row with its 95 % interval, and beside it its core seconds; the cheapest row is at the bottom."
-    rows = [(name, seeds, cost(seeds), cost(seeds, "mixing")) for name, seeds in rows.items() if seeds]
+    rows = [(name, seeds, cost(seeds), cost(seeds, "mixing")) for name, seeds in rows.items() if cost(seeds) is not None]
     rows.sort(key=lambda row: row[2] + row[3])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.26 * len(rows)), sharey=True, layout="constrained",
                                          width_ratios=(2, 1))

@@ -1,0 +1,119 @@
+"""On a GPU all goes as on a processor: what teaches, mixes, trains, stores, measures. Skipped where there is none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from supermix import MixedDataset, SuperMix, accuracy, create, distill, predict, pretrained
+from supermix.checkpoints import checkpoints
+from supermix.data import Data
+from supermix.distillation import MIXERS, make_mixes
+from supermix.engine import race
+from supermix.generate import generate
+from supermix.policies import Augmented, load_policy
+from supermix.quality import quality
+from supermix.recipes import FAST, METHODS, Generation, Mixing, Training
+from supermix.study import core, run_trial
+from supermix.training import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SHORT = Training(epochs=2, batch_size=32, lr=0.02, milestones=(1,), first_stage=1)
+
+
+@pytest.fixture
+def there():
+    return pretrained("digits").cuda()
+
+
+def few(digits, n=96):
+    return Data(digits.info, digits.train.subset(n), digits.test, digits.source)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method, digits, there):
+    torch.manual_seed(0)
+    history = distill(there if METHODS[method].teaches else None, create("resnet8", 10).cuda(), few(digits), method, None,
+                      SHORT)
+    assert len(history.loss) == 2 and history.test > 0
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("method", ["kd", "alone"])
+def test_every_mixer(method, mixer, digits, there):
+    if mixer == "puzzlemix": pytest.importorskip("gco")
+    history = distill(there, create("resnet8", 10).cuda(), few(digits), method, mixer, SHORT)
+    assert history.loss[1] < history.loss[0] * 1.5
+
+
+@pytest.mark.parametrize("at", ["cpu", "cuda"])
+def test_a_stock_of_mixes(at, digits, there, tmp_path):
+    images = digits.train.to(at)
+    store = generate(Generation(data="digits", count=200, shard=256), tmp_path, images, there)
+    mixed = MixedDataset(store.folder, images)
+    batch = mixed.batch(range(200))
+    with torch.no_grad(): again = there(batch.images.cuda()).cpu()
+    torch.testing.assert_close(again, batch.logits.cpu(), rtol=1e-2, atol=0.1)
+    assert 0.5 < quality(mixed, there).solved[-1] <= 1
+
+
+def test_a_student_learns_as_much(digits, there):
+    def reached(device):
+        torch.manual_seed(0)
+        student, teacher = create("resnet8", 10).to(device), there.to(device)
+        images = digits.train.subset(500).to(device)
+        mixes = make_mixes(teacher, images, 1000, Mixing(**FAST))
+        return distill(teacher, student, Data(digits.info, images, digits.test, digits.source), "kd", mixes,
+                       Training(epochs=15, batch_size=50, lr=0.1, milestones=(10,))).test
+    here, gpu = reached("cpu"), reached("cuda")
+    assert gpu > 80 and abs(here - gpu) < 8
+
+
+def test_a_killed_run_goes_on(digits, tmp_path):
+    def go(folder, epochs):
+        torch.manual_seed(0)
+        network = create("resnet8", 10).cuda()
+        history = train(network, digits.train.subset(100).to("cuda"), replace(SHORT, epochs=epochs), folder=folder)
+        return network.state_dict(), history
+    whole, history = go(tmp_path / "whole", 2)
+    newest = checkpoints(tmp_path / "whole")
+    newest[-1].unlink()                    # as if it had been killed in the second epoch
+    again, other = go(tmp_path / "whole", 2)
+    assert other.loss == pytest.approx(history.loss, rel=1e-2)
+    for name, tensor in whole.items(): torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("options", [{"bfloat16": True}, {"compile": True}, {"bfloat16": True, "compile": True}])
+def test_precision_and_compiler(options, digits):
+    torch.manual_seed(0)
+    history = train(create("resnet8", 10).cuda(), digits.train.subset(640).to("cuda"),
+                    Training(epochs=4, batch_size=64, milestones=(), **options))
+    assert history.loss[-1] < 0.8 * history.loss[0]
+
+
+def test_policies_and_mixes(digits, there):
+    images = Augmented(digits.train.subset(96).to("cuda"), load_policy("trivialaugment", cutout=16), 2)
+    history = distill(there, create("resnet8", 10).cuda(), images, "alone", "supermix", SHORT, mixes=200)
+    assert len(history.loss) == 2
+
+
+def test_a_race(digits, there):
+    result = race(there, digits.train, rounds=1, blocks=1, batch=16)
+    assert result["engine"]["solved"] > 0.5 and result["engine"]["ratio"] > 1
+
+
+def test_the_interactive_solver(digits, there):
+    x, labels = (t.cuda() for t in digits.train[:32])
+    mixed, targets = SuperMix(there, **FAST)(x, labels, torch.Generator().manual_seed(0))
+    assert mixed.device.type == targets.device.type == "cuda" and torch.isfinite(mixed).all()
+
+
+def test_answers(digits, there):
+    assert accuracy(there, digits.test) > 98
+    assert len(predict(there, digits.test[:3][0])) == 3
+
+
+def test_a_trial_of_the_study(digits, there, tmp_path):
+    there.card = pretrained("digits").card
+    trial = replace(core()[-1], images=100, mixes=1, updates=8, batch_size=50)
+    result = run_trial(trial, digits, there, tmp_path, "cuda")
+    assert result["core_seconds"] is None and result["device"] == torch.cuda.get_device_name() and result["accuracy"] > 0
