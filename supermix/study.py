@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'backgrounds', 'windows', 'clutter', 'cluttered',
            'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations', 'probes',
-           'schedule', 'further', 'again', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
+           'schedule', 'further', 'again', 'fresh', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
            'plot_costs', 'compare']
 
 # %% ../nbs/60_study.ipynb #ceb3047e
@@ -247,15 +247,17 @@ def schedule() -> list[Trial]:
     return around("schedule", drops=late)[1:] + doubles(("KD",), "updates", "schedule", drops=late)
 
 def further() -> list[Trial]:
-    "What might put SuperMix further ahead, for seed 0: the best of the ablations together, and mixes used once each."
-    base = Trial("further", "", "kd", "supermix")
-    return [replace(base, name="k=3, α=10", mixing=Mixing(**FAST, k=3, alpha=10.0)),
-            replace(base, name="mixes x128", mixes=128)]  # 128 an image and a thousand updates of 128: as though fresh
+    "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best, and more mixes."
+    return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0)), fresh("further")]
 
 def again() -> list[Trial]:
-    "What five seeds leave open, for seed 0: asked of a GPU with twenty."
+    "The core's main rows once more, for seed 0: on a GPU, with more seeds."
     return [*around("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3)),
-            *doubles(("KD",), "updates", "seeds"), replace(further()[1], group="seeds", name="SuperMix x128 + KD")]
+            *doubles(("KD",), "updates", "seeds")]
+
+def fresh(group: str) -> Trial:
+    "128 mixes an image, as many as a thousand updates of 128 show; for seed 0."
+    return Trial(group, "mixes x128", "kd", "supermix", mixes=128)
 
 def harder() -> list[Trial]:
     "Harder images: small items on photographs, for seed 0."
@@ -267,7 +269,8 @@ def grid() -> list[Trial]:
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
     parts = [(core() + budget, range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
-             (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (again(), range(20))]
+             (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (again(), range(7)),
+             ([fresh("seeds")], range(3))]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../nbs/60_study.ipynb #f0ce3f15

@@ -32,8 +32,8 @@ def few(digits, n=96):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method, digits, there):
     torch.manual_seed(0)
-    history = distill(there if METHODS[method].teaches else None, create("resnet8", 10).cuda(), few(digits), method, None,
-                      SHORT)
+    history = distill(there if METHODS[method].teaches else None, create("resnet8", 10).cuda(), few(digits), method,
+                      "mixup" if METHODS[method].mixes else None, SHORT)
     assert len(history.loss) == 2 and history.test > 0
 
 
