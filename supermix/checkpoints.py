@@ -42,7 +42,8 @@ def save_checkpoint(folder: str | Path,  # is made if need be
     content = buffer.getvalue()
     path = write_atomic(Path(folder) / f"step-{step:09d}-{digest(step, content)}.pt", content)
     begun = Path(folder).glob(".step-*.pt.*")  # by a run that was killed as it wrote
-    for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]: old.unlink()
+    for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]:
+        old.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/20_checkpoints.ipynb #21bb97d7

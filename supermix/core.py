@@ -90,11 +90,13 @@ def file_hash(path: str | Path) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def commit() -> str:
-    "The commit that is checked out, shortened; nothing outside a repository, or without git."
+    "The commit that is checked out, shortened; nothing outside this repository, or without git."
     if shutil.which("git") is None: return ""
     here = Path(__file__).parent if "__file__" in globals() else None
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return done.stdout.strip()
+    asked = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=here)
+    top, _, found = done.stdout.strip().partition("\n")
+    return found if (Path(top) / "supermix" / "core.py").is_file() else ""  # else somebody else's repository
 
 # %% ../nbs/00_core.ipynb #b788ef39
 @contextmanager

@@ -125,7 +125,10 @@ class Images(Batches, torch.utils.data.Dataset):
     def __getitem__(self, which):
         "One index gives (3, H, W) and a number; a list, slice, tensor or mask gives (B, 3, H, W) and labels (B,)."
         if isinstance(which, slice): which = range(*which.indices(len(self)))
-        indices = torch.as_tensor(which)
+        indices = torch.as_tensor(which, dtype=torch.int64 if isinstance(which, list) and not which else None)
+        if indices.is_floating_point() or indices.dtype == torch.bool and indices.shape != self.labels.shape:
+            raise IndexError(f"Expected whole numbers or a mask of {len(self):,}, "
+                             f"got {indices.dtype} {tuple(indices.shape)}.")
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
         images, labels = self.info.normalize(self.fetch(indices.reshape(-1))), self.labels[indices.reshape(-1)]
         return (images, labels) if indices.ndim else (images[0], int(labels[0]))
@@ -176,12 +179,16 @@ class ArrayImages(Images):
         flip = torch.rand(n, generator=generator, device=where) < 0.5
         return Views(crop, flip & self.info.flip)
 
+    @property
+    def kept(self) -> torch.Tensor:
+        "The pixels as they are in memory: one channel where all three are the same."
+        return self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3]
+
     def to(self, device):
         "The same images on another device."
-        return ArrayImages(self.info, self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3].to(device),
-                           self.labels.to(device))
+        return ArrayImages(self.info, self.kept.to(device), self.labels.to(device))
 
-    def _take(self, indices): return ArrayImages(self.info, self.pixels[indices], self.labels[indices])
+    def _take(self, indices): return ArrayImages(self.info, self.kept[indices], self.labels[indices])
 
 # %% ../nbs/01_data.ipynb #7b3d6cf4
 def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the same of height and width `info.size`
@@ -332,15 +339,17 @@ FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", 
 
 def find_fashion(root=None) -> list[Path] | None:
     "The four files of Fashion-MNIST, or None where no folder has any; a folder that has only some is an error."
-    for folder in data_folders(root):
-        for place in (folder / "FashionMNIST" / "raw", folder / "fashion-mnist", folder):
+    named = [Path(place).expanduser() for place in (root, os.environ.get("SUPERMIX_DATA")) if place]
+    for folder in data_folders(root):  # MNIST's files have the same names: in the open they count where they are named
+        for place in (folder / "FashionMNIST" / "raw", folder / "fashion-mnist", *[folder] * (folder in named)):
             found = {name: path
                      for name in FASHION_FILES for path in (place / name, place / f"{name}.gz") if path.is_file()}
             if len(found) == len(FASHION_FILES): return [found[name] for name in FASHION_FILES]
             if found:
                 missing = ", ".join(name for name in FASHION_FILES if name not in found)
-                raise FileNotFoundError(f"{place} is only half downloaded: {missing} missing. "
-                                        "Delete it and fetch it again.")
+                raise FileNotFoundError(f"Fashion-MNIST in {place} is only half downloaded: {missing} missing. "
+                                        f"Delete {', '.join(path.name for path in found.values())} there, "
+                                        "and fetch it again.")
     return None
 
 # %% ../nbs/01_data.ipynb #7c1d0a01
@@ -384,6 +393,8 @@ def load_fashion_mnist(root=None, download: bool = True) -> Data:
         if p.shape[1:] != (28, 28):
             raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. "
                              "Delete it and fetch it again.")
+    for file, l in zip(files[1::2], labels):
+        if l.max() > 9: raise ValueError(f"{file} should have labels from 0 to 9, got {l.max()}. Is it of Fashion-MNIST?")
     split = [ArrayImages(info, F.pad(p, (2, 2, 2, 2))[:, None], l) for p, l in zip(pixels, labels)]
     return Data(info, *split, str(files[0].parent))
 
@@ -456,6 +467,7 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
             or not all((what == "mean") * -1e-9 < v <= 1 for v in three)):
             raise ValueError(f"Expected {what} of three channels, each of pixels in 0 … 1 "
                              f"(where it is of 0 … 255, divide it by 255), got {three}.")
+    if not 0 < held_out < 1: raise ValueError(f"Expected held_out between 0 and 1, a share, got {held_out}.")
     from torchvision.datasets import ImageFolder
     root = Path(root).expanduser().resolve()
     if not root.is_dir(): raise FileNotFoundError(f"There is no folder {root}.")

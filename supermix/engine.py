@@ -90,16 +90,21 @@ def fold_norms(network: nn.Module,  # any network
                x: torch.Tensor,     # a few images (B, C, H, W), to look at what follows what, and to check
                ) -> nn.Module:      # a copy in evaluation mode, without the norms that could be folded
     "A copy whose batch norms are folded into the convolutions in front of them; the original is left alone."
-    plain = copy.deepcopy(network).eval().requires_grad_(False)
+    plain = copy.deepcopy(network).eval()
+    if isinstance(plain, torch.jit.ScriptModule): return plain  # what was compiled stays as it is
+    plain.requires_grad_(False)
     x = x.to(next(plain.parameters(), x))
     with torch.no_grad(): want = plain(x)
-    def agrees(candidate):
-        with torch.no_grad(): return torch.allclose(candidate(x), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    def folded(pairs):  # None where it is no longer the same
+        try:
+            candidate = fold_pairs(plain, pairs)
+            with torch.no_grad(): same = torch.allclose(candidate(x), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+        except (AttributeError, KeyError, TypeError): return None  # as where a spectral norm makes the weights
+        return candidate if same else None
     pairs = norms_behind(plain, x)
-    folded = fold_pairs(plain, pairs)
-    if agrees(folded): return folded
+    if (whole := folded(pairs)) is not None: return whole
     for pair in pairs.items():  # somebody else uses a convolution's output, too: find out whose
-        if agrees(candidate := fold_pairs(plain, dict([pair]))): plain = candidate
+        if (candidate := folded(dict([pair]))) is not None: plain = candidate
     return plain
 
 # %% ../nbs/34_engine.ipynb #2f044944
@@ -368,9 +373,10 @@ def shared(engine: Engine, images: Images, seed: int, blocks: range, pool: Execu
     return joined([found for found, _ in parts])
 
 def processes_of(n: int):  # a pool to be used in a `with`; None for a single process
-    "A pool of n processes of one thread each, forked and awake."
+    "A pool of n processes of one thread each, awake; forked, where no GPU's autograd forbids it."
     if n == 1: return nullcontext()
-    pool = ProcessPoolExecutor(n, multiprocessing.get_context("fork"), torch.set_num_threads, (1,))
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context(start), torch.set_num_threads, (1,))
     list(pool.map(time.sleep, [0.1] * n))
     return pool
 

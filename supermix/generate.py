@@ -154,7 +154,7 @@ def teacher_of(recipe: Generation, images: Images) -> nn.Module:
     name = recipe.teacher
     if name == "auto": teacher = pretrained(images.info.name)
     elif name in names(): teacher = create(name, weights="DEFAULT").eval()
-    elif Path(name).expanduser().is_file(): teacher = load(Path(name).expanduser())
+    elif Path(name).expanduser().is_file(): teacher = load(Path(name).expanduser(), images.info)
     else:
         raise ValueError(f"Unknown teacher {name!r}: expected 'auto', a file that `supermix.zoo.save` wrote, "
                          f"or one of {', '.join(n for n in names() if n.startswith('imagenet'))}.")

@@ -21,6 +21,7 @@ def draw_lam(n: int,         # sets
              generator: torch.Generator | None = None,
              ) -> torch.Tensor:  # float32 (n, k), rows summing to 1
     "Mixing weights from a symmetric Dirichlet distribution."
+    if alpha < 0.01: raise ValueError(f"Expected alpha of at least 0.01, below which the draws underflow, got {alpha}.")
     device = generator.device if generator is not None else "cpu"
     concentration = torch.full((n, k), float(alpha), dtype=torch.float64, device=device)
     # torch.distributions.Dirichlet samples by this function too, but takes no generator
@@ -105,7 +106,11 @@ def as_pair(images, labels=None):
     if labels is None and isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one sample, got an empty list.")
         is_pair = len(images) == 2 and isinstance(images[0], torch.Tensor) and images[0].ndim == 4
-        images = images if is_pair else default_collate(images)
+        try: images = images if is_pair else default_collate(images)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"Expected a batch, or samples that are alike and make one: {error}") from error
+        if isinstance(images, (list, tuple)) and len(images) != 2:
+            raise ValueError(f"Expected samples (image, label), got {len(images)} things in each.")
         images, labels = images if isinstance(images, (list, tuple)) else (images, None)
     check_images(images)
     if labels is not None:

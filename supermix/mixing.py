@@ -230,6 +230,9 @@ def solve(mixer, sets, lam, theta, draw) -> Mixed:
     check_sets(sets, lam, mixer.k, mixer.mask_size)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(mixer.teacher):
         sets = sets.clone() if sets.is_inference() else sets.detach()
+        if theta is None and mixer.start == "regions":
+            lam = lam.to(sets.device).float()
+            theta = regions(lam, mixer.mask_size, torch.zeros(len(lam)), mixer.hold, sets.shape[-2:])
         theta = start_from(theta, (len(sets), mixer.k, mixer.mask_size, mixer.mask_size), sets)
         lam = lam.to(theta)
         classes, N = classes_of(mixer.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
@@ -263,7 +266,7 @@ class SuperMix(Mixer):
 
     def solve(self, sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
               lam: torch.Tensor,         # (B, k): the wanted shares, rows summing to 1
-              theta: torch.Tensor | None = None,  # (B, k, w, w) to start from; None: 0
+              theta: torch.Tensor | None = None,  # (B, k, w, w) to start from; None: 0, or regions at angle 0
               draw: Draw | None = None,           # what the teacher said of the sources; None: it is asked
               ) -> Mixed:
         "Find the masks for exactly these sets and weights; an unsolved set comes back with its last iterate."

@@ -316,10 +316,10 @@ IMAGENET_DISTILLATION = Family(IMAGENET, (("imagenet_resnet34", "imagenet_resnet
     rows={name: IMAGENET_ROWS[name] for name in ("KD", "SuperMix + KD")}))
 
 # %% ../nbs/02_recipes.ipynb #85a695b8
-def policy_rows(autoaugment: str, cutout: int | None) -> dict[str, Variant]:
-    "The rows of a table of classification."
-    policies = {"AutoAugment": autoaugment, "Fast AutoAugment": "policies/fast_autoaugment.json",
-                "PBA": "policies/pba.json", "RandAugment": "randaugment"}
+def policy_rows(data: str, autoaugment: str, cutout: int | None) -> dict[str, Variant]:
+    "The rows of a table of classification; the policies that were searched for are a file each, of these data."
+    policies = {"AutoAugment": autoaugment, "Fast AutoAugment": f"policies/fast_autoaugment_{data}.json",
+                "PBA": f"policies/pba_{data}.json", "RandAugment": "randaugment"}
     rows = {"baseline": Variant(), **{name: Variant(policy=policy, cutout=cutout) for name, policy in policies.items()}}
     return rows | {
         "SuperMix": Variant(mixer="supermix", label="lam"),
@@ -328,12 +328,12 @@ def policy_rows(autoaugment: str, cutout: int | None) -> dict[str, Variant]:
 
 CLASSIFIERS = ("wrn_40_2a", "wrn_28_10a", "shakeshake26_2x96d")
 CIFAR100_CLASSIFICATION = Family(
-    CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("autoaugment_cifar10", 16),
+    CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("cifar100", "autoaugment_cifar10", 16),
     scaled(CIFAR100, pairs=(("resnet8", "resnet8"),)))
 IMAGENET_CLASSIFICATION = Family(
-    IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), policy_rows("autoaugment_imagenet", None),
+    IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), policy_rows("imagenet", "autoaugment_imagenet", None),
     scaled(IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),),
-           rows={name: policy_rows("autoaugment_imagenet", None)[name]
+           rows={name: policy_rows("imagenet", "autoaugment_imagenet", None)[name]
                  for name in ("baseline", "RandAugment", "SuperMix + RandAugment")}))
 
 # %% ../nbs/02_recipes.ipynb #b97c6244

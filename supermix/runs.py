@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MIXES', 'WEIGHTS', 'SIZES', 'BASES', 'CLASSIFIER_BASES', 'Base', 'Scale', 'write_cifar100', 'write_imagenet',
            'miniature', 'open_data', 'terms_of', 'asks_teacher', 'Impossible', 'check_row', 'fetched', 'open_teacher',
-           'meet', 'mixing_of', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result', 'policy_hash',
-           'check_policy', 'check_teacher', 'run', 'report', 'run_distillation', 'run_classification', 'Cost',
-           'seconds_an_image', 'training_step', 'bytes_a_mix', 'cost', 'search_step', 'measured', 'cell', 'table',
-           'run_family', 'notebook_places', 'for_base', 'Places', 'carry_out', 'distill_command', 'train_command',
-           'commands', 'main']
+           'meet', 'agreed', 'alone_at', 'mixing_of', 'open_mixer', 'augmented', 'result_path', 'plain', 'find_result',
+           'policy_hash', 'check_policy', 'check_images', 'check_teacher', 'run', 'report', 'run_distillation',
+           'run_classification', 'Cost', 'seconds_an_image', 'training_step', 'bytes_a_mix', 'cost', 'search_step',
+           'measured', 'cell', 'table', 'run_family', 'notebook_places', 'for_base', 'Places', 'carry_out',
+           'distill_command', 'train_command', 'commands', 'main']
 
 # %% ../nbs/62_runs.ipynb #aacf8dde
 import argparse
@@ -19,7 +19,7 @@ import pickle
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from .published import published, source
 from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
                               Variant)
 from .store import fingerprint, weights_hash
-from .training import Batch, join, label_objective, short_hash, to_device, train, world
+from .training import Batch, check_recipe, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 
 # %% ../nbs/62_runs.ipynb #0b0b3b64
@@ -131,6 +131,7 @@ def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Modu
     lookup(MIXES, variant.mixer or "", "mixer")
     teacher = teacher or (create(recipe.teacher, classes) if asks_teacher(variant) else None)
     student = create(recipe.student, classes)
+    images[:2]  # what cannot be read is no row's fault
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
         if terms.features: make_terms(terms, student, teacher, images)
@@ -156,7 +157,7 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
         path = Path(file).expanduser()
         if not path.is_file(): raise FileNotFoundError(f"There is no teacher's file {path}.")
         if path.suffix != ".safetensors": return load_crd(create(recipe.teacher, classes), path).to(device)
-        teacher = load(path)
+        teacher = load(path, data.info)
         if teacher.card["network"] != recipe.teacher:
             raise ValueError(f"{path} holds a {teacher.card['network']}, and the recipe's teacher is {recipe.teacher}: "
                              f"say --teacher {teacher.card['network']}, or give another file.")
@@ -165,8 +166,8 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
     path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
                                   f"{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with patiently(path) if world()[1] == 1 else nullcontext():
-        if not path.exists():
+    with patiently(path) if world()[1] == 1 else alone_at(path):
+        if not agreed(path.exists()):
             torch.manual_seed(recipe.teacher_training.seed)
             teacher = create(recipe.teacher, classes).to(device)
             history = train(teacher, data.train, recipe.teacher_training, title=f"teacher {recipe.teacher}",
@@ -178,6 +179,19 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
 def meet() -> None:
     "Wait for the other processes, where there are any."
     if world()[1] > 1: dist.barrier()
+
+def agreed(what):
+    "What the first process says, for all of them: each alone could see a file a moment earlier or later."
+    box = [what]
+    if world()[1] > 1: dist.broadcast_object_list(box, 0)
+    return box[0]
+
+@contextmanager
+def alone_at(path: Path):
+    "Work that no other run is at, of one process or many; a ValueError where one is."
+    with claimed(path) if world()[0] == 0 else nullcontext(True) as mine:
+        if not agreed(mine): raise ValueError(f"Another process is at {path}.")
+        yield
 
 # %% ../nbs/62_runs.ipynb #b7a21e0a
 def mixing_of(recipe: Recipe, variant: Variant) -> Mixing:
@@ -236,6 +250,11 @@ def check_policy(found: dict, variant: Variant, policies: str | Path, path: Path
         raise ValueError(f"{path} is the result of another policy than {variant.policy} holds now. "
                          "Move it away, or give the new policy a file of its own.")
 
+def check_images(found: dict, data: Data, path: Path) -> None:
+    "A ValueError where a result is of other training images; one of an earlier version does not say."
+    if found.get("images", now := fingerprint(data.train)) != now:
+        raise ValueError(f"{path} is the result of other images than {data}. Choose another folder, or move it away.")
+
 def check_teacher(found: dict, teacher: nn.Module | None, path: Path) -> dict:
     "The result; an error where it is another teacher's."
     if teacher is not None and found["teacher"]["weights"] != weights_hash(teacher):
@@ -254,18 +273,20 @@ def run(recipe: Recipe,
         **options) -> dict:                              # of `train`: minutes, live
     "Train one student, or go on with it: its result, which is also written to a file."
     device, folder = join(device), Path(folder)
-    path, found = result_path(recipe, variant, results), find_result(recipe, variant, results)
+    path, found = result_path(recipe, variant, results), agreed(find_result(recipe, variant, results))
     if found: check_policy(found, variant, policies, path)
-    if found and not teacher: return found
+    if found and not teacher and root is None: return found
     data = open_data(recipe, root)
+    if found: check_images(found, data, path)
+    if found and not teacher: return found
+    check_recipe(recipe.training, min(len(data.train), recipe.train_images or len(data.train)))
     images = data.train if recipe.train_images is None else data.train.subset(recipe.train_images)
     tutor = open_teacher(recipe, data, folder, teacher, device) if teacher and asks_teacher(variant) else None
     if found: return check_teacher(found, tutor, path)
     check_row(recipe, variant, images, tutor)
     natural = augmented(images, variant, recipe.training.epochs, policies)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(path) if world()[1] == 1 else nullcontext(True) as mine:
-        if not mine: raise ValueError(f"Another process is at {path}.")
+    with alone_at(path):
         if tutor is None and asks_teacher(variant): tutor = open_teacher(recipe, data, folder, None, device)
         mixer = open_mixer(recipe, variant, tutor, images, folder)
         torch.manual_seed(recipe.training.seed)
@@ -288,7 +309,7 @@ def report(recipe, variant, data, teacher, student, history, device) -> dict:
             "torch": torch.__version__, "processes": world()[1],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
                       else f"CPU, {torch.get_num_threads()} threads",
-            "data": str(data),
+            "data": str(data), "images": fingerprint(data.train),
             "teacher": None if teacher is None
                        else {"name": getattr(teacher, "name", None), "weights": weights_hash(teacher),
                              "accuracy": card.get("accuracy")},
@@ -317,7 +338,7 @@ class Cost:
     "What a run costs on this machine."
     training: float   # hours, the student
     teacher: float    # hours, the teacher's own training; 0 where its weights are given
-    mixing: float     # hours, at most, for all SuperMix images
+    mixing: float     # hours, for all SuperMix images, if each took all its updates and was solved
     data: float       # gigabytes, on disk
     mixes: float      # gigabytes
     checkpoints: float  # gigabytes: two of the student's, two of the teacher's, their weights
@@ -327,7 +348,8 @@ class Cost:
         took = lambda hours: f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         room = lambda gigabytes: f"{gigabytes:,.2f} GB" if gigabytes >= 0.1 else f"{1000 * gigabytes:.2f} MB"
         return (f"on {self.device}: student {took(self.training)}, its teacher {took(self.teacher)}, "
-                f"mixes {took(self.mixing)} at most; on disk: data {room(self.data)}, mixes {room(self.mixes)}, "
+                f"mixes {took(self.mixing)} if each took all its updates; "
+                f"on disk: data {room(self.data)}, mixes {room(self.mixes)}, "
                 f"checkpoints {room(self.checkpoints)}")
 
 # %% ../nbs/62_runs.ipynb #98636bf5
@@ -371,6 +393,8 @@ def cost(recipe: Recipe, variant: Variant = Variant("kd"),
     device, (_, processes) = join(device), world()
     n, classes, size, room = (lookup(SIZES, recipe.data, "data set of known size") if data is None
                               else (len(data.train), len(data.info.classes), data.info.size, 0.0))
+    check_recipe(recipe.training, min(n, recipe.train_images or n))
+    if data is not None and SIZES.get(recipe.data, ())[:1] == (n,): room = SIZES[recipe.data][3]  # it is the real one
     size, probe = (recipe.size or size,
                    max(1, recipe.training.batch_size // processes) if device.type == "cuda" else probe)
     learned = min(n, recipe.train_images or n) - recipe.training.held_out
@@ -505,11 +529,11 @@ class Places:
 
 def carry_out(recipe: Recipe, variant: Variant, scale: str, places: Places, only_cost: bool) -> None:
     "What both commands do."
-    if scale == "smoke" and places.data_root is None:
+    if scale == "smoke" and places.data_root is None and recipe.data in SIZES:
         places = replace(places, data_root=miniature(recipe.data, places.out / "miniature"))
     results = places.results or (Path("results/runs") if scale == "paper" else places.out / "results")
     if only_cost or (scale != "smoke" and find_result(recipe, variant, results) is None):
-        known = scale != "smoke" and recipe.data in SIZES
+        known = scale != "smoke" and recipe.data in SIZES and places.data_root is None
         told = cost(recipe, variant, None if known else open_data(recipe, places.data_root), device=places.device,
                     given=places.teacher_file is not None)
         if world()[0] == 0: print(told, flush=True)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .core import commit, file_hash, progress, write_atomic
+from .core import commit, file_hash, lookup, progress, write_atomic
 from .data import ArrayImages, Data, Info, load_data
 from .distillation import distill, make_mixes
 from .generate import claimed, patiently
@@ -102,8 +102,8 @@ def run_trial(trial: Trial, data: Data, teacher, home: Path, device: str = "cpu"
     history = distill(teacher if terms.teaches or mixer is not None else None, student, replace(data, train=images),
                       terms, mixer, trial.training, title=f"{trial.name}, seed {trial.seed}")
     training, wall = time.process_time() - before, time.perf_counter() - wall
-    return {"trial": asdict(trial), "accuracy": history.test, "loss": history.loss[-1],
-            "core_seconds": {"mixing": round(mixing, 1), "training": round(training, 1)} if device.type == "cpu" else None,
+    cores = {"mixing": round(mixing, 1), "training": round(training, 1)} if device.type == "cpu" else None
+    return {"trial": asdict(trial), "accuracy": history.test, "loss": history.loss[-1], "core_seconds": cores,
             "wall_seconds": round(wall, 1), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "teacher": teacher.card["sha256"][:16], "teacher_accuracy": teacher.card["test_accuracy"],
@@ -288,6 +288,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         device: cpu, or cuda, where runs take seconds, and none is told what it costs a processor.
     """
     torch.set_num_threads(1)
+    for name in groups: lookup(dict.fromkeys(t.group for t in grid()), name, "group")
     begun, there = time.perf_counter(), {}
     missing = [t for t in grid() if (not groups or t.group in groups) and (not seeds or t.seed in seeds)]
     missing = [t for t in missing if not (out / t.file).exists()]
@@ -351,7 +352,8 @@ def table(rows: dict[str, dict[int, dict]],      # by row and seed
 # %% ../nbs/60_study.ipynb #5f195fd0
 def plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure:
     "Accuracy of each row with its 95 % interval, and beside it its core seconds; the cheapest row is at the bottom."
-    rows = [(name, seeds, cost(seeds), cost(seeds, "mixing")) for name, seeds in rows.items() if cost(seeds) is not None]
+    rows = [(name, seeds, cost(seeds), cost(seeds, "mixing")) for name, seeds in rows.items()
+            if cost(seeds) is not None]
     rows.sort(key=lambda row: row[2] + row[3])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.26 * len(rows)), sharey=True, layout="constrained",
                                          width_ratios=(2, 1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_device', 'accuracy', 'Batch', 'label_objective', 'History', 'world', 'join', 'Loss', 'wrap', 'short_hash', 'told',
            'Run', 'take_up', 'check_losses', 'check_weights', 'coming', 'tick', 'forward', 'run_epoch', 'end_epoch',
-           'train', 'make_teacher']
+           'check_recipe', 'train', 'make_teacher']
 
 # %% ../nbs/22_training.ipynb #5efae590
 import hashlib
@@ -266,7 +266,7 @@ def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: fl
         run.optimiser.step()
         run.step += 1
         bar.update()
-        if size == 1 and time.perf_counter() - written > 60 * minutes:
+        if size == 1 and run.step < steps and time.perf_counter() - written > 60 * minutes:  # the last one comes anyway
             check_losses(run, since, steps)
             tick(run)
             run.save()
@@ -287,6 +287,14 @@ def end_epoch(run: Run, images, held, begun, before, log: Log, bar) -> None:
     run.epoch, run.step, run.losses = run.epoch + 1, 0, []
 
 # %% ../nbs/22_training.ipynb #937a475d
+def check_recipe(recipe: Training, images: int) -> None:
+    "A ValueError where so many images cannot be trained on so."
+    for what, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("held_out", 0)):
+        if getattr(recipe, what) < least:
+            raise ValueError(f"Expected {what} of at least {least}, got {getattr(recipe, what)}.")
+    if recipe.held_out >= images:
+        raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
+
 def train(network: nn.Module,                # is trained in place
           images: Images,                    # what to learn from
           recipe: Training,                  # every number of the training
@@ -298,6 +306,7 @@ def train(network: nn.Module,                # is trained in place
           live: bool = False,                # whether a notebook shows the curves while they grow
           ) -> History:
     "Train `network` by SGD with the recipe's schedule, and leave it in evaluation mode."
+    check_recipe(recipe, len(images))
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)

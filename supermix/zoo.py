@@ -178,8 +178,9 @@ def save(network: nn.Module,   # made by `create`, or loaded
     return save_tensors(path, network.state_dict(), card)
 
 # %% ../nbs/19_zoo.ipynb #13b914b9
-def load(path: str | Path,    # a file that `save` wrote
-         ) -> nn.Module:      # in evaluation mode; `.card` and `.info` say what it is
+def load(path: str | Path,         # a file that `save` wrote
+         info: Info | None = None, # of the data that it is to see: a network that learned from others is an error
+         ) -> nn.Module:           # in evaluation mode; `.card` and `.info` say what it is
     "Load a network that was saved."
     tensors, card = load_tensors(path)
     if "network" not in card:
@@ -191,6 +192,11 @@ def load(path: str | Path,    # a file that `save` wrote
             network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the network of its card: {error}") from error
+    odd = [] if info is None or "info" not in card else [
+        what for what in ("classes", "mean", "std") if getattr(info, what) != getattr(network.info, what)]
+    if odd:
+        raise ValueError(f"{path} learned from {network.info.name}, and is asked about {info.name}, whose "
+                         f"{' and '.join(odd)} differ: give a network that was trained on {info.name}.")
     network.card = card
     return network.eval()
 

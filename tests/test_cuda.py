@@ -116,4 +116,4 @@ def test_a_trial_of_the_study(digits, there, tmp_path):
     there.card = pretrained("digits").card
     trial = replace(core()[-1], images=100, mixes=1, updates=8, batch_size=50)
     result = run_trial(trial, digits, there, tmp_path, "cuda")
-    assert result["core_seconds"] is None and result["device"] == torch.cuda.get_device_name() and result["accuracy"] > 0
+    assert result["core_seconds"] is None and result["device"] == torch.cuda.get_device_name()

@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 import supermix.data
 import torch
 from PIL import Image
-from supermix.data import (ArrayImages, Info, Views, evenly, load_cifar100, load_data, load_fashion_mnist, load_folder,
-                           load_imagenet, open_image, read_idx)
+from supermix.data import (ArrayImages, Info, Views, evenly, find_fashion, load_cifar100, load_data, load_fashion_mnist,
+                           load_folder, load_imagenet, open_image, read_idx)
 from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -410,3 +411,29 @@ def test_several_processes_download_once_and_find_it_whole(tmp_path):
     assert [p.wait(120) for p in processes] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "made\n"
     assert [p.name for p in (tmp_path / "data").iterdir() if not p.name.startswith(".")] == ["set"]
+
+
+def test_files_in_the_open_count_where_their_folder_is_named(fashion, tmp_path, monkeypatch):
+    "MNIST's files have the names of Fashion-MNIST's."
+    names = [shutil.move(path, tmp_path) for path in (tmp_path / "FashionMNIST" / "raw").iterdir()]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in names: shutil.copy(name, tmp_path / "data")
+    assert str(tmp_path) not in str(find_fashion()) and find_fashion(tmp_path)[0].parent == tmp_path
+
+
+def test_indices_are_whole_numbers_or_a_mask_of_all(digits):
+    few = digits.train.subset(6)
+    with pytest.raises(IndexError, match="whole numbers or a mask of 6, got torch.float"): few[1.7]
+    with pytest.raises(IndexError, match="mask of 6, got torch.bool"): few[[True, False]]
+    assert len(few[[]][0]) == 0 and len(few[few.labels >= 0][0]) == 6
+
+
+def test_grey_images_stay_one_channel(digits):
+    part, rest = digits.train.split(100)
+    assert all(images.kept.shape[1] == 1 for images in (part, rest, digits.train.subset(50)))
+
+
+def test_a_share_for_testing_is_a_share(tmp_path):
+    for share in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1, a share"): load_folder(tmp_path, held_out=share)

@@ -129,3 +129,10 @@ def test_bad_input(case):
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_an_alpha_that_no_dirichlet_distribution_has(mixer, alpha):
     with pytest.raises(ValueError, match=f"alpha.* got {alpha}"): mixer(10, alpha=alpha)
+
+
+def test_what_makes_no_batch_is_said(digits):
+    x, labels = digits.train[:4]
+    with pytest.raises(ValueError, match="samples that are alike"): MixUp(10)((x[0], labels))
+    with pytest.raises(ValueError, match=r"samples \(image, label\), got 3"): MixUp(10)([(i, 1, 2) for i in x])
+    with pytest.raises(ValueError, match="alpha of at least 0.01"): draw_lam(4, 2, 0.001)

@@ -19,10 +19,10 @@ from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
                               IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
                               Variant, change, differences)
-from supermix.runs import (BASES, CLASSIFIER_BASES, Impossible, asks_teacher, bytes_a_mix, check_row, cost, find_result,
-                           measured, miniature, open_data, open_teacher, result_path, run, run_classification,
-                           run_distillation, table, run_family)
-from supermix.zoo import CRD_KEYS, create, crd_keys, load, save
+from supermix.runs import (BASES, CLASSIFIER_BASES, MIXES, Impossible, asks_teacher, bytes_a_mix, check_row, cost,
+                           find_result, measured, miniature, open_data, open_teacher, result_path, run, run_classification,
+                           run_distillation, table, run_family, write_cifar100)
+from supermix.zoo import CRD_KEYS, create, crd_keys, load, pretrained, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
             IMAGENET_CLASSIFICATION]
@@ -430,9 +430,70 @@ def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_publi
     root = miniature("cifar100", tmp_path)
     assert run_family(family, folder=tmp_path / "out", results=tmp_path / "results", root=root, policies=tmp_path) == []
     told = capsys.readouterr().out
-    for name, value, source in (("fast_autoaugment", "82.70", "Fast AutoAugment"), ("pba", "83.27", "PBA")):
+    for name, value, source in (("fast_autoaugment_cifar100", "82.70", "Fast AutoAugment"),
+                                ("pba_cifar100", "83.27", "PBA")):
         assert f"{tmp_path}/policies/{name}.json" in told and f"Published: {value} % (the {source} repository)" in told
     assert "make_density" in told and "chapter 47" in told
     shown = table(family, tmp_path / "results")
     assert ("| PBA | not run (83.27) |" in shown and "the PBA repository (PBA)" in shown
             and "the Fast AutoAugment repository (Fast AutoAugment)" in shown)
+
+
+# ---- what a result, a teacher and a command refer to
+
+def test_a_result_of_other_images_is_not_taken(tmp_path):
+    roots = [miniature("cifar100", tmp_path / "a"), tmp_path / "b"]
+    data = open_data(TINY, roots[0])
+    mirrored = [(part.pixels.flip(3), part.labels) for part in (data.train, data.test)]
+    write_cifar100(roots[1], data.info.classes, *mirrored)
+    places = {"folder": tmp_path / "out", "results": tmp_path / "results"}
+    first = run_distillation(TINY, "alone", root=roots[0], **places)
+    assert run_distillation(TINY, "alone", root=roots[0], **places) == first
+    with pytest.raises(ValueError, match="is the result of other images"):
+        run_distillation(TINY, "alone", root=roots[1], **places)
+
+
+def test_a_teacher_of_other_images_is_not_taken(tmp_path):
+    save(pretrained("fashion_mnist"), tmp_path / "fashion.safetensors")
+    recipe = replace(TINY, data="digits", teacher="resnet20")
+    with pytest.raises(ValueError, match="learned from fashion_mnist, and is asked about digits"):
+        run_distillation(recipe, "kd", folder=tmp_path, results=tmp_path, teacher=tmp_path / "fashion.safetensors")
+
+
+def test_an_image_that_cannot_be_read_is_no_rows_fault(tmp_path):
+    root = miniature("imagenet", tmp_path)
+    next((root / "imagenet" / "train").rglob("*.JPEG")).write_bytes(b"")
+    family = IMAGENET_DISTILLATION.at("smoke")
+    data = open_data(family.recipe, root)
+    broken = data.train.files.index(min(data.train.files))
+    data.train.files[0], data.train.files[broken] = data.train.files[broken], data.train.files[0]
+    (Path(data.train.files[0])).write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        check_row(family.recipe, Variant("kd"), data.train)
+    assert not isinstance(caught.value, Impossible)
+
+
+@pytest.mark.parametrize("name, alpha", [("mixup", None), ("mixup_beta", 1.0), ("cutmix_beta", 1.0)])
+def test_mixers_of_beta_draw_shares(name, alpha, digits):
+    mixer = MIXES[name](None, digits.info)
+    assert type(mixer).__name__ == ("CutMix" if "cutmix" in name else "MixUp")
+    lam = mixer.draw_lam(2000, torch.Generator().manual_seed(0))[:, 0]
+    assert lam.std() == pytest.approx(0.0 if alpha is None else 12 ** -0.5, abs=0.02)  # half and half, or even
+
+
+@pytest.mark.parametrize("change_, message", [
+    ({"training.epochs": 0}, "epochs of at least 1, got 0"), ({"training.batch_size": 0}, "batch_size of at least 1"),
+    ({"training.held_out": 40}, "hold out fewer than the 40 images"),
+    ({"training.warmup": -2}, "warmup of at least 0")])
+def test_numbers_out_of_range(change_, message, places):
+    recipe = change(TINY, change_)
+    with pytest.raises(ValueError, match=message): run_distillation(recipe, "alone", **places)
+    with pytest.raises(ValueError, match=message): cost(recipe, Variant("alone"))
+
+
+def test_the_cost_is_that_of_the_data_that_are_named(tmp_path):
+    root = miniature("imagenet", tmp_path)
+    small = ["--base", "imagenet", "--scale", "mini", "--size", "32", "--teacher", "resnet8", "--student", "resnet8",
+             "--data-root", root, "--out", tmp_path / "out", "--only-cost"]
+    told = ended(start("distill", *small))
+    assert "data 0.00 MB" in told and "150" not in told

@@ -15,8 +15,9 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from supermix.data import load_data
-from supermix.masks import mix, soft_labels
+from supermix.masks import mix, regions, soft_labels
 from supermix.mixing import SuperMix, hinge, is_solved, newton_step, objective
+from supermix.recipes import FAST
 from supermix.zoo import create, pretrained
 from torch import nn
 from torch.utils.data import DataLoader
@@ -459,3 +460,10 @@ def test_bad_input(case, teacher, digits):
     call, message = BAD[case]
     with pytest.raises((ValueError, TypeError), match=message):
         call(teacher, digits.test[:8][0].view(4, 2, 3, 32, 32), torch.full((4, 2), 0.5))
+
+
+def test_regions_are_the_start_where_none_is_given(teacher, digits):
+    mixer = SuperMix(teacher, **FAST | {"max_iter": 1})
+    sets, lam = digits.train[:8][0].view(4, 2, 3, 32, 32), torch.tensor([[0.5, 0.5]] * 4)
+    given = mixer.solve(sets, lam, regions(lam, 8, torch.zeros(4), mixer.hold, (32, 32)))
+    assert torch.equal(mixer.solve(sets, lam).masks, given.masks)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from supermix.data import FolderImages, Info
+from supermix.data import ArrayImages, FolderImages, Info
 from supermix.distillation import distill
 from supermix.engine import Engine, Found, draw_block
 from supermix.generate import generate
@@ -58,7 +58,9 @@ def test_every_image_is_one_that_the_teacher_was_shown(teacher, digits, tmp_path
     batch = mixed.batch(range(150))
     for image, logits in zip(batch.images, batch.logits):
         assert image.numpy().tobytes() in shown
-        assert torch.equal(shown[image.numpy().tobytes()].half().float(), logits)
+        told = shown[image.numpy().tobytes()].double()
+        total = told.logsumexp(0)
+        assert torch.equal((total.float() + (told - total).half().double()).float(), logits)
 
 
 @pytest.mark.parametrize("size", [1, 7, 128])
@@ -132,14 +134,15 @@ def test_other_data_is_an_error(folder, digits):
 
 def test_logits_from_the_largest():
     logits = 4 * torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    best = logits.topk(10)
-    again = unpack_logits(best.values, best.indices, logits.logsumexp(1), 100)
+    best, total = logits.topk(10), logits.logsumexp(1)
+    again = unpack_logits(best.values - total[:, None], best.indices, total, 100)
     torch.testing.assert_close(again.logsumexp(1), logits.logsumexp(1))
     torch.testing.assert_close(again.gather(1, best.indices), best.values)
     rest = again.softmax(1).scatter(1, best.indices, 0)
     torch.testing.assert_close(rest.sum(1), logits.softmax(1).scatter(1, best.indices, 0).sum(1), atol=1e-5, rtol=1e-3)
     whole = logits.topk(100)
-    assert torch.equal(unpack_logits(whole.values, whole.indices, logits.logsumexp(1), 100), logits)
+    again = unpack_logits(whole.values - total[:, None], whole.indices, total, 100)
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("largest", [255, 256, 1000])
@@ -222,3 +225,26 @@ def test_a_folder_of_another_run(folder, tmp_path):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     generate(RECIPE, folder)  # finished: nothing is to do
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("offset", [0.0, -300.0, 1e3, 1e5])
+def test_kept_probabilities_do_not_depend_on_the_logits_offset(offset, mixed):
+    logits = 5 * torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = (logits + offset).logsumexp(1)
+    best = (logits + offset).topk(8, dim=1)
+    again = unpack_logits((best.values - total[:, None]).half(), best.indices, total.float(), 30).double().softmax(1)
+    want = logits.softmax(1).gather(1, best.indices)
+    torch.testing.assert_close(again.gather(1, best.indices), want, rtol=0.02, atol=1e-4)
+
+
+def test_images_that_are_moved_otherwise_are_other_images(folder, digits):
+    for change in ({"pad": 4}, {"flip": True}):
+        other = ArrayImages(replace(digits.info, **change), digits.train.kept, digits.train.labels)
+        with pytest.raises(ValueError, match="other images|made otherwise|fingerprint"): MixedDataset(folder, other)
+
+
+def test_a_store_of_another_format(teacher, digits, tmp_path):
+    store = generate(replace(RECIPE, count=20, shard=128), tmp_path / "store", digits.train, teacher)
+    manifest = json.loads(store.manifest_path.read_text())
+    store.manifest_path.write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2, and this version"): MixedDataset(store.folder, digits.train)

@@ -11,7 +11,7 @@ from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation import MIXERS
 from supermix.recipes import METHODS, Mixing
-from supermix.study import T95, Trial, clutter, core, grid, interval, results, run_trial, table
+from supermix.study import T95, Trial, clutter, core, grid, interval, results, run_trial, study, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,3 +96,7 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     assert (square == 200).all()
     assert any(all(piece[i] == value for i, value in enumerate(busy.pixels[2, 0].flatten().tolist()) if value != 200)
                for piece in pieces)
+
+
+def test_an_unknown_group_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="Unknown group 'cor'. Did you mean 'core'"): study(tmp_path, groups=("cor",))

@@ -320,7 +320,8 @@ def one_and_two(tmp_path_factory):
     "Folders with the students of one process, and of two."
     folder = tmp_path_factory.mktemp("together")
     (folder / "script.py").write_text(DISTRIBUTED)
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))):
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for name, launcher in (("one", ()), ("two", two)):
         command = [sys.executable, *launcher, folder / "script.py", folder / name, *TOGETHER]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                               timeout=600)

@@ -262,3 +262,10 @@ def test_a_card_tells_how_its_teacher_was_trained(name):
     card = pretrained(name).card
     assert {"network", "data", "test_accuracy", "recipe", "sha256"} <= set(card)
     assert card["data"] == name and card["test_accuracy"] > 85
+
+
+def test_a_network_that_learned_from_other_images(teacher, digits, tmp_path):
+    path = save(teacher, tmp_path / "digits.safetensors")
+    assert load(path, digits.info).info == digits.info
+    with pytest.raises(ValueError, match="learned from digits, and is asked about photos, whose classes and mean"):
+        load(path, Info("photos", tuple("abcdefghij"), 32, (0.5,) * 3, digits.info.std))
