@@ -394,7 +394,8 @@ def load_fashion_mnist(root=None, download: bool = True) -> Data:
             raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. "
                              "Delete it and fetch it again.")
     for file, l in zip(files[1::2], labels):
-        if l.max() > 9: raise ValueError(f"{file} should have labels from 0 to 9, got {l.max()}. Is it of Fashion-MNIST?")
+        if l.max() > 9:
+            raise ValueError(f"{file} should hold labels from 0 to 9, got {l.max()}. Is it of Fashion-MNIST?")
     split = [ArrayImages(info, F.pad(p, (2, 2, 2, 2))[:, None], l) for p, l in zip(pixels, labels)]
     return Data(info, *split, str(files[0].parent))
 

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'PASSES', 'DRAWS', 'UPDATES', 'RACES', 'SEARCHES', 'plain_way', 'norms_behind', 'fold_pairs', 'fold_norms',
            'Sets', 'draw_block', 'Found', 'joined', 'encode', 'decode', 'rounded', 'first_theta', 'Slots', 'Clock',
            'work_on', 'Tally', 'check_engine', 'Engine', 'solve_blocks', 'solve_counting', 'shared', 'processes_of',
-           'summary', 'figures', 'race', 'trade_off', 'races']
+           'summary', 'figures', 'race', 'trade_off', 'races', 'slot_speeds']
 
 # %% ../nbs/34_engine.ipynb #557d80bb
 import copy
@@ -98,9 +98,9 @@ def fold_norms(network: nn.Module,  # any network
     def folded(pairs):  # None where it is no longer the same
         try:
             candidate = fold_pairs(plain, pairs)
-            with torch.no_grad(): same = torch.allclose(candidate(x), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+            with torch.no_grad(): got = candidate(x)
         except (AttributeError, KeyError, TypeError): return None  # as where a spectral norm makes the weights
-        return candidate if same else None
+        return candidate if torch.allclose(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item()) else None
     pairs = norms_behind(plain, x)
     if (whole := folded(pairs)) is not None: return whole
     for pair in pairs.items():  # somebody else uses a convolution's output, too: find out whose
@@ -471,3 +471,14 @@ def races(teacher: nn.Module, images: Images, out: str | Path = "results/engine.
                             for k in RACES}
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     return report
+
+# %% ../nbs/34_engine.ipynb #34bb0002
+def slot_speeds(teacher: nn.Module, images: Images, slots=(128, 512, 2048), blocks: int = 48) -> dict[int, float]:
+    "Solved images a second by the number of slots, after a few blocks that are not counted."
+    speeds = {}
+    for n in slots:
+        engine = Engine(teacher, images[:2][0], Mixing(**FAST), n)
+        solve_blocks(engine, images, 1, range(4))
+        start = time.perf_counter()
+        speeds[n] = len(solve_blocks(engine, images, 0, range(blocks)).index) / (time.perf_counter() - start)
+    return speeds

@@ -250,6 +250,7 @@ def further() -> list[Trial]:
     "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best, and more mixes."
     return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0)), fresh("further")]
 
+# %% ../nbs/60_study.ipynb #22a17de7
 def again() -> list[Trial]:
     "The core's main rows once more, for seed 0: on a GPU, with more seeds."
     return [*around("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3)),
