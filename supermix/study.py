@@ -247,8 +247,8 @@ def schedule() -> list[Trial]:
     return around("schedule", drops=late)[1:] + doubles(("KD",), "updates", "schedule", drops=late)
 
 def further() -> list[Trial]:
-    "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best, and more mixes."
-    return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0)), fresh("further")]
+    "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best."
+    return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0))]
 
 # %% ../nbs/60_study.ipynb #22a17de7
 def again() -> list[Trial]:
@@ -271,7 +271,7 @@ def grid() -> list[Trial]:
     parts = [(core() + budget, range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
              (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (again(), range(7)),
-             ([fresh("seeds")], range(3))]
+             ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3))]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../nbs/60_study.ipynb #f0ce3f15

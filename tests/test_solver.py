@@ -283,8 +283,9 @@ def test_a_student_trains_from_a_loader_that_mixes(workers, labelled, teacher, d
     student = create("resnet8", 10).train()
     before = [p.clone() for p in student.parameters()]
     optimiser, batches = torch.optim.SGD(student.parameters(), lr=0.1), 0
-    mixer = SuperMix(teacher, k=3, max_iter=2)
-    for images, targets in DataLoader(samples, batch_size=24, num_workers=workers, collate_fn=mixer):
+    mixer, start = SuperMix(teacher, k=3, max_iter=2), "spawn" if workers and torch.cuda.is_available() else None
+    for images, targets in DataLoader(samples, batch_size=24, num_workers=workers, collate_fn=mixer,
+                                      multiprocessing_context=start):  # autograd beside a GPU forbids to fork
         assert images.shape == (24, 3, 32, 32) and (targets > 0).sum(1).tolist() == [3] * 24
         F.cross_entropy(student(images), targets).backward()
         optimiser.step()
