@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'backgrounds', 'windows', 'clutter', 'cluttered',
            'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations', 'probes',
-           'schedule', 'further', 'again', 'fresh', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
+           'schedule', 'further', 'repeats', 'fresh', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
            'plot_costs', 'compare']
 
 # %% ../nbs/60_study.ipynb #ceb3047e
@@ -251,7 +251,7 @@ def further() -> list[Trial]:
     return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0))]
 
 # %% ../nbs/60_study.ipynb #22a17de7
-def again() -> list[Trial]:
+def repeats() -> list[Trial]:
     "The core's main rows once more, for seed 0: on a GPU, with more seeds."
     return [*around("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3)),
             *doubles(("KD",), "updates", "seeds")]
@@ -270,7 +270,7 @@ def grid() -> list[Trial]:
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
     parts = [(core() + budget, range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
-             (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (again(), range(7)),
+             (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (repeats(), range(7)),
              ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3))]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
