@@ -86,6 +86,7 @@ def fold_pairs(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
             setattr(folded.get_submodule(parent), child, module)
     return folded
 
+# %% ../nbs/34_engine.ipynb #34cc0002
 def fold_norms(network: nn.Module,  # any network
                x: torch.Tensor,     # a few images (B, C, H, W), to look at what follows what, and to check
                ) -> nn.Module:      # a copy in evaluation mode, without the norms that could be folded

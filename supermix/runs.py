@@ -176,6 +176,7 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
             meet()
     return load(path).to(device)
 
+# %% ../nbs/62_runs.ipynb #62cc0002
 def meet() -> None:
     "Wait for the other processes, where there are any."
     if world()[1] > 1: dist.barrier()

@@ -20,8 +20,8 @@ from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTIL
                               IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
                               Variant, change, differences)
 from supermix.runs import (BASES, CLASSIFIER_BASES, MIXES, Impossible, asks_teacher, bytes_a_mix, check_row, cost,
-                           find_result, measured, miniature, open_data, open_teacher, result_path, run, run_classification,
-                           run_distillation, table, run_family, write_cifar100)
+                           find_result, measured, miniature, open_data, open_teacher, result_path, run, run_family,
+                           run_classification, run_distillation, table, write_cifar100)
 from supermix.zoo import CRD_KEYS, create, crd_keys, load, pretrained, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
