@@ -30,11 +30,11 @@ def few(digits, n=96):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns(method, digits, there):
+def test_every_method_trains(method, digits, there):
     torch.manual_seed(0)
     history = distill(there if METHODS[method].teaches else None, create("resnet8", 10).cuda(), few(digits), method,
                       "mixup" if METHODS[method].mixes else None, SHORT)
-    assert len(history.loss) == 2 and history.test > 0
+    assert len(history.loss) == 2 and history.loss[1] != history.loss[0] and history.images == 192
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
