@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'backgrounds', 'windows', 'clutter', 'cluttered',
-           'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'around', 'ablations', 'probes',
-           'schedule', 'further', 'repeats', 'fresh', 'harder', 'grid', 'study', 'interval', 'results', 'cost', 'table',
-           'plot_costs', 'compare']
+           'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'budget', 'around', 'ablations', 'probes',
+           'schedule', 'further', 'repeats', 'fresh', 'harder', 'grid', 'study', 'prices', 'priced', 'interval',
+           'results', 'cost', 'table', 'plot_costs', 'compare']
 
 # %% ../nbs/60_study.ipynb #ceb3047e
 import base64
@@ -18,6 +18,7 @@ from math import ceil, sqrt
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import torch
@@ -217,6 +218,10 @@ def half_batches() -> list[Trial]:
     names = ("MixUp + KD", "CutMix + KD", "SuperMix + KD")
     return [Trial("budget", f"{name}, half batch", *ROWS[name], batch_size=64, updates=992) for name in names]
 
+def budget() -> list[Trial]:
+    "The core's rows at twice the batch or the updates, for seed 0."
+    return [row for name in ("alone", "KD") for what in ("batch", "updates") for row in doubles((name,), what)]
+
 def around(group: str, **options) -> list[Trial]:
     "The five rows that are asked everywhere, for seed 0."
     return [Trial(group, name, method, mixer, **options) for name, (method, mixer) in ROWS.items()]
@@ -266,9 +271,8 @@ def harder() -> list[Trial]:
 
 def grid() -> list[Trial]:
     "All trials, in the order in which they are run: seed by seed, so that there is something to see early."
-    budget = [row for name in ("alone", "KD") for what in ("batch", "updates") for row in doubles((name,), what)]
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
-    parts = [(core() + budget, range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget, range(2, 5)),
+    parts = [(core() + budget(), range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget(), range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
              (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (repeats(), range(7)),
              ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3))]
@@ -282,14 +286,14 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
     Args:
         out: the folder of the results, one file a run.
         home: the folder of the mixed images, and of the teacher for harder images.
-        groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds;
-            none: all. The last one is for a GPU.
+        groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
+            (for a GPU), prices (a processor's; measured last, and best with nothing else at work); none: all.
         seeds: none: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds, and none is told what it costs a processor.
     """
     torch.set_num_threads(1)
-    for name in groups: lookup(dict.fromkeys(t.group for t in grid()), name, "group")
+    for name in groups: lookup(dict.fromkeys([*(t.group for t in grid()), "prices"]), name, "group")
     begun, there = time.perf_counter(), {}
     missing = [t for t in grid() if (not groups or t.group in groups) and (not seeds or t.seed in seeds)]
     missing = [t for t in missing if not (out / t.file).exists()]
@@ -303,6 +307,30 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
             write_atomic(out / trial.file, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
             name, took = f"{trial.group:10s} {trial.name:24s} seed {trial.seed}", result["wall_seconds"]
             print(f"{name}  {result['accuracy']:.2f} %  {took:.0f} s to train", flush=True)
+    if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() - begun < 60 * minutes:
+        made(out / "prices.json", lambda: prices(*setting("fashion_mnist", home, out)))
+
+# %% ../nbs/60_study.ipynb #60dd0003
+def prices(data: Data, teacher, rounds: int = 3, updates: int = 32) -> dict:
+    "Core seconds of each row of the core and the budgets, from some updates of all rows in turn, in several rounds."
+    rows, taken = core() + budget() + half_batches(), {}
+    few = replace(data, test=data.test.subset(100))
+    for seed in progress(range(rounds), "prices", unit="round"):
+        with TemporaryDirectory() as home:
+            for row in rows:
+                short = replace(row, seed=seed, updates=updates, mixes=1)
+                took = run_trial(short, few, teacher, Path(home))["core_seconds"]
+                whole = {"training": row.updates / short.updates, "mixing": row.mixes}
+                taken.setdefault(row.name, []).append({part: took[part] * times for part, times in whole.items()})
+    middle = lambda name, part: round(median(took[part] for took in taken[name]), 1)
+    return {"rows": {name: {part: middle(name, part) for part in ("mixing", "training")} for name in taken},
+            "rounds": rounds, "updates": updates, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "commit": commit()}
+
+def priced(rows: dict[str, dict[int, dict]], at: dict[str, dict]) -> dict[str, dict[int, dict]]:
+    "The same results by row and seed, each charged the price of its row."
+    return {name: {seed: result | {"core_seconds": at[name]} for seed, result in seeds.items()}
+            for name, seeds in rows.items()}
 
 # %% ../nbs/60_study.ipynb #2d0de900
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
