@@ -103,7 +103,7 @@ def run_trial(trial: Trial, data: Data, teacher, home: Path, device: str = "cpu"
     history = distill(teacher if terms.teaches or mixer is not None else None, student, replace(data, train=images),
                       terms, mixer, trial.training, title=f"{trial.name}, seed {trial.seed}")
     training, wall = time.process_time() - before, time.perf_counter() - wall
-    cores = {"mixing": round(mixing, 1), "training": round(training, 1)} if device.type == "cpu" else None
+    cores = {"mixing": round(mixing, 2), "training": round(training, 2)} if device.type == "cpu" else None
     return {"trial": asdict(trial), "accuracy": history.test, "loss": history.loss[-1], "core_seconds": cores,
             "wall_seconds": round(wall, 1), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -311,7 +311,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         made(out / "prices.json", lambda: prices(*setting("fashion_mnist", home, out)))
 
 # %% ../nbs/60_study.ipynb #60dd0003
-def prices(data: Data, teacher, rounds: int = 3, updates: int = 32) -> dict:
+def prices(data: Data, teacher, rounds: int = 5, updates: int = 16) -> dict:
     "Core seconds of each row of the core and the budgets, from some updates of all rows in turn, in several rounds."
     rows, taken = core() + budget() + half_batches(), {}
     few = replace(data, test=data.test.subset(100))
@@ -321,15 +321,15 @@ def prices(data: Data, teacher, rounds: int = 3, updates: int = 32) -> dict:
                 short = replace(row, seed=seed, updates=updates, mixes=1)
                 took = run_trial(short, few, teacher, Path(home))["core_seconds"]
                 whole = {"training": row.updates / short.updates, "mixing": row.mixes}
-                taken.setdefault(row.name, []).append({part: took[part] * times for part, times in whole.items()})
-    middle = lambda name, part: round(median(took[part] for took in taken[name]), 1)
-    return {"rows": {name: {part: middle(name, part) for part in ("mixing", "training")} for name in taken},
-            "rounds": rounds, "updates": updates, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                for part, times in whole.items():
+                    taken.setdefault(row.name, {}).setdefault(part, []).append(round(took[part] * times, 1))
+    return {"rows": taken, "updates": updates, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "commit": commit()}
 
 def priced(rows: dict[str, dict[int, dict]], at: dict[str, dict]) -> dict[str, dict[int, dict]]:
-    "The same results by row and seed, each charged the price of its row."
-    return {name: {seed: result | {"core_seconds": at[name]} for seed, result in seeds.items()}
+    "The same results by row and seed, each charged what its row took in its fastest round."
+    charge = {name: {part: min(took) for part, took in parts.items()} for name, parts in at.items()}
+    return {name: {seed: result | {"core_seconds": charge[name]} for seed, result in seeds.items()}
             for name, seeds in rows.items()}
 
 # %% ../nbs/60_study.ipynb #2d0de900
