@@ -308,13 +308,13 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
             name, took = f"{trial.group:10s} {trial.name:24s} seed {trial.seed}", result["wall_seconds"]
             print(f"{name}  {result['accuracy']:.2f} %  {took:.0f} s to train", flush=True)
     if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() - begun < 60 * minutes:
-        made(out / "prices.json", lambda: prices(*setting("fashion_mnist", home, out)))
+        rows = core() + budget() + half_batches()
+        made(out / "prices.json", lambda: prices(rows, *setting(core()[0].data, home, out)))
 
 # %% ../nbs/60_study.ipynb #60dd0003
-def prices(data: Data, teacher, rounds: int = 5, updates: int = 16) -> dict:
-    "Core seconds of each row of the core and the budgets, from some updates of all rows in turn, in several rounds."
-    rows, taken = core() + budget() + half_batches(), {}
-    few = replace(data, test=data.test.subset(100))
+def prices(rows: list[Trial], data: Data, teacher, rounds: int = 5, updates: int = 16) -> dict:
+    "Core seconds that each row takes, from some updates of all rows in turn; a list with one for each round."
+    few, taken = replace(data, test=data.test.subset(100)), {}
     for seed in progress(range(rounds), "prices", unit="round"):
         with TemporaryDirectory() as home:
             for row in rows:

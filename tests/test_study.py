@@ -11,7 +11,8 @@ from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation import MIXERS
 from supermix.recipes import METHODS, Mixing
-from supermix.study import T95, Trial, clutter, core, grid, interval, results, run_trial, study, table
+from supermix.study import (T95, Trial, clutter, core, cost, grid, interval, priced, prices, results, run_trial, study,
+                            table)
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +78,27 @@ def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
     assert result["trial"] == asdict(trial) and result["threads"] == 1
     assert result["teacher"] == teacher.card["sha256"][:16]
     assert result["teacher_accuracy"] == teacher.card["test_accuracy"]
+
+
+def test_prices_are_those_of_whole_runs(teacher, digits):
+    rows = [replace(core()[i], images=60, updates=updates, batch_size=30) for i, updates in ((1, 40), (9, 20))]
+    listed = prices(rows, digits, teacher, rounds=2, updates=4)["rows"]
+    kd, supermix = (listed[row.name] for row in rows)
+    assert kd["mixing"] == [0, 0] and all(len(took) == 2 for parts in listed.values() for took in parts.values())
+    assert min(supermix["mixing"]) > 1  # seconds: 600 images, from what 60 took
+    once = run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
+    assert once / 3 < min(kd["training"]) < 3 * once
+
+
+def test_every_row_that_is_compared_has_a_price():
+    found, listed = (results(ROOT / "results" / "study"),
+                     json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"])
+    rows = found["core"] | found["budget"]
+    assert listed.keys() == rows.keys()
+    for name, seeds in priced(rows, listed).items():
+        assert cost(seeds) == min(listed[name]["training"]) and cost(seeds, "mixing") == min(listed[name]["mixing"])
+        assert [r["accuracy"] for r in seeds.values()] == [r["accuracy"] for r in rows[name].values()]
+        assert (cost(seeds, "mixing") > 0) == name.startswith("SuperMix")
 
 
 def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
