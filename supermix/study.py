@@ -272,7 +272,8 @@ def harder() -> list[Trial]:
 def grid() -> list[Trial]:
     "All trials, in the order in which they are run: seed by seed, so that there is something to see early."
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
-    parts = [(core() + budget(), range(2)), (others, range(1)), (ablations(), range(1)), (core() + budget(), range(2, 5)),
+    main = core() + budget()
+    parts = [(main, range(2)), (others, range(1)), (ablations(), range(1)), (main, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
              (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (repeats(), range(7)),
              ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3))]
