@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['CACHE', 'FASHION_FILES', 'FASHION_CLASSES', 'DATA_SETS', 'Info', 'Views', 'crop_flip', 'evenly', 'Batches', 'Images',
            'ArrayImages', 'centred', 'one_ahead', 'FolderImages', 'sample_boxes', 'opened', 'open_image', 'image_size',
-           'Data', 'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'locked', 'download_to',
+           'Data', 'fingerprint', 'load_digits', 'read_idx', 'data_folders', 'find_fashion', 'locked', 'download_to',
            'load_fashion_mnist', 'PlainUnpickler', 'read_cifar', 'load_cifar100', 'load_folder', 'load_imagenet',
            'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
 import gzip
+import hashlib
 import io
+import json
 import os
 import pickle
 import struct
@@ -290,6 +292,20 @@ class Data:
 
     def __repr__(self):
         return f"{self.info.name}: {len(self.train):,} training and {len(self.test):,} test images from {self.source}"
+
+# %% ../nbs/01_data.ipynb #37e08cc2
+def fingerprint(images: Images) -> str:  # 16 hexadecimal digits
+    """A hash that tells one set of images from another: of pixels, or of the files' names and sizes; of labels, and of
+    how images are normalised and moved."""
+    i = images.info
+    digest = hashlib.sha256(json.dumps([i.name, i.size, i.mean, i.std, i.pad, i.flip, len(images)]).encode())
+    digest.update(images.labels.cpu().numpy().tobytes())
+    if isinstance(images, ArrayImages):
+        digest.update(images.kept.contiguous().cpu().numpy().tobytes())
+    else:
+        digest.update("\n".join(f"{Path(f).parent.name}/{Path(f).name} {Path(f).stat().st_size}"
+                                for f in images.files).encode())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #b2eb2fd6
 def load_digits() -> Data:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .contrast import TERMS
-from .core import evaluating, lookup, seeded
+from .core import evaluating, lookup, seeded, weights_hash
 from .data import Data, Images
 from .engine import fold_norms
 from .generate import generate
@@ -28,7 +28,7 @@ from .mixing import see as classify
 from .policies import Augmented
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, METHODS, Generation, Mixing, Terms, Training
-from .store import MixedDataset, weights_hash
+from .store import MixedDataset
 from .training import Batch, History, short_hash, to_device, train, world
 
 # %% ../nbs/45_distillation.ipynb #885b24f2

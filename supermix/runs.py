@@ -31,8 +31,8 @@ import tyro
 from PIL import Image
 from torch import nn
 
-from .core import commit, lookup, write_atomic
-from .data import ArrayImages, Data, FolderImages, Images, Info, load_data, load_digits
+from .core import commit, lookup, weights_hash, write_atomic
+from .data import ArrayImages, Data, FolderImages, Images, Info, fingerprint, load_data, load_digits
 from .distillation import MIXERS, Distillation, check_parts, distill, make_mixes, make_terms
 from .engine import fold_norms
 from .generate import claimed, patiently
@@ -41,7 +41,6 @@ from .policies import Augmented, load_policy
 from .published import published, source
 from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
                               Variant)
-from .store import fingerprint, weights_hash
 from .training import Batch, check_recipe, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from supermix.data import ArrayImages, FolderImages, Info
+from supermix.core import weights_hash
+from supermix.data import ArrayImages, FolderImages, Info, fingerprint
 from supermix.distillation import distill
 from supermix.engine import Engine, Found, draw_block
 from supermix.generate import generate
@@ -16,7 +17,7 @@ from supermix.masks import sparsity
 from supermix.mixing import is_solved
 from supermix.quality import plot_quality, quality, show_extremes, total_variation
 from supermix.recipes import FAST, Generation, Mixing, Training
-from supermix.store import MixedDataset, Store, export_images, fingerprint, pack, unpack_logits, weights_hash
+from supermix.store import MixedDataset, Store, export_images, pack, unpack_logits
 from supermix.zoo import create
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as VF
