@@ -13,8 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+ALL = ["00_core", "31_mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing"]
+
+
+def uses_of(house, path): return house.dependencies(house.House(house.ROOT), path)
+
+
 @pytest.fixture
-def house(tmp_path):
+def house(tmp_path, monkeypatch):
     "tools/house.py of a copy with the whole package and four notebooks, all of them stamped."
     for folder in ("supermix", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -24,14 +30,15 @@ def house(tmp_path):
     for name in ("index", "00_core", "31_mixers", "runs/01_cifar100_distillation"):
         shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
     shutil.copy(ROOT / "nbs" / "33_mixing.ipynb", tmp_path / "solutions")
+    monkeypatch.syspath_prepend(tmp_path / "tools")
+    monkeypatch.delitem(sys.modules, "freshness", raising=False)
     spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert set(module.stale()[0]) == {"index", "00_core", "31_mixers", "runs/01_cifar100_distillation",
-                                      "solutions/33_mixing"}
-    module.write_stamps({module.name_of(path): {"source": module.source_of(path), "seconds": 1.0}
+    assert module.stale()[0] == dict.fromkeys(ALL, ["never executed"])
+    module.write_stamps({module.name_of(path): {"uses": uses_of(module, path), "seconds": 1.0}
                          for path in module.notebooks()})
-    assert module.stale() == ([], [])
+    assert module.stale() == ({}, [])
     return module
 
 
@@ -53,7 +60,7 @@ def write_notebook(path, code):
 
 def test_a_code_cell_makes_its_notebook_stale(house):
     edit(house.ROOT / "nbs" / "31_mixers.ipynb", lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"))
-    assert house.stale() == (["31_mixers"], [])
+    assert house.stale() == ({"31_mixers": ["its cells"]}, [])
 
 
 def test_prose_and_outputs_do_not(house):
@@ -61,38 +68,64 @@ def test_prose_and_outputs_do_not(house):
         for cell in cells_of("markdown", cells): cell["source"].append("\nMore words.")
         for cell in cells_of("code", cells): cell.update(outputs=[], execution_count=7)
     for path in house.notebooks(): edit(path, change)
-    assert house.stale() == ([], [])
+    assert house.stale() == ({}, [])
 
 
-@pytest.mark.parametrize("module, changed", [
-    ("masks", {"31_mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
-    # through supermix/__init__.py, zoo and resnet: nobody names it
-    ("models/blocks", {"index", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
-    ("explore", set()), ("core", {"index", "31_mixers", "runs/01_cifar100_distillation", "solutions/33_mixing"}),
-    ("__init__", {"index"})])
-def test_a_module_makes_those_stale_that_import_it(house, module, changed):
+def change_code(house, module, old, new):
     path = house.ROOT / "supermix" / f"{module}.py"
-    path.write_text("# a cell's marker\n\n" + path.read_text())
-    assert house.stale() == ([], [])
-    path.write_text(path.read_text() + "\nMORE = 1\n")
-    assert set(house.stale()[0]) == changed
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("module, old, new, name, changed", [
+    ("masks", "def areas(", "@no_grad\ndef areas(", "areas", {"31_mixers", "runs/01_cifar100_distillation", "index"}),
+    # through create, a registry and a class: no cell names it
+    ("models/blocks", "class Block(nn.Module)", "class Block(nn.Module, object)", "Block", {"index", "runs/01_cifar100_distillation"}),
+    ("explore", "def share_out(", "def share_out(more, ", "share_out", set()),
+    # in a module that every notebook imports, but reached by few
+    ("core", "def commit(", "def commit(more, ", "commit", {"runs/01_cifar100_distillation"})])
+def test_a_definition_makes_those_stale_that_reach_it(house, module, old, new, name, changed):
+    change_code(house, module, old, new)
+    found, gone = house.stale()
+    assert set(found) - {"solutions/33_mixing"} == changed and not gone
+    assert all(why == [name] for why in found.values())
+
+
+def test_words_layout_and_moves_do_not(house):
+    "Comments, docstrings, line breaks, and the module that a definition lives in."
+    change_code(house, "core", "def commit() -> str:\n    \"",
+                "def commit(\n) -> str:  # a comment\n\n    \"In other words: ")
+    package = house.ROOT / "supermix"
+    text = (package / "masks.py").read_text()
+    start = text.index("def areas(")
+    stop = text.index("\n# %%", start)
+    (package / "more.py").write_text("import torch\n" + text[start:stop])
+    (package / "masks.py").write_text(text[:start] + "from .more import areas\n" + text[stop:])
+    assert house.stale() == ({}, [])
 
 
 def test_another_teacher_makes_those_stale_that_may_ask_it(house):
     (house.ROOT / "supermix" / "teachers" / "digits.safetensors").write_bytes(b"")
-    assert {"index", "runs/01_cifar100_distillation"} <= set(house.stale()[0]) and "00_core" not in house.stale()[0]
+    found, _ = house.stale()
+    assert {"index", "runs/01_cifar100_distillation"} <= set(found) and "00_core" not in found
+    assert found["index"] == ["supermix/teachers/digits.safetensors"]
+
+
+def test_a_teacher_that_is_new_does_not(house):
+    (house.ROOT / "supermix" / "teachers" / "new.safetensors").write_bytes(b"1")
+    assert house.stale() == ({}, [])
 
 
 def test_results_make_those_stale_that_show_them(house):
     shows = house.ROOT / "nbs" / "02_shows.ipynb"
     write_notebook(shows, 'print(open("../results/one.json").read(), *Path("../results/study").glob("*/*.json"))')
     (house.ROOT / "results" / "study" / "core").mkdir(parents=True)
-    seen = {house.source_of(shows)}
+    seen = {tuple(uses_of(house, shows))}
     for name, text in (("one.json", "1"), ("study/core/KD-0.json", "2"), ("study/core/KD-0.json", "3")):
         (house.ROOT / "results" / name).write_text(text)
-        seen.add(house.source_of(shows))
+        seen.add(tuple(uses_of(house, shows)))
     for name in ("study/core/.KD-0.json.lock", "two.json"): (house.ROOT / "results" / name).write_text("")
-    assert house.source_of(shows) in seen and len(seen) == 4
+    assert tuple(uses_of(house, shows)) in seen and len(seen) == 4
 
 
 def test_a_notebook_that_there_is_not(house):
@@ -103,7 +136,7 @@ def test_a_notebook_that_there_is_not(house):
 
 def test_new_notebooks_and_those_that_are_gone(house):
     (house.ROOT / "nbs" / "31_mixers.ipynb").rename(house.ROOT / "nbs" / "32_mixers.ipynb")
-    assert house.stale() == (["32_mixers"], ["31_mixers"])
+    assert house.stale() == ({"32_mixers": ["never executed"]}, ["31_mixers"])
 
 
 def test_executing_what_is_stale(house):
@@ -111,9 +144,9 @@ def test_executing_what_is_stale(house):
     write_notebook(good, "import supermix.core\nprint(supermix.core.__file__)")
     write_notebook(bad, "1 / 0")
     write_notebook(old, "print('as it was')")
-    kept = house.stamps() | {"02_bad": {"source": "of old", "seconds": 2.0},
-                             "03_old": {"source": house.source_of(old), "seconds": 3.0}, "04_gone": {}}
-    house.STAMPS.write_text(json.dumps(kept))
+    kept = house.stamps() | {"02_bad": {"uses": {"00000000": "its cells"}, "seconds": 2.0},
+                             "03_old": {"uses": uses_of(house, old), "seconds": 3.0}}
+    house.write_stamps(kept)
     before = bad.read_text(), old.read_text()
     command = [sys.executable, "tools/house.py", "execute", "--stale", "--workers", "2", "01", "02", "03"]
     done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True,
@@ -121,7 +154,7 @@ def test_executing_what_is_stale(house):
     assert (done.returncode == 1 and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
             and "ZeroDivisionError" in done.stderr)
     assert (bad.read_text(), old.read_text()) == before
-    assert (house.stale() == (["02_bad"], []) and house.stamps()["02_bad"] == kept["02_bad"]
+    assert (house.stale() == ({"02_bad": ["its cells"]}, []) and house.stamps()["02_bad"] == kept["02_bad"]
             and house.stamps()["03_old"] == kept["03_old"])
     outputs = json.loads(good.read_text())["cells"][0]["outputs"]
     assert "".join(outputs[0]["text"]).strip() == str(house.ROOT / "supermix" / "core.py")  # of its own tree's package

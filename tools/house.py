@@ -1,7 +1,7 @@
 """Keeps notebooks, package and README in step.
 
-house.py check     export into a copy and compare: package and README must be what the notebooks say,
-                   and the outputs theirs
+house.py check     export into a copy and compare: package and README must be what the notebooks say;
+                   stale outputs are reported, and with --strict they are an error
 house.py execute   run every notebook (or those named: 13, runs/01, solutions/) from a clean kernel and save its outputs
                    --stale: only those whose code has changed since;
                    --workers N: that many at a time, of one thread each
@@ -17,15 +17,14 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from filecmp import dircmp
-from hashlib import sha256
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+
+from freshness import House, changes, dependencies
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STAMPS = ROOT / "nbs" / "executed.json"
-IMPORT = re.compile(r"^\s*(?:from\s+(supermix[\w.]*|\.+[\w.]*)\s+import\s+(.+)|import\s+(supermix[\w.]*))",
-                    re.MULTILINE)
 
 
 def name_of(path):
@@ -55,69 +54,52 @@ def differing(a: dircmp, prefix=""):
     return names + [n for sub, inner in a.subdirs.items() for n in differing(inner, f"{prefix}{sub}/")]
 
 
-def imported(text, package=""):
-    "Names of the supermix modules that lines of `text` import, which is code of `package`."
-    for of, names, plain in IMPORT.findall(text):
-        dots = len(of) - len(of.lstrip("."))
-        if dots:  # as nbdev writes it: .core and ..core
-            of = ".".join(filter(None, [*package.split(".")[:len(package.split(".")) - dots + 1], of.lstrip(".")]))
-        yield plain or of
-        yield from (f"{of}.{name}" for name in re.findall(r"\w+", names))  # from supermix.models import resnet
-
-
-def without_comments(text):
-    """The lines of code that are neither empty nor a comment: lines and not Python's syntax tree, which each version
-    prints in its own way."""
-    return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-
-
-def shown_files(text):
-    "Hashes of the results and policies that lines of `text` read, by their paths."
-    for name in sorted(set(re.findall(r"\.\./((?:results|policies)/[\w./=-]*)", text))):
-        place = ROOT / name
-        files = sorted(place.rglob("[!.]*.json")) if place.is_dir() else [place] if place.is_file() else []
-        yield from ((str(f.relative_to(ROOT)), sha256(f.read_bytes()).hexdigest()) for f in files)
-
-
-def source_of(path):
-    """A hash of what a notebook's outputs depend on: its code, that of every module of ours that it imports, without
-    comments, and the results and policies that it shows."""
-    cells = json.loads(path.read_text())["cells"]
-    text = without_comments("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
-    seen, todo = {}, list(imported(text))
-    while todo:
-        module = todo.pop()
-        file = ROOT.joinpath(*module.split("."))
-        file = file / "__init__.py" if file.is_dir() else file.with_name(file.name + ".py")
-        if module in seen or not file.is_file(): continue
-        seen[module] = without_comments(file.read_text())
-        todo += imported(seen[module], module if file.stem == "__init__" else module.rpartition(".")[0])
-    if "supermix.zoo" in seen:  # it opens the teachers that we ship
-        seen |= {f.name: sha256(f.read_bytes()).hexdigest() for f in (ROOT / "supermix" / "teachers").iterdir()}
-    seen |= shown_files(text)
-    return sha256(json.dumps([text, seen], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def stamps(): return json.loads(STAMPS.read_text()) if STAMPS.is_file() else {}
+def stamps():
+    "Of each notebook: what its outputs were made with, {hash: name}, and the seconds that it took."
+    if not STAMPS.is_file(): return {}
+    kept = json.loads(STAMPS.read_text())
+    names = kept["definitions"]
+    return {name: {"uses": {digest: names[digest] for digest in entry["uses"].split()}, "seconds": entry["seconds"]}
+            for name, entry in kept["notebooks"].items()}
 
 
 def write_stamps(kept):
-    "Stamps of the notebooks that there are, one a line; all or nothing."
-    names = [name for name in map(name_of, notebooks()) if name in kept]
+    "Stamps of the notebooks that there are, one a line; all or nothing. A definition's name is written once."
+    here = {name: kept[name] for name in map(name_of, notebooks()) if name in kept}
+    known = sorted({pair for entry in here.values() for pair in entry["uses"].items()}, key=lambda pair: pair[::-1])
+    lines = [f'{json.dumps(name)}: {json.dumps({"seconds": e["seconds"], "uses": " ".join(sorted(e["uses"]))})}'
+             for name, e in here.items()]
+    table = [f"{json.dumps(digest)}: {json.dumps(name)}" for digest, name in known]
     fresh = STAMPS.with_suffix(".new")
-    fresh.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in names) + "\n}\n")
+    table, lines = (",\n".join(part) for part in (table, lines))
+    fresh.write_text(f'{{"definitions": {{\n{table}\n}},\n"notebooks": {{\n{lines}\n}}}}\n')
     fresh.replace(STAMPS)
 
 
 def stale():
-    "Names of notebooks whose outputs are not of today's code, and of stamps whose notebook is gone."
-    kept, found = stamps(), {name_of(path): path for path in notebooks()}
-    changed = [name for name, path in found.items() if kept.get(name, {}).get("source") != source_of(path)]
-    return changed, [name for name in kept if name not in found]
+    """Notebooks whose outputs are not of today's code, each with the names of what has changed; and stamps whose
+    notebook is gone."""
+    kept, found, house = stamps(), {name_of(path): path for path in notebooks()}, House(ROOT)
+    changed = {name: changes(kept[name]["uses"], dependencies(house, path)) if name in kept else ["never executed"]
+               for name, path in found.items()}
+    return {name: why for name, why in changed.items() if why}, [name for name in kept if name not in found]
 
 
-def check():
-    "Exit with an error unless a fresh export and a fresh README change nothing, and every output is of today's code."
+def report_stale(strict):
+    "Say which outputs are stale, and why; with `strict` that is an error."
+    changed, gone = stale()
+    lines = [f"  {name}: {', '.join(why[:4])}{f' and {len(why) - 4} more' if len(why) > 4 else ''}"
+             for name, why in changed.items()] + [f"  {name}: the notebook is gone" for name in gone]
+    if not lines: return print("All outputs are of today's code.")
+    text = "\n".join([f"Outputs of {len(lines)} notebooks are older than the code that they show:", *lines,
+                      "Run `make stale` (tools/house.py execute --stale), and commit."])
+    if strict: sys.exit(text)
+    print(text)
+
+
+def check(strict):
+    """Exit with an error unless a fresh export and a fresh README change nothing. Stale outputs are reported; with
+    `strict` they are an error, too."""
     skip = ignore_patterns("__pycache__", "*.egg-info", ".venv", ".git", "out", "build")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
@@ -133,20 +115,14 @@ def check():
         sys.exit("Not what the notebooks say: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
     if (ROOT / "README.md").read_text() != readme_text():
         sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
-    changed, gone = stale()
-    if changed:
-        sys.exit(f"Outputs are not of today's code: {', '.join(changed)}\n"
-                 "Run `make stale` (tools/house.py execute --stale), and commit.")
-    if gone:
-        sys.exit(f"{STAMPS.name} has notebooks that are gone: {', '.join(gone)}\n"
-                 "Run `make stale` (tools/house.py execute --stale), and commit.")
-    print("The package and the README are what the notebooks say, and the outputs are theirs.")
+    print("The package and the README are what the notebooks say.")
+    report_stale(strict)
 
 
 def run(path, env):
-    """Run one notebook from a clean kernel; it is replaced, cleaned, when all went well. Returns its hash and its
-    seconds."""
-    source, start = source_of(path), time.perf_counter()
+    """Run one notebook from a clean kernel; it is replaced, cleaned, when all went well. Returns what it depends on and
+    its seconds."""
+    uses, start = dependencies(House(ROOT), path), time.perf_counter()
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--stdout", path]
     text = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout
     seconds = time.perf_counter() - start
@@ -156,7 +132,7 @@ def run(path, env):
         subprocess.run([BIN / "nbdev_clean", "--fname", fresh], cwd=ROOT, check=True)
         fresh.replace(path)
     finally: fresh.unlink(missing_ok=True)
-    return {"source": source, "seconds": round(seconds, 1)}
+    return {"uses": uses, "seconds": round(seconds, 1)}
 
 
 def execute(names, only_stale, workers):
@@ -189,8 +165,9 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["check", "execute", "readme"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--stale", action="store_true")
+    parser.add_argument("--strict", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_intermixed_args()
-    if options.command == "check": check()
+    if options.command == "check": check(options.strict)
     elif options.command == "execute": execute(options.names, options.stale, options.workers)
     else: (ROOT / "README.md").write_text(readme_text())
