@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'make_mixes', 'mix_batch', 'mix_if_possible', 'widened', 'of_mixer', 'Staged', 'Distillation', 'total',
-           'ask_teacher', 'make_terms', 'check_parts', 'distill']
+           'ask_teacher', 'make_terms', 'check_first_stage', 'check_parts', 'distill']
 
 # %% ../nbs/45_distillation.ipynb #b2e448b5
 import tempfile
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .contrast import TERMS
 from .core import evaluating, lookup, seeded, weights_hash
 from .data import Data, Images
 from .engine import fold_norms
@@ -25,7 +24,6 @@ from .generate import generate
 from .losses import LOGIT_LOSSES, Seen, see, student_loss
 from .mixers import CutMix, FewClasses, Mixer, MixUp
 from .mixing import see as classify
-from .policies import Augmented
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, METHODS, Generation, Mixing, Terms, Training
 from .store import MixedDataset
@@ -42,7 +40,7 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
                ) -> MixedDataset:
     "Make `count` SuperMix images from random views of `images`."
     if isinstance(images, Data): images = images.train
-    if isinstance(images, Augmented): images = images.images  # a policy is for natural images; mixes keep crop and flip
+    if hasattr(images, "policy"): images = images.images  # a policy is for natural images; mixes keep crop and flip
     recipe = Generation(images.info.name, "given", count, mixing,
                         shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
@@ -202,10 +200,18 @@ def make_terms(terms: Terms, student: nn.Module, teacher: nn.Module, images: Ima
         ours, theirs = see(student, to_device(x, student)), see(teacher, to_device(x, teacher))
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seeded(seed, "terms").initial_seed())
+    from supermix.contrast import TERMS  # here, since it loads torch's compiler, which takes longer than torch
     try: return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
     finally: torch.set_rng_state(before)
 
 # %% ../nbs/45_distillation.ipynb #19fdb848
+def check_first_stage(features: dict, recipe: Training) -> None:
+    "A ValueError where terms on features need a first stage that the training has no room for."
+    firsts = [name for name, term in features.items() if term.first]
+    if firsts and not 1 <= recipe.first_stage < recipe.epochs:
+        raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
+                         f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
+
 def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module) -> None:
     "A ValueError where teacher, student, method and mixer do not fit together."
     if terms.mixes and mixer is None:
@@ -265,10 +271,7 @@ def distill(teacher,                              # images to logits; None where
     check_parts(teacher, terms, mixer, images, student)
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     features = make_terms(terms, student, teacher, learned, recipe.seed)  # an impossible one ends here
-    firsts = [name for name, term in features.items() if term.first]
-    if firsts and not 1 <= recipe.first_stage < recipe.epochs:
-        raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
-                         f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
+    check_first_stage(features, recipe)
     if make: mixer = make(teacher, images.info)
     elif mixer == "supermix":
         if world()[1] > 1 and folder is None:

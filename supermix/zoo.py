@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2 import functional as VF
 
 from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
 from .data import Info, centred, open_image
@@ -72,6 +70,7 @@ class Row(NamedTuple):
 # %% ../nbs/19_zoo.ipynb #d6f81425
 def multiply_adds(network: nn.Module, image: torch.Tensor) -> int:
     "Multiply-adds of a forward pass, as torch counts them."
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton, where there is one
     with FlopCounterMode(display=False) as counter: network(image)
     return counter.get_total_flops() // 2
 
@@ -210,6 +209,7 @@ def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, 
         return torch.cat([as_batch(image, info) for image in images])
     if isinstance(images, (str, Path)): images = open_image(images)
     if isinstance(images, Image.Image):
+        from torchvision.transforms.v2 import functional as VF
         return info.normalize(VF.pil_to_tensor(centred(images.convert("RGB"), info))[None])
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""
