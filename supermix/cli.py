@@ -272,6 +272,8 @@ class Stop:
 
     def insist(self):
         time.sleep(self.patience)
+        for child in active_children(): child.kill()  # whoever waits for them need not wait any more
+        time.sleep(1)
         if self.told: os._exit(130)
         leave()
 
@@ -290,8 +292,10 @@ def on_ctrl_c(action) -> None:
 
 def check_reader() -> None:
     "End quietly where whoever read our lines has gone, as `| head` goes."
-    try: sys.stdout.flush()
-    except BrokenPipeError: os._exit(141)
+    from select import POLLERR, poll  # not there on Windows
+    output = poll()
+    output.register(sys.stdout.fileno(), 0)
+    if any(event & POLLERR for _, event in output.poll(0)): os._exit(141)
 
 def main(args: list[str] | None = None) -> None:
     "The command `supermix`."
