@@ -29,7 +29,7 @@ from .policies import Augmented
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, METHODS, Generation, Mixing, Terms, Training
 from .store import MixedDataset
-from .training import Batch, History, short_hash, to_device, train, world
+from .training import Batch, History, check_begun, check_recipe, short_hash, to_device, train, world
 
 # %% ../nbs/45_distillation.ipynb #885b24f2
 def make_mixes(teacher,                           # images (B, 3, H, W) to logits (B, N)
@@ -42,6 +42,8 @@ def make_mixes(teacher,                           # images (B, 3, H, W) to logit
                ) -> MixedDataset:
     "Make `count` SuperMix images from random views of `images`."
     if isinstance(images, Data): images = images.train
+    if not isinstance(mixed_pad, int) or mixed_pad < 0:
+        raise ValueError(f"Expected mixed_pad of 0 or more pixels, got {mixed_pad!r}.")
     if isinstance(images, Augmented): images = images.images  # a policy is for natural images; mixes keep crop and flip
     recipe = Generation(images.info.name, "given", count, mixing,
                         shard=min(4096, 128 * ceil(count / 512)) if count > 0 else 128, seed=seed)
@@ -156,7 +158,9 @@ def total(objective: Distillation, student, batch: Batch, mixes) -> torch.Tensor
     "The terms' sum, of a natural batch and of its mixes, where there are any: images (B', 3, H, W) and soft labels."
     terms, n, both, soft = objective.terms, len(batch.images), batch.images, None
     later = [(term, weight) for name, weight in terms.features if (term := objective.features[name]).later]
-    if mixes is None: terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
+    if mixes is None:
+        if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn from here
+        terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
     else: both, soft = to_device(torch.cat([both, mixes[0]]), student), mixes[1]
     ours = see(student, both) if later else Seen([], student(both))
     zs = ours.logits.float()
@@ -164,7 +168,7 @@ def total(objective: Distillation, student, batch: Batch, mixes) -> torch.Tensor
     zt = theirs.logits
     if terms.mixed_ce and terms.label in ("lam", "area"): soft = widened(soft, zs.shape[1])
     loss = student_loss(terms, zs[:n], batch.labels,
-                        *((zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)), soft)
+                        *((zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)), soft, batch.label_smoothing)
     natural = Seen([f[:n] for f in ours.features], zs[:n])
     for term, weight in later:
         loss = loss + weight * term(natural, theirs, batch.labels, batch.indices, batch.generator)
@@ -256,12 +260,14 @@ def distill(teacher,                              # images to logits; None where
                            ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
         if not isinstance(of, kind): raise ValueError(f"Expected {what}, got {type(of).__name__}.")
     if student is teacher: raise ValueError("Expected a student beside the teacher, got the teacher itself.")
+    for name in options: lookup(dict.fromkeys(("title", "minutes", "live")), name, "option of `train`")
     if mixes is not None and mixer is None:
         raise ValueError("Expected mixer='supermix' where a number of mixes is given, got None.")
     images, test = (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms = method if isinstance(method, Terms) else lookup(METHODS, method, "method")
     if mixer is not None: terms = terms.mixed()
     make = lookup(MIXERS, mixer, "mixer") if isinstance(mixer, str) else None
+    check_recipe(recipe, len(images))
     check_parts(teacher, terms, mixer, images, student)
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     features = make_terms(terms, student, teacher, learned, recipe.seed)  # an impossible one ends here
@@ -269,6 +275,7 @@ def distill(teacher,                              # images to logits; None where
     if firsts and not 1 <= recipe.first_stage < recipe.epochs:
         raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
                          f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
+    check_begun(folder, student, learned, recipe)
     if make: mixer = make(teacher, images.info)
     elif mixer == "supermix":
         if world()[1] > 1 and folder is None:

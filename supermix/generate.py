@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import nn
 
+from .checkpoints import interruptible
 from .core import progress
 from .data import Images, load_data
 from .engine import BLOCK, Engine, draw_block, joined
@@ -84,12 +85,6 @@ def generate(recipe: Generation = Generation(),
              teacher: nn.Module | None = None, # None: the recipe's
              ) -> Store:                       # finished
     "Make a store of mixed images, or go on with one that was begun."
-    if recipe.count < 1 or recipe.shard < BLOCK or recipe.shard % BLOCK:
-        raise ValueError(f"Expected a count of 1 or more and shards of a multiple of {BLOCK} sets, "
-                         f"got count {recipe.count} and shard {recipe.shard}.")
-    if recipe.top < recipe.mixing.k:
-        raise ValueError(f"Expected top of at least k = {recipe.mixing.k} logits, those of the sources' classes, "
-                         f"got {recipe.top}.")
     images = images if images is not None else sources_of(recipe)
     teacher = teacher if teacher is not None else teacher_of(recipe, images)
     engine = Engine(teacher, images[:2][0], recipe.mixing, recipe.slots, recipe.bfloat16)
@@ -98,15 +93,18 @@ def generate(recipe: Generation = Generation(),
         store.folder.mkdir(parents=True, exist_ok=True)
         with patiently(store.manifest_path): store.begin(recipe, images, teacher)
         there = min(recipe.count, sum(n for n, _ in store.counts().values()))
-        with progress(title="mixing", total=recipe.count, initial=there, unit="image",
-                      **({} if first else {"disable": True})) as bar:
+        with interruptible() as check, progress(title="mixing", total=recipe.count, initial=there, unit="image",
+                                                **({} if first else {"disable": True})) as bar:
+            def told(solved, tried):
+                check()
+                tell(bar, counts, recipe.count, solved, tried)
             while missing := missing_shards(counts := store.counts(), recipe.count, recipe.shard):
                 tell(bar, counts, recipe.count)
+                check()
                 for shard in missing:
                     with claimed(store.shard_path(shard)) as mine:
                         if not mine or store.shard_path(shard).exists(): continue
-                        found, sets = make_shard(engine, images, recipe, shard,
-                                                 lambda solved, tried: tell(bar, counts, recipe.count, solved, tried))
+                        found, sets = make_shard(engine, images, recipe, shard, told)
                         store.keep(shard, found, sets, recipe.top)
                         break
                 else: time.sleep(0.2)

@@ -8,6 +8,7 @@ __all__ = ['LOGIT_LOSSES', 'kd_loss', 'kl', 'decouple', 'dkd_loss', 'correlation
 
 # %% ../nbs/40_losses.ipynb #fd3fa529
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -87,9 +88,10 @@ def std_loss(student_logits: torch.Tensor,  # (B, N)
     return kd_loss(standardize(student_logits), standardize(teacher_logits), tau)
 
 # %% ../nbs/40_losses.ipynb #b428d7eb
-LOGIT_LOSSES = {  # name: (student_logits, teacher_logits, target, tau) -> a number
+LOGIT_LOSSES = {  # name: (student_logits, teacher_logits, target, tau) -> a number; DKD's takes its β, too
     "kd": lambda student_logits, teacher_logits, target, tau: kd_loss(student_logits, teacher_logits, tau),
-    "dkd": lambda student_logits, teacher_logits, target, tau: dkd_loss(student_logits, teacher_logits, target, tau),
+    "dkd": lambda student_logits, teacher_logits, target, tau, beta=8.0: dkd_loss(
+        student_logits, teacher_logits, target, tau, beta=beta),
     "dist": lambda student_logits, teacher_logits, target, tau: dist_loss(student_logits, teacher_logits, tau),
     "std": lambda student_logits, teacher_logits, target, tau: std_loss(student_logits, teacher_logits, tau),
 }
@@ -102,10 +104,12 @@ def student_loss(terms: Terms,               # the weights of the terms
                  mixed_student_logits=None,  # of the mixed images (B', N), where a mixed term is not 0
                  mixed_teacher_logits=None,  # of the mixed images, where a mixed term looks at them
                  mixed_labels=None,          # (B', N), rows summing to 1, where `terms.label` is "lam" or "area"
+                 label_smoothing: float = 0.0,  # share of a natural image's label that goes to all classes evenly
                  ) -> torch.Tensor:          # a number
     "The weighted sum of cross-entropy and a loss on logits, on natural and on mixed images: equations (5) and (6)."
     distil = lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
-    loss = terms.ce * F.cross_entropy(student_logits, labels)
+    if terms.logits == "dkd": distil = partial(distil, beta=terms.dkd_beta)
+    loss = terms.ce * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     if terms.kd: loss = loss + terms.kd * distil(student_logits, teacher_logits, labels, terms.tau)
     if terms.mixed_ce:
         if terms.label == "teacher": mixed_labels = mixed_teacher_logits.argmax(1)

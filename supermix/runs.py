@@ -40,7 +40,7 @@ from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
 from .published import published, source
 from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
-                              Variant)
+                              Variant, as_named)
 from .training import Batch, check_recipe, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 
@@ -163,7 +163,7 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
         return teacher.to(device)
     if fetched(recipe, classes): return create(recipe.teacher, weights=WEIGHTS).eval().to(device)
     path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
-                                  f"{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors")
+                                  f"{short_hash(as_named(recipe.teacher_training), fingerprint(data.train))}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with patiently(path) if world()[1] == 1 else alone_at(path):
         if not agreed(path.exists()):
@@ -222,7 +222,7 @@ def augmented(images: Images, variant: Variant, epochs: int, policies: str | Pat
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
     """The file of a run's result; its name holds a hash of all numbers of the recipe and of a policy file's place,
     but for the seed, which stands at the end."""
-    what = plain(recipe)
+    what = json.loads(json.dumps({name: value for name, value in as_named(recipe).items() if name != "scales"}))
     seed = what["training"].pop("seed")
     policy = [variant.policy] if variant.policy.endswith(".json") else []
     return Path(results) / (f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-"

@@ -276,10 +276,6 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
     (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
     (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "1 or more slots"),
     (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
-    (dict(mixing=replace(RECIPE.mixing, hold=None)), "sparsity to hold"),
-    (dict(mixing=replace(RECIPE.mixing, start="region")), "Did you mean 'regions'"),
-    (dict(mixing=replace(RECIPE.mixing, step=0.0)), "step above 0"),
-    (dict(mixing=replace(RECIPE.mixing, k=1)), "k of 2 or more"),
 ])
 def test_what_cannot_be_made(changes, message, tmp_path):
     "And no folder is left behind, in which the corrected command would find another run."
