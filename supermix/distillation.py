@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'make_mixes', 'mix_batch', 'mix_if_possible', 'widened', 'of_mixer', 'Staged', 'Distillation', 'total',
-           'ask_teacher', 'make_terms', 'check_first_stage', 'check_parts', 'distill']
+           'ask_teacher', 'make_terms', 'check_parts', 'distill']
 
 # %% ../nbs/45_distillation.ipynb #b2e448b5
 import tempfile
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import interruptible
 from .contrast import TERMS
 from .core import evaluating, lookup, seeded, weights_hash
 from .data import Data, Images
@@ -210,13 +209,6 @@ def make_terms(terms: Terms, student: nn.Module, teacher: nn.Module, images: Ima
     try: return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
     finally: torch.set_rng_state(before)
 
-def check_first_stage(features: dict[str, nn.Module], recipe: Training) -> None:
-    "A ValueError where a term needs a first stage, and the recipe leaves no epoch for it or none after it."
-    firsts = [name for name, term in features.items() if term.first]
-    if firsts and not 1 <= recipe.first_stage < recipe.epochs:
-        raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
-                         f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
-
 # %% ../nbs/45_distillation.ipynb #19fdb848
 def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module) -> None:
     "A ValueError where teacher, student, method and mixer do not fit together."
@@ -250,7 +242,6 @@ def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module
                          f"give both a head for the {len(images.info.classes)} of {images.info.name}.")
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
-@interruptible()
 def distill(teacher,                              # images to logits; None where nothing asks for it
             student: nn.Module,                   # is trained in place
             data: Data | Images,                  # with test images, whose accuracy is then told; or without
@@ -263,8 +254,7 @@ def distill(teacher,                              # images to logits; None where
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             **options,                            # of `train`: title, minutes, live
             ) -> History:
-    """Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was.
-    The same seed, student and number of threads give the same bits (chapter 22)."""
+    "Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was."
     for what, of, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images),
                            ("a student that is a network", student, nn.Module),
                            ("a recipe that is a `supermix.recipes.Training`", recipe, Training)):
@@ -281,7 +271,10 @@ def distill(teacher,                              # images to logits; None where
     check_parts(teacher, terms, mixer, images, student)
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     features = make_terms(terms, student, teacher, learned, recipe.seed)  # an impossible one ends here
-    check_first_stage(features, recipe)
+    firsts = [name for name, term in features.items() if term.first]
+    if firsts and not 1 <= recipe.first_stage < recipe.epochs:
+        raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
+                         f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
     check_begun(folder, student, learned, recipe)
     if make: mixer = make(teacher, images.info)
     elif mixer == "supermix":
