@@ -222,8 +222,8 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.saved, state = checkpoint, load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.about()
     if check_identity(run.folder, old, dict.fromkeys(old) | new):
-        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down what pixels it learned "
-                      "from: it goes on, and whether these are the same was not checked.", stacklevel=4)
+        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down what pixels it saw: "
+                      "it goes on, and whether these are the same was not checked.", stacklevel=4)
     run.loss.network.load_state_dict(state["network"])
     if isinstance(run.loss.objective, nn.Module): run.loss.objective.load_state_dict(state["objective"])
     run.optimiser.load_state_dict(state["optimiser"])
@@ -344,7 +344,8 @@ def train(network: nn.Module,                # is trained in place
           minutes: float = 10.0,             # between checkpoints within an epoch, of one process; one after each epoch
           live: bool = False,                # whether a notebook shows the curves while they grow
           ) -> History:
-    "Train `network` by the recipe, and leave it in evaluation mode. The same seed and number of threads give the same bits."
+    """Train `network` by the recipe, and leave it in evaluation mode.
+    The same seed, weights and number of threads give the same bits."""
     check_joined()
     check_recipe(recipe, len(images))
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)

@@ -63,7 +63,8 @@ def test_the_cosine_is_torchs(warmup):
 OPTIMISERS = {
     "AdamW": (dict(optimizer="adamw", lr=0.002, weight_decay=0.05, momentum=0.8),
               lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.999), weight_decay=0.05)),
-    "Nesterov": (dict(nesterov=True, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4, nesterov=True)),
+    "Nesterov": (dict(nesterov=True, lr=0.05),
+                 lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4, nesterov=True)),
     "cosine": (dict(schedule="cosine", lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
     "smoothing": (dict(label_smoothing=0.2, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
     "clipping": (dict(clip_grad=0.5, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4))}
@@ -342,9 +343,12 @@ def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda info, pixels: (info, pixels.roll(1, 0)), r"recipe: images.fingerprint \([0-9a-f]{16} there, [0-9a-f]{16} now\)"),
-    (lambda info, pixels: (info, pixels ^ (torch.arange(len(pixels)) == 7).view(-1, 1, 1, 1).byte()), "images.fingerprint"),
-    (lambda info, pixels: (replace(info, mean=(0.5,) * 3), pixels), r"images.mean \(\[0.3059, .* there, \[0.5, .* now\)"),
+    (lambda info, pixels: (info, pixels.roll(1, 0)),
+     r"recipe: images.fingerprint \([0-9a-f]{16} there, [0-9a-f]{16} now\)"),
+    (lambda info, pixels: (info, pixels ^ (torch.arange(len(pixels)) == 7).view(-1, 1, 1, 1).byte()),
+     "images.fingerprint"),
+    (lambda info, pixels: (replace(info, mean=(0.5,) * 3), pixels),
+     r"images.mean \(\[0.3059, .* there, \[0.5, .* now\)"),
     (lambda info, pixels: (replace(info, std=(0.5,) * 3), pixels), r"images.std \(\[0.324, .* there, \[0.5, .* now\)"),
     (lambda info, pixels: (replace(info, size=28), F.pad(pixels, (-2,) * 4)), r"images.size \(32 there, 28 now\)"),
     (lambda info, pixels: (replace(info, classes=("a", *info.classes[1:])), pixels), r"images.classes \("),
