@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'digest', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'random_state', 'restore_random', 'Interrupted',
-           'interruptible']
+           'check_interrupt', 'interruptible']
 
 # %% ../nbs/20_checkpoints.ipynb #7da0fee4
 import hashlib
@@ -91,20 +91,20 @@ class Interrupted:
         self.came = True
         raise KeyboardInterrupt
 
-    def check(self) -> None:
-        "Raise again what came and got lost."
-        if self.came: raise KeyboardInterrupt
+def check_interrupt() -> None:
+    "Within a block of `interruptible`: raise again a KeyboardInterrupt that got lost."
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Interrupted) and handler.came: raise KeyboardInterrupt
 
 @contextmanager
-def interruptible():  # yields a function that raises KeyboardInterrupt where one got lost
-    """Within the block Ctrl-C cannot get lost: call the function after each step.
-    A handler of somebody else, and a thread beside the main one, are left as they are."""
+def interruptible():
+    """Within the block, or the function that it decorates, Ctrl-C cannot get lost: it is raised at once, or else by the
+    next `check_interrupt`, or at the end. A handler that is not Python's own stays; in other threads nothing changes."""
     before = signal.getsignal(signal.SIGINT)
-    ours = before if isinstance(before, Interrupted) else Interrupted()
-    mine = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if mine: signal.signal(signal.SIGINT, ours)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours: signal.signal(signal.SIGINT, Interrupted())
     try:
-        yield ours.check
-        ours.check()
+        yield
+        check_interrupt()
     finally:
-        if mine: signal.signal(signal.SIGINT, before)
+        if ours: signal.signal(signal.SIGINT, before)

@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import nn
 
-from .checkpoints import interruptible
+from .checkpoints import check_interrupt, interruptible
 from .core import progress
 from .data import Images, load_data
 from .engine import BLOCK, Engine, draw_block, joined
@@ -79,6 +79,7 @@ def make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, t
     return joined(parts()), engine.tried - begun
 
 # %% ../nbs/36_generate.ipynb #727ed571
+@interruptible()
 def generate(recipe: Generation = Generation(),
              out: str | Path = "out/mixes",    # the folder of the store
              images: Images | None = None,     # sources; None: those of the recipe
@@ -94,14 +95,14 @@ def generate(recipe: Generation = Generation(),
         store.folder.mkdir(parents=True, exist_ok=True)
         with patiently(store.manifest_path): store.begin(recipe, images, teacher)
         there = min(recipe.count, sum(n for n, _ in store.counts().values()))
-        with interruptible() as check, progress(title=title, total=recipe.count, initial=there, unit="image",
-                                                **({} if first else {"disable": True})) as bar:
+        with progress(title=title, total=recipe.count, initial=there, unit="image",
+                      **({} if first else {"disable": True})) as bar:
             def told(solved, tried):
-                check()
+                check_interrupt()
                 tell(bar, counts, recipe.count, solved, tried)
             while missing := missing_shards(counts := store.counts(), recipe.count, recipe.shard):
                 tell(bar, counts, recipe.count)
-                check()
+                check_interrupt()
                 for shard in missing:
                     with claimed(store.shard_path(shard)) as mine:
                         if not mine or store.shard_path(shard).exists(): continue
@@ -183,7 +184,8 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
 
 def main() -> None:
     "For `python -m supermix.generate` and torchrun."
-    try: tyro.cli(command, prog="supermix generate")
+    try:
+        with interruptible(): tyro.cli(command, prog="supermix generate")
     except (ValueError, OSError) as error: sys.exit(f"supermix: {error}")
 
 if __name__ == "__main__" and globals().get("__spec__") is not None: main()  # `python -m`; not in a notebook

@@ -208,8 +208,10 @@ class MixUp(Mixer):
                  num_classes: int,            # length of the soft labels
                  alpha: float | None = None,  # λ ~ Beta(alpha, alpha); None: ½, as in the SuperMix paper's comparison
                  ):
-        if alpha is not None and not 0 < alpha < float("inf"):
-            raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha}.")
+        if type(num_classes) is not int or num_classes < 1:
+            raise ValueError(f"Expected num_classes, a whole number of 1 or more, got {num_classes!r}.")
+        if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < float("inf")):
+            raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha!r}.")
         self.num_classes, self.alpha = num_classes, alpha
 
     def choose_masks(self, sets, draw, generator=None): return constant_masks(draw.lam, sets.shape[-2:])

@@ -31,6 +31,7 @@ import tyro
 from PIL import Image
 from torch import nn
 
+from .checkpoints import interruptible
 from .core import commit, lookup, weights_hash, write_atomic
 from .data import ArrayImages, Data, FolderImages, Images, Info, fingerprint, load_data, load_digits
 from .distillation import MIXERS, Distillation, check_parts, distill, make_mixes, make_terms
@@ -162,8 +163,8 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
                              f"say --teacher {teacher.card['network']}, or give another file.")
         return teacher.to(device)
     if fetched(recipe, classes): return create(recipe.teacher, weights=WEIGHTS).eval().to(device)
-    path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
-                                  f"{short_hash(as_named(recipe.teacher_training), fingerprint(data.train))}.safetensors")
+    what = short_hash(as_named(recipe.teacher_training), fingerprint(data.train))
+    path = folder / "teachers" / f"{recipe.data}-{recipe.teacher}-{what}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with patiently(path) if world()[1] == 1 else alone_at(path):
         if not agreed(path.exists()):
@@ -599,7 +600,8 @@ def commands(args: list[str]) -> dict:  # the commands by name
 def main(args: list[str] | None = None) -> None:
     "For `python -m supermix.runs` and torchrun."
     args = sys.argv[1:] if args is None else args
-    try: tyro.extras.subcommand_cli_from_dict(commands(args), prog="supermix", args=args)
+    try:
+        with interruptible(): tyro.extras.subcommand_cli_from_dict(commands(args), prog="supermix", args=args)
     except (ValueError, OSError, ArithmeticError) as error: sys.exit(f"supermix: {error}")
     except KeyboardInterrupt: sys.exit("supermix: stopped. Run the same command again to go on.")
     finally:

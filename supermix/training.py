@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoints import (checkpoints, interruptible, load_checkpoint, random_state, restore_random,
-                                  save_checkpoint)
+from .checkpoints import (check_interrupt, checkpoints, interruptible, load_checkpoint, random_state,
+                                  restore_random, save_checkpoint)
 from .core import compare_classes, evaluating, file_hash, lookup, progress, seeded, write_atomic
 from .data import Images, fingerprint, load_data, one_ahead
 from .logs import Log
@@ -186,7 +186,6 @@ class Run:
         self.optimiser = make_optimiser(recipe, self.loss.parameters())
         self.epoch, self.step, self.updates, self.losses, self.history, self.saved, self.trained = (
             0, 0, 0, [], History(), None, None)
-        self.check_interrupt = lambda: None  # raises a KeyboardInterrupt that got lost (chapter 20)
 
     def state(self) -> dict:
         return {"network": self.loss.network.state_dict(), "optimiser": self.optimiser.state_dict(),
@@ -240,8 +239,8 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.saved, state = checkpoint, load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.about()
     if check_identity(run.folder, old, dict.fromkeys(old) | new):
-        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down what pixels it learned "
-                      "from: it goes on, and whether these are the same was not checked.", stacklevel=4)
+        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down what pixels it saw: "
+                      "it goes on, and whether these are the same was not checked.", stacklevel=4)
     run.loss.network.load_state_dict(state["network"])
     if isinstance(run.loss.objective, nn.Module): run.loss.objective.load_state_dict(state["objective"])
     run.optimiser.load_state_dict(state["optimiser"])
@@ -325,7 +324,7 @@ def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: fl
         run.optimiser.step()
         run.step += 1
         bar.update()
-        run.check_interrupt()
+        check_interrupt()
         if size == 1 and run.step < steps and time.perf_counter() - written > 60 * minutes:  # the last one comes anyway
             check_losses(run, since, steps)
             tick(run)
@@ -353,6 +352,7 @@ def check_recipe(recipe: Training, images: int) -> None:
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
 
+@interruptible()
 def train(network: nn.Module,                # is trained in place
           images: Images,                    # what to learn from
           recipe: Training,                  # every number of the training
@@ -363,7 +363,8 @@ def train(network: nn.Module,                # is trained in place
           minutes: float = 10.0,             # between checkpoints within an epoch, of one process; one after each epoch
           live: bool = False,                # whether a notebook shows the curves while they grow
           ) -> History:
-    "Train `network` by the recipe, and leave it in evaluation mode. The same seed and threads give the same bits."
+    """Train `network` by the recipe, and leave it in evaluation mode.
+    The same seed, weights and number of threads give the same bits."""
     check_joined()
     check_recipe(recipe, len(images))
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
@@ -373,9 +374,8 @@ def train(network: nn.Module,                # is trained in place
     run.resume()
     main, steps = world()[0] == 0, ceil(len(images) / recipe.batch_size)
     log = Log(folder if main else None, run.history.rows, title, live and main)
-    bar = progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
-                   **({} if main else {"disable": True}))
-    with interruptible() as run.check_interrupt, closing(log), bar:
+    with closing(log), progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
+                                **({} if main else {"disable": True})) as bar:
         while run.epoch < recipe.epochs:
             begun, before, run.clock = time.perf_counter(), run.step, time.perf_counter()
             network.train()
