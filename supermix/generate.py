@@ -84,6 +84,7 @@ def generate(recipe: Generation = Generation(),
              out: str | Path = "out/mixes",    # the folder of the store
              images: Images | None = None,     # sources; None: those of the recipe
              teacher: nn.Module | None = None, # None: the recipe's
+             title: str = "mixing",            # what the progress bar is called
              ) -> Store:                       # finished
     "Make a store of mixed images, or go on with one that was begun."
     images = images if images is not None else sources_of(recipe)
@@ -94,7 +95,7 @@ def generate(recipe: Generation = Generation(),
         store.folder.mkdir(parents=True, exist_ok=True)
         with patiently(store.manifest_path): store.begin(recipe, images, teacher)
         there = min(recipe.count, sum(n for n, _ in store.counts().values()))
-        with progress(title="mixing", total=recipe.count, initial=there, unit="image",
+        with progress(title=title, total=recipe.count, initial=there, unit="image",
                       **({} if first else {"disable": True})) as bar:
             def told(solved, tried):
                 check_interrupt()

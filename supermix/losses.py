@@ -64,9 +64,9 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (R, C), (R
 
 def dist_loss(student_logits: torch.Tensor,  # (B, N)
               teacher_logits: torch.Tensor,  # (B, N)
-              tau: float = 4.0,              # the temperature (the authors: 4 on CIFAR-100, none on ImageNet)
-              beta: float = 2.0,             # weight of rows: relations among classes (ours; the authors' code: 1)
-              gamma: float = 2.0,            # weight of columns: relations among images (ours; the authors' code: 1)
+              tau: float = 4.0,              # the temperature (the authors' CIFAR-100 runs; ImageNet: 1)
+              beta: float = 2.0,             # weight of rows: relations among classes (the same runs; ImageNet: 1)
+              gamma: float = 2.0,            # weight of columns: relations among images (the same; ImageNet: 1)
               ) -> torch.Tensor:             # a number
     "τ²·(β·(1 − mean correlation of rows) + γ·(1 − mean correlation of columns)) (Huang et al. 2022)."
     p, q = (student_logits / tau).softmax(1), (teacher_logits / tau).softmax(1)

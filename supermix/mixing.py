@@ -233,6 +233,7 @@ def solve(mixer, sets, lam, theta, draw) -> Mixed:
 # %% ../nbs/33_mixing.ipynb #6e5b43e6
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
+    by_teacher = True  # its labels are of the classes that the teacher sees
     def __init__(self, teacher,          # callable, images (B, C, H, W) -> logits (B, N): ours, torchvision's, timm's
                  k: int = 2,             # images a set, 2 to 5
                  mask_size: int = 8,     # w: height and width of θ, at most the images'
@@ -261,8 +262,7 @@ class SuperMix(Mixer):
 
     def draw(self, images, labels=None, generator=None):
         logits = see(self.teacher, images, self.k)
-        classes = check_classes(logits.argmax(1), self.k)
-        partners = draw_partners(classes, self.k, generator)
+        partners = draw_partners(classes := check_classes(logits.argmax(1), self.k), self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device),
                     logits.shape[1])
 

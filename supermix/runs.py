@@ -41,7 +41,7 @@ from .mixers import CutMix, MixUp
 from .policies import Augmented, load_policy
 from .published import published, source
 from .recipes import (CIFAR100, CRD_BENCHMARK, IMAGENET, METHODS, Family, Mixing, Recipe, Terms, Training,
-                              Variant, as_named)
+                              Variant, as_named, method_terms)
 from .training import Batch, check_recipe, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, save
 
@@ -114,7 +114,7 @@ def open_data(recipe: Recipe, root: str | Path | None = None) -> Data:
 # %% ../nbs/62_runs.ipynb #d04acacc
 def terms_of(variant: Variant) -> Terms:
     "The weights of the loss's terms for a row."
-    terms = lookup(METHODS, variant.method, "method")
+    terms = method_terms(variant.method)
     if variant.mixer: terms = terms.mixed()
     return replace(terms, label=variant.label) if variant.label else terms
 
