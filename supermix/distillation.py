@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checkpoints import interruptible
 from .core import evaluating, lookup, seeded, unwrapped, weights_hash
 from .data import Data, Images, evenly, fingerprint
 from .engine import check_engine, fold_norms
@@ -455,6 +456,7 @@ def plan(teacher, student, images: Images, method, mixer, probability, recipe: T
     return Plan(terms, turns, learned, features, stock)
 
 # %% ../nbs/45_distillation.ipynb #d627bb8c
+@interruptible()
 def distill(teacher,                              # images to logits; a list of networks: their mean; None: not asked
             student: nn.Module,                   # is trained in place
             data: Data | Images,                  # with test images, whose accuracy is then told; or without
@@ -469,7 +471,8 @@ def distill(teacher,                              # images to logits; a list of 
             probability=None,                     # of mixes beside a batch, or of each mixer of a list; None: always
             **options,                            # of `train`: title, minutes, live
             ) -> History:
-    "Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was."
+    """Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was.
+    The same seed, weights and number of threads give the same bits (chapter 22)."""
     check_kinds(student, data, recipe, mixing, options)
     check_stock_settings(mixed_pad, folder)
     teacher, (images, test) = as_teacher(teacher), (data.train, data.test) if isinstance(data, Data) else (data, None)
