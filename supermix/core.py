@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['lookup', 'write_atomic', 'save_tensors', 'load_tensors', 'file_hash', 'commit', 'unwrapped', 'tensors_hash',
-           'weights_hash', 'evaluating', 'seeded', 'is_watched', 'Lines', 'progress']
+           'weights_hash', 'evaluating', 'compare_classes', 'seeded', 'is_watched', 'Lines', 'progress']
 
 # %% ../nbs/00_core.ipynb #b11ad1ad
 def lookup(table: dict,        # what there is, by name
@@ -143,6 +144,21 @@ def evaluating(model):  # a network, or any callable
         yield model
     finally:
         for part, mode in zip(parts, modes): part.training = mode
+
+# %% ../nbs/00_core.ipynb #d4c1eeea
+def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of some images
+                    labels: torch.Tensor,  # int64 (n,): their labels
+                    level: int = 3,        # stacklevel of the warning: who is said to have caused it
+                    ) -> float:            # percent
+    "The share of labels that the teacher sees; a warning where that is near chance."
+    right = 100 * (seen.cpu() == labels.cpu()).float().mean().item()
+    chance = 100 * labels.bincount().max().item() / len(labels)
+    if len(labels) >= 20 and chance < 100 and right < chance + 0.15 * (100 - chance):
+        warnings.warn(f"The teacher is right in {right:.1f} % of {len(labels)} images, where chance is {chance:.1f} %. "
+                      "Is it trained, and on these classes? Usual causes: its classes are in another order than the "
+                      "labels' (as text, '10' sorts before '2'), the images have another size, mean or std than in its "
+                      "training, or its head is of other classes.", stacklevel=level)
+    return right
 
 # %% ../nbs/00_core.ipynb #bb0eaf2a
 def seeded(*names) -> torch.Generator:

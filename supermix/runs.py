@@ -27,13 +27,13 @@ from torch import nn
 
 from .core import commit, lookup, weights_hash, write_atomic
 from .data import ArrayImages, Data, FolderImages, Images, Info, fingerprint, load_data, load_digits
-from .distillation import MIXERS, Distillation, check_first_stage, check_parts, distill, make_mixes, make_terms
-from .engine import check_engine, fold_norms
+from .distillation import (MIXERS, Distillation, check_first_stage, check_mixing, check_parts, distill,
+                                   make_mixes, make_terms)
+from .engine import fold_norms
 from .generate import claimed, patiently
 from .mixers import CutMix, MixUp
-from .mixing import see as classify
 from .published import published, source
-from .recipes import METHODS, Family, Mixing, Recipe, Terms, Training, Variant
+from .recipes import Family, Mixing, Recipe, Terms, Training, Variant, as_named, method_terms
 from .training import Batch, check_recipe, join, label_objective, short_hash, to_device, train, world
 from .zoo import create, load, load_crd, names, save
 
@@ -106,7 +106,7 @@ def open_data(recipe: Recipe, root: str | Path | None = None) -> Data:
 # %% ../nbs/62_runs.ipynb #d04acacc
 def terms_of(variant: Variant) -> Terms:
     "The weights of the loss's terms for a row."
-    terms = lookup(METHODS, variant.method, "method")
+    terms = method_terms(variant.method)
     if variant.mixer: terms = terms.mixed()
     return replace(terms, label=variant.label) if variant.label else terms
 
@@ -122,15 +122,13 @@ def check_row(recipe: Recipe, variant: Variant, images: Images, teacher: nn.Modu
     terms, classes = terms_of(variant), len(images.info.classes)
     teacher = teacher or (create(recipe.teacher, classes) if asks_teacher(variant) else None)
     student = create(recipe.student, classes)
-    few, _ = images[:2]  # what cannot be read is no row's fault
+    images[:2]  # what cannot be read is no row's fault
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
         if terms.features: check_first_stage(make_terms(terms, student, teacher, images), recipe.training)
     except ValueError as error:
         raise Impossible(f"{recipe.teacher} → {recipe.student} by {variant.name}: {error}") from error
-    if variant.mixer == "supermix":
-        check_engine(teacher, few, mixing_of(recipe, variant), slots=1)
-        classify(teacher, few, mixing_of(recipe, variant).k)
+    if variant.mixer == "supermix": check_mixing(teacher, mixing_of(recipe, variant), images)
     check_last_batch(student, recipe.training, images)
 
 # %% ../nbs/62_runs.ipynb #837c5b58
@@ -171,8 +169,8 @@ def open_teacher(recipe: Recipe, data: Data, folder: Path, file: str | Path | No
                              f"say --teacher {teacher.card['network']}, or give another file.")
         return teacher.to(device)
     if fetched(recipe, classes): return create(recipe.teacher, weights=WEIGHTS).eval().to(device)
-    path = folder / "teachers" / (f"{recipe.data}-{recipe.teacher}-"
-                                  f"{short_hash(asdict(recipe.teacher_training), fingerprint(data.train))}.safetensors")
+    what = short_hash(as_named(recipe.teacher_training), fingerprint(data.train))
+    path = folder / "teachers" / f"{recipe.data}-{recipe.teacher}-{what}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with patiently(path) if world()[1] == 1 else alone_at(path):
         if not agreed(path.exists()):
@@ -245,13 +243,14 @@ def open_device(name: str | None = None) -> torch.device:  # name: None: a GPU w
     try: return torch.empty(0, device=join(name)).device
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"Expected a device that this machine has, such as cpu or cuda:0, got {name!r}: {why}") from error
+        raise ValueError("Expected a device that this machine has, such as cpu or cuda:0, "
+                         f"got {name!r}: {why}") from error
 
 # %% ../nbs/62_runs.ipynb #0aee5d75
 def result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
     """The file of a run's result; its name holds a hash of all numbers of the recipe and of a policy file's place,
     but for the seed, which stands at the end."""
-    what = plain(recipe)
+    what = json.loads(json.dumps({name: value for name, value in as_named(recipe).items() if name != "scales"}))
     seed = what["training"].pop("seed")
     policy = [variant.policy] if variant.policy.endswith(".json") else []
     return Path(results) / (f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-"

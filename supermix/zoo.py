@@ -44,6 +44,8 @@ def create(name: str,                       # one of `names()`
            ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
     "Build a network by its name. The network remembers the name, so that `save` can write it down."
     build, options = lookup(NETWORKS, name, "network"), {}
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ValueError(f"Expected num_classes, a whole number of 1 or more, or None, got {num_classes!r}.")
     if num_classes is not None: options["num_classes"] = num_classes
     if weights is not None:
         if name not in IMAGENET_RESNETS:

@@ -483,9 +483,7 @@ def test_mixers_of_beta_draw_shares(name, alpha, digits):
 
 
 @pytest.mark.parametrize("change_, message", [
-    ({"training.epochs": 0}, "epochs of at least 1, got 0"), ({"training.batch_size": 0}, "batch_size of at least 1"),
-    ({"training.held_out": 40}, "hold out fewer than the 40 images"),
-    ({"training.warmup": -2}, "warmup of at least 0")])
+    ({"training.held_out": 40}, "hold out fewer than the 40 images")])  # ranges without data: in the recipes' tests
 def test_numbers_out_of_range(change_, message, places):
     recipe = change(TINY, change_)
     with pytest.raises(ValueError, match=message): run_distillation(recipe, "alone", **places)
