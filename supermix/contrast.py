@@ -13,7 +13,7 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
 
-from .hints import AB, AT, FSP, FT, NST, VID, FitNet
+from .hints import AB, AT, FSP, FT, NST, VID, FitNet, FreeAB
 from .losses import Seen, Term, vectors
 from .relations import CC, PKT, RKD, SP
 
@@ -127,5 +127,5 @@ class CRD(Term):
         return sum(nce_loss(p, z, n, self.temperature) for p, z in zip(pairs, log_z))
 
 # %% ../nbs/43_contrast.ipynb #237ad742
-TERMS = {"fitnet": FitNet, "at": AT, "sp": SP, "cc": CC, "vid": VID, "rkd": RKD, "pkt": PKT, "ab": AB, "ft": FT,
-         "fsp": FSP, "nst": NST, "crd": CRD}
+TERMS = {"fitnet": FitNet, "at": AT, "sp": SP, "cc": CC, "vid": VID, "rkd": RKD, "pkt": PKT, "ab": AB,
+         "ab_free": FreeAB, "ft": FT, "fsp": FSP, "nst": NST, "crd": CRD}

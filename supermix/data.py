@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.v2 import functional as VF
 
 from .core import lookup, seeded
 
@@ -195,6 +194,7 @@ class ArrayImages(Images):
 # %% ../nbs/01_data.ipynb #7b3d6cf4
 def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the same of height and width `info.size`
     "The middle of an image, as a test sees it: resized so that the share `crop_pct` of its shorter side is the size."
+    from torchvision.transforms.v2 import functional as VF  # here, since it takes longer to import than torch
     return VF.center_crop(VF.resize(image, [round(info.size / info.crop_pct)]), [info.size, info.size])
 
 def one_ahead(batches):
@@ -222,6 +222,7 @@ class FolderImages(Images):
         return pixels if views is None else torch.where(views.flip[:, None, None, None], pixels.flip(-1), pixels)
 
     def _decode(self, index, box):
+        from torchvision.transforms.v2 import functional as VF
         size, image = self.info.size, open_image(self.files[index])
         seen = centred(image, self.info) if box is None else VF.resized_crop(image, *box, [size, size])
         return VF.pil_to_tensor(seen)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['hint_loss', 'regressor', 'FitNet', 'same_size', 'attention', 'at_loss', 'StageSum', 'AT', 'nst_loss', 'NST', 'flow',
-           'fsp_loss', 'FSP', 'ab_loss', 'AB', 'ft_loss', 'convolutions', 'FT', 'vid_loss', 'VID']
+           'fsp_loss', 'FSP', 'ab_loss', 'AB', 'FreeAB', 'ft_loss', 'convolutions', 'FT', 'vid_loss', 'VID']
 
 # %% ../nbs/41_hints.ipynb #281dd71d
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .core import evaluating
 from .losses import Seen, Term, full_precision, stage_pairs
 
 # %% ../nbs/41_hints.ipynb #85a6d9d3
@@ -154,6 +156,7 @@ def ab_loss(student: torch.Tensor,  # maps before the ReLU (B, c, h, w), in the 
 class AB(Term):
     "Activation boundaries of all stages, as a first stage (Heo et al. 2019)."
     first, later = True, False
+    held = True  # whether the student's neck (of a WRN: its last norm) stays as it is in the first stage (CRD benchmark)
 
     def __init__(self, student: Seen, teacher: Seen, images: int,
                  margin: float = 1.0,  # on the right side of zero
@@ -166,12 +169,21 @@ class AB(Term):
 
     def first_loss(self, student_network, teacher_network, images):
         with torch.no_grad(): theirs = teacher_network.preactivations(images)
-        pairs = stage_pairs(Seen(student_network.preactivations(images), None).full(), Seen(theirs, None).full())
+        with evaluating(student_network.parts()["neck"]) if self.held else nullcontext():
+            ours = student_network.preactivations(images)
+        pairs = stage_pairs(Seen(ours, None).full(), Seen(theirs, None).full())
         with full_precision(images):
             losses = [ab_loss(connect(s), t, self.margin) for connect, (s, t) in zip(self.connectors, pairs)]
         return 3 / 1000 * sum(2.0 ** (i + 1 - len(losses)) * loss for i, loss in enumerate(losses))
 
-    def first_parameters(self, student_network): return [*student_network.parameters(), *self.connectors.parameters()]
+    def first_parameters(self, student_network):
+        own = [part for name, part in student_network.parts().items()
+               if name not in ("neck", "head")] if self.held else [student_network]
+        return [p for part in (*own, self.connectors) for p in part.parameters()]
+
+class FreeAB(AB):
+    "Activation boundaries with a student that is trained as a whole, its last norm as well (Heo et al. 2019)."
+    held = False
 
 # %% ../nbs/41_hints.ipynb #8bb53513
 def ft_loss(student: torch.Tensor,  # the student's factor (B, c, h, w)

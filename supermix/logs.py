@@ -10,8 +10,6 @@ import csv
 import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from .core import write_atomic
 
 # %% ../nbs/21_logs.ipynb #2f6124aa
@@ -33,8 +31,9 @@ def read_log(path: str | Path) -> list[dict]:
 def draw_log(rows: list[dict],  # as `read_log` gives them
              title: str = "",
              figure=None,       # is drawn anew, or a new one
-             ) -> plt.Figure:
+             ):                 # a matplotlib figure
     "The curves of a training: loss, accuracy on held-out images, learning rate."
+    import matplotlib.pyplot as plt
     figure = figure or plt.figure(figsize=(6, 3.6), layout="constrained")
     figure.clear()
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -80,6 +79,7 @@ class Log:
 
     def show(self) -> None:
         "Draw the picture in its place."
+        import matplotlib.pyplot as plt
         from IPython.display import display
         figure = draw_log(self.rows, self.title)
         plt.close(figure)

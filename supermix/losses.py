@@ -8,6 +8,7 @@ __all__ = ['LOGIT_LOSSES', 'kd_loss', 'kl', 'decouple', 'dkd_loss', 'correlation
 
 # %% ../nbs/40_losses.ipynb #fd3fa529
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,9 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # (R, C), (R
 
 def dist_loss(student_logits: torch.Tensor,  # (B, N)
               teacher_logits: torch.Tensor,  # (B, N)
-              tau: float = 4.0,              # the temperature (the authors: 4 on CIFAR-100, none on ImageNet)
-              beta: float = 2.0,             # weight of rows: relations among classes (ours; the authors' code: 1)
-              gamma: float = 2.0,            # weight of columns: relations among images (ours; the authors' code: 1)
+              tau: float = 4.0,              # the temperature (the authors' CIFAR-100 runs; ImageNet: 1)
+              beta: float = 2.0,             # weight of rows: relations among classes (the same runs; ImageNet: 1)
+              gamma: float = 2.0,            # weight of columns: relations among images (the same; ImageNet: 1)
               ) -> torch.Tensor:             # a number
     "τ²·(β·(1 − mean correlation of rows) + γ·(1 − mean correlation of columns)) (Huang et al. 2022)."
     p, q = (student_logits / tau).softmax(1), (teacher_logits / tau).softmax(1)
@@ -87,9 +88,10 @@ def std_loss(student_logits: torch.Tensor,  # (B, N)
     return kd_loss(standardize(student_logits), standardize(teacher_logits), tau)
 
 # %% ../nbs/40_losses.ipynb #b428d7eb
-LOGIT_LOSSES = {  # name: (student_logits, teacher_logits, target, tau) -> a number
+LOGIT_LOSSES = {  # name: (student_logits, teacher_logits, target, tau) -> a number; DKD's takes its β, too
     "kd": lambda student_logits, teacher_logits, target, tau: kd_loss(student_logits, teacher_logits, tau),
-    "dkd": lambda student_logits, teacher_logits, target, tau: dkd_loss(student_logits, teacher_logits, target, tau),
+    "dkd": lambda student_logits, teacher_logits, target, tau, beta=8.0: dkd_loss(
+        student_logits, teacher_logits, target, tau, beta=beta),
     "dist": lambda student_logits, teacher_logits, target, tau: dist_loss(student_logits, teacher_logits, tau),
     "std": lambda student_logits, teacher_logits, target, tau: std_loss(student_logits, teacher_logits, tau),
 }
@@ -102,10 +104,12 @@ def student_loss(terms: Terms,               # the weights of the terms
                  mixed_student_logits=None,  # of the mixed images (B', N), where a mixed term is not 0
                  mixed_teacher_logits=None,  # of the mixed images, where a mixed term looks at them
                  mixed_labels=None,          # (B', N), rows summing to 1, where `terms.label` is "lam" or "area"
+                 label_smoothing: float = 0.0,  # share of a natural image's label that goes to all classes evenly
                  ) -> torch.Tensor:          # a number
     "The weighted sum of cross-entropy and a loss on logits, on natural and on mixed images: equations (5) and (6)."
     distil = lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
-    loss = terms.ce * F.cross_entropy(student_logits, labels)
+    if terms.logits == "dkd": distil = partial(distil, beta=terms.dkd_beta)
+    loss = terms.ce * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     if terms.kd: loss = loss + terms.kd * distil(student_logits, teacher_logits, labels, terms.tau)
     if terms.mixed_ce:
         if terms.label == "teacher": mixed_labels = mixed_teacher_logits.argmax(1)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .core import evaluating, lookup
+from .core import evaluating
 from .masks import hold_sparsity, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import Draw, FewClasses, Mixer, check_images, draw_partners
+from .recipes import Mixing
 from .smoothing import smooth
 
 # %% ../nbs/33_mixing.ipynb #0dbaf2b0
@@ -129,25 +130,11 @@ def start_from(theta, shape, sets) -> torch.Tensor:  # a new tensor of this shap
     return zeros + theta.detach().to(zeros)
 
 # %% ../nbs/33_mixing.ipynb #055ac0ff
-def check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step=1.0, hold=None, margin=0.0,
-                   start="flat", give_up=None) -> None:
-    "Raise a ValueError unless these are settings of a mixer."
+def check_settings(teacher, *settings, **named) -> None:  # the settings: as `Mixing` takes them
+    "Raise a ValueError unless the teacher is callable and these are settings of a mixer."
     if not callable(teacher):
         raise ValueError(f"Expected a teacher that maps images to logits, got {type(teacher).__name__}.")
-    if not k >= 2 or k != int(k): raise ValueError(f"Expected k of 2 or more images a set, got {k}.")
-    for name, value in (("mask_size", mask_size), ("max_iter", max_iter)):
-        if not value >= 1 or value != int(value): raise ValueError(f"Expected {name} of 1 or more, got {value}.")
-    for name, value in (("sigma", sigma), ("lambda_s", lambda_s), ("margin", margin)):
-        if not 0 <= value < float("inf"): raise ValueError(f"Expected {name} of 0 or more, got {value}.")
-    for name, value in (("alpha", alpha), ("step", step)):
-        if not 0 < value < float("inf"): raise ValueError(f"Expected {name} above 0 and finite, got {value}.")
-    if hold is not None and not 0 < hold < (k - 1) / k ** 2:  # what m(1 − m) is where all sources have equal masks
-        raise ValueError(f"Expected hold between 0 and {(k - 1) / k ** 2:.3g} for k = {k}, or None, got {hold}.")
-    if give_up is not None and not 1 <= give_up < float("inf"):
-        raise ValueError(f"Expected give_up of 1 or more, or None, got {give_up}.")
-    lookup({"flat": 0, "regions": 0}, start, "start")
-    if start == "regions" and hold is None:
-        raise ValueError("Expected a sparsity to hold for start='regions', such as hold=0.06, got None.")
+    Mixing(*settings, **named)  # it checks itself
 
 # %% ../nbs/33_mixing.ipynb #0f1d12c5
 def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N), N at least k
@@ -246,6 +233,7 @@ def solve(mixer, sets, lam, theta, draw) -> Mixed:
 # %% ../nbs/33_mixing.ipynb #6e5b43e6
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
+    by_teacher = True  # its labels are of the classes that the teacher sees
     def __init__(self, teacher,          # callable, images (B, C, H, W) -> logits (B, N): ours, torchvision's, timm's
                  k: int = 2,             # images a set, 2 to 5
                  mask_size: int = 8,     # w: height and width of θ, at most the images'
@@ -274,8 +262,7 @@ class SuperMix(Mixer):
 
     def draw(self, images, labels=None, generator=None):
         logits = see(self.teacher, images, self.k)
-        classes = check_classes(logits.argmax(1), self.k)
-        partners = draw_partners(classes, self.k, generator)
+        partners = draw_partners(classes := check_classes(logits.argmax(1), self.k), self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device),
                     logits.shape[1])
 

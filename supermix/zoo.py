@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2 import functional as VF
 
 from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
 from .data import Info, centred, open_image
@@ -46,6 +44,8 @@ def create(name: str,                       # one of `names()`
            ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
     "Build a network by its name. The network remembers the name, so that `save` can write it down."
     build, options = lookup(NETWORKS, name, "network"), {}
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ValueError(f"Expected num_classes, a whole number of 1 or more, or None, got {num_classes!r}.")
     if num_classes is not None: options["num_classes"] = num_classes
     if weights is not None:
         if name not in IMAGENET_RESNETS:
@@ -72,6 +72,7 @@ class Row(NamedTuple):
 # %% ../nbs/19_zoo.ipynb #d6f81425
 def multiply_adds(network: nn.Module, image: torch.Tensor) -> int:
     "Multiply-adds of a forward pass, as torch counts them."
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton, where there is one
     with FlopCounterMode(display=False) as counter: network(image)
     return counter.get_total_flops() // 2
 
@@ -210,6 +211,7 @@ def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, 
         return torch.cat([as_batch(image, info) for image in images])
     if isinstance(images, (str, Path)): images = open_image(images)
     if isinstance(images, Image.Image):
+        from torchvision.transforms.v2 import functional as VF
         return info.normalize(VF.pil_to_tensor(centred(images.convert("RGB"), info))[None])
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""

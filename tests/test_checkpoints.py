@@ -3,14 +3,17 @@
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from supermix.checkpoints import (NAME, checkpoints, digest, load_checkpoint, random_state, restore_random,
-                                  save_checkpoint)
+from supermix.checkpoints import (NAME, check_interrupt, checkpoints, digest, interruptible, load_checkpoint,
+                                  random_state, restore_random, save_checkpoint)
 from torch import nn
 
 STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -129,3 +132,80 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 and not checkpoints(tmp_path)
     path = save_checkpoint(tmp_path, 2, STATE)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_random_states_of_other_gpus(count):
+    "As many as are here and there take theirs; the processor's are all set."
+    before, numbers = random_state(), (torch.rand(3), np.random.rand(3), random.random())
+    own = before["cuda"][:1] or [torch.zeros(16, dtype=torch.uint8)]
+    restore_random({**before, "cuda": (own * 3)[:count]})
+    again = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(numbers[0], again[0]) and (numbers[1] == again[1]).all() and numbers[2] == again[2]
+
+
+# ---- Ctrl-C
+
+def lose_one():
+    "Ctrl-C while a weak reference's callback runs: Python drops what is raised there."
+    thing = nn.Module()
+    reference = weakref.ref(thing, lambda gone: signal.raise_signal(signal.SIGINT))  # noqa: F841
+    del thing
+
+
+@pytest.fixture
+def plain_handler():
+    "Python's own handler of Ctrl-C, as in a script."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lost_interrupt_is_raised_by_the_next_check(nested, plain_handler):
+    steps = []
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        for step in range(5):
+            steps.append(step)
+            if nested:
+                with interruptible(): lose_one() if step == 2 else None
+            elif step == 2: lose_one()
+            check_interrupt()
+    assert steps == [0, 1, 2] and signal.getsignal(signal.SIGINT) is plain_handler
+    check_interrupt()  # outside nothing is remembered
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_lost_interrupt_is_raised_at_the_end_at_least(plain_handler):
+    @interruptible()
+    def work():
+        "A docstring that stays."
+        lose_one()
+        return "done"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt): work()
+    assert work.__doc__ == "A docstring that stays." and signal.getsignal(signal.SIGINT) is plain_handler
+
+
+def test_an_interrupt_is_raised_at_once(plain_handler):
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+    assert signal.getsignal(signal.SIGINT) is plain_handler
+
+
+def test_handlers_of_others_stay(plain_handler):
+    heard = []
+    signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    with interruptible(): signal.raise_signal(signal.SIGINT)
+    assert heard == [1]
+    signal.signal(signal.SIGINT, plain_handler)
+    seen = []
+
+    def elsewhere():
+        with interruptible(): seen.append(signal.getsignal(signal.SIGINT))
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [plain_handler]

@@ -82,6 +82,23 @@ def test_a_killed_run_goes_on(digits, tmp_path):
     for name, tensor in whole.items(): torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
 
 
+@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.02), ("adamw", 0.002)])
+@pytest.mark.parametrize("first, then", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_on_another_device(first, then, optimizer, lr, digits, tmp_path):
+    def go(device, folder):
+        torch.manual_seed(0)
+        network = create("resnet8", 10).to(device)
+        history = train(network, digits.train.subset(96).to(device), replace(SHORT, optimizer=optimizer, lr=lr),
+                        folder=folder)
+        return {name: tensor.cpu() for name, tensor in network.state_dict().items()}, history
+    go(first, tmp_path)
+    checkpoints(tmp_path)[-1].unlink()                    # as if it had been killed in the second epoch
+    moved, history = go(then, tmp_path)
+    stayed, expected = go(then, None)
+    assert history.loss == pytest.approx(expected.loss, rel=2e-2) and history.images == 192
+    for name, tensor in stayed.items(): torch.testing.assert_close(moved[name], tensor, rtol=5e-2, atol=5e-3)
+
+
 @pytest.mark.parametrize("options", [{"bfloat16": True}, {"compile": True}, {"bfloat16": True, "compile": True}])
 def test_precision_and_compiler(options, digits):
     torch.manual_seed(0)

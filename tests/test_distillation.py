@@ -34,6 +34,11 @@ def few(digits): return digits.train.subset(40)
 def mixes(teacher, few): return make_mixes(teacher, few, 60)
 
 
+def alone(name):
+    "The method of a term on features."
+    return METHODS.get(name) or Terms(ce=1.0, features=((name, 1.0),))
+
+
 def batch_of(images, n=16, seed=0):
     x, y = images[:n]
     return Batch(x, y, torch.arange(n), place(seed))
@@ -65,20 +70,6 @@ def test_sets_that_are_never_solved_end_in_an_error(few):
 
     with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"):
         make_mixes(in_between, few, 4, Mixing(max_iter=2))
-
-
-def test_a_short_last_batch_of_one_class_has_no_mixes_and_a_long_one_is_an_error(teacher, digits):
-    images, labels = digits.train[:400]
-    fives = images[labels == 5]
-    torch.manual_seed(0)
-    student, objective = create("resnet8", 10), Distillation(teacher, METHODS["kd"].mixed(), SuperMix(teacher))
-    make = lambda n: Batch(fives[:n], torch.full((n,), 5), torch.arange(n), torch.Generator().manual_seed(0))
-    plain = Distillation(teacher, METHODS["kd"])
-    student.eval()
-    assert objective(student, make(3)).item() == pytest.approx(plain(student, make(3)).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="are there enough of them"): objective(student, make(17))
-    for _ in range(8): objective(student, make(3))  # with the first that makes nine without mixes
-    with pytest.raises(ValueError, match="are there enough of them"): objective(student, make(3))
 
 
 def counting(teacher):
@@ -202,7 +193,7 @@ def test_what_label_a_mixed_image_gets(label, teacher, few, mixes):
 @pytest.mark.parametrize("mixer", [None, "mixup"])
 def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few):
     torch.manual_seed(0)
-    student, terms = create("resnet8", 10).eval(), METHODS[name]
+    student, terms = create("resnet8", 10).eval(), alone(name)
     if mixer: terms = terms.mixed()
     objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few).eval()
     if not objective.features[name].later: return
@@ -266,7 +257,7 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
                          all(p.requires_grad for p in network.parameters())))
 
     recipe = Training(epochs=3, batch_size=20, lr=0.01, milestones=())
-    history = train(student, few, recipe, Watched(teacher, METHODS[name], None, student, few, first_stage=1))
+    history = train(student, few, recipe, Watched(teacher, alone(name), None, student, few, first_stage=1))
     assert [first for first, _, _ in seen] == [True, False, False] and seen[0][1] and seen[1][2] and seen[2][2]
     assert len(history.rows) == 3 and history.images == 3 * len(few)
 
@@ -279,11 +270,11 @@ def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
     torch.manual_seed(0)
     images, student = digits.train.subset(160), create("resnet8", 10)
     recipe = Training(epochs=6, batch_size=16, lr=lr, milestones=(5,), first_stage=3)
-    history = distill(teacher, student, images, name, recipe=recipe)
+    history = distill(teacher, student, images, alone(name), recipe=recipe)
     own = 0.01 if name == "ft" else min(lr, 0.05)
     assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 2 + [lr / 10])
     assert history.loss[2] < history.loss[0] and history.loss[5] < history.loss[3]
-    slower = distill(teacher, create("resnet8", 10), images, name,
+    slower = distill(teacher, create("resnet8", 10), images, alone(name),
                      recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()))
     assert [row["lr"] for row in slower.rows] == pytest.approx([0.001] * 3 + [lr])
 
@@ -292,7 +283,7 @@ def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
 def test_the_weight_is_for_the_later_stage(name, teacher, few):
     torch.manual_seed(0)
     student, batch = create("resnet8", 10).eval(), batch_of(few)
-    objective = Distillation(teacher, METHODS[name], None, student, few, first_stage=1).eval()
+    objective = Distillation(teacher, alone(name), None, student, few, first_stage=1).eval()
     objective.begin(student, 0)
     torch.testing.assert_close(objective(student, batch),
                                objective.features[name].first_loss(student, teacher, batch.images))

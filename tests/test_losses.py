@@ -14,7 +14,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from supermix.contrast import TERMS
 from supermix.losses import (LOGIT_LOSSES, Seen, Term, correlation, dist_loss, dkd_loss, kd_loss, see, stage_pairs,
                              standardize, std_loss, student_loss, vectors)
-from supermix.recipes import METHODS, Terms
+from supermix.recipes import FEATURES, METHODS, Terms
 from supermix.zoo import create
 
 
@@ -94,7 +94,8 @@ def test_the_terms_of_each_method(method, mixed):
 
 
 def test_every_feature_method_has_its_term():
-    assert {name for terms in METHODS.values() for name, _ in terms.features} == set(TERMS)
+    named = {name for terms in METHODS.values() for name, _ in terms.features}
+    assert named | {"ab_free"} == set(TERMS) == set(FEATURES)
 
 
 def test_the_temperature_of_both_kl_terms():

@@ -2,16 +2,20 @@
 
 import copy
 import os
+import json
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.checkpoints import checkpoints, load_checkpoint
+from supermix.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
 from supermix.distillation import distill
@@ -19,7 +23,7 @@ from supermix.logs import read_log
 from supermix.mixers import CutMix
 from supermix.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
-from supermix.training import accuracy, label_objective, train
+from supermix.training import accuracy, label_objective, run_identity, train
 from supermix.zoo import create
 from torch import nn
 
@@ -40,6 +44,64 @@ def test_the_warm_up_rises_in_a_line_and_then_changes_nothing():
     warm, cold = Training(warmup=5), Training()
     assert [warm.lr_at(e) for e in (0, 1, 2.5, 5)] == pytest.approx([0, 0.02, 0.05, 0.1])
     assert all(warm.lr_at(e) == cold.lr_at(e) for e in range(5, 600))
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_cosine_is_torchs(warmup):
+    training, optimiser = Training(epochs=20, schedule="cosine", warmup=warmup), torch.optim.SGD([nn.Parameter(
+        torch.zeros(1))], lr=0.1)
+    rate, annealing = torch.optim.lr_scheduler, torch.optim.lr_scheduler.CosineAnnealingLR
+    theirs = annealing(optimiser, 20) if not warmup else rate.SequentialLR(
+        optimiser, [rate.LinearLR(optimiser, 1e-9, total_iters=4), annealing(optimiser, 16)], [4])
+    for epoch in range(20):
+        assert training.lr_at(epoch) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-9)
+        optimiser.step()
+        theirs.step()
+    assert training.lr_at(19.999) < 1e-8
+
+
+OPTIMISERS = {
+    "AdamW": (dict(optimizer="adamw", lr=0.002, weight_decay=0.05, momentum=0.8),
+              lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.999), weight_decay=0.05)),
+    "Nesterov": (dict(nesterov=True, lr=0.05),
+                 lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4, nesterov=True)),
+    "cosine": (dict(schedule="cosine", lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
+    "smoothing": (dict(label_smoothing=0.2, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
+    "clipping": (dict(clip_grad=0.5, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4))}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_other_optimisers_are_torchs_too(name, digits):
+    changes, make = OPTIMISERS[name]
+    torch.manual_seed(0)
+    ours, images = create("resnet8", 10), digits.train.subset(40)
+    theirs = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+    recipe = Training(epochs=2, batch_size=16, milestones=(), **changes)
+    train(ours, images, recipe)
+    optimiser, norms = make(theirs.parameters()), []
+    for update, (x, y, _) in enumerate(batch for epoch in (0, 1) for batch in images.batches(16, 0, epoch)):
+        if recipe.schedule == "cosine":
+            for group in optimiser.param_groups: group["lr"] = recipe.lr_at(update / 3)
+        optimiser.zero_grad()
+        F.cross_entropy(theirs(x.to(memory_format=torch.channels_last)), y,
+                        label_smoothing=recipe.label_smoothing).backward()
+        if recipe.clip_grad: norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), recipe.clip_grad).item())
+        optimiser.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-5)
+    assert all(norm > recipe.clip_grad for norm in norms)  # there was something to clip
+
+
+def test_a_method_smooths_the_labels_of_natural_images_only(digits, teacher):
+    def first(method, smoothing):
+        torch.manual_seed(0)
+        recipe = Training(epochs=1, batch_size=16, milestones=(), label_smoothing=smoothing)
+        return distill(teacher, create("resnet8", 10), digits.train.subset(16), method, recipe=recipe).loss[0]
+    plain, smooth = first("alone", 0.0), first("alone", 0.3)
+    x, y, _ = next(digits.train.subset(16).batches(16, 0, 0))
+    torch.manual_seed(0)
+    logits = create("resnet8", 10).train()(x)
+    assert plain == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-4)
+    assert smooth == pytest.approx(F.cross_entropy(logits, y, label_smoothing=0.3).item(), rel=1e-4)
 
 
 def test_the_loop_is_torchs_sgd(digits):
@@ -92,6 +154,22 @@ def test_two_processes_make_the_same_bytes(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert file_hash(tmp_path / "1") == file_hash(tmp_path / "2")
+
+
+def test_two_threads_make_the_same_bits_twice(digits, teacher):
+    "But not those of one thread: the sums over a batch are added in another order, and only nearly the same."
+    def go(threads):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            student = create("resnet8", 10)
+            distill(teacher, student, digits.train.subset(64), "kd",
+                    recipe=Training(epochs=1, batch_size=32, lr=0.01, milestones=()))
+            return student.state_dict()
+        finally: torch.set_num_threads(1)
+    one, two, again = go(1), go(2), go(2)
+    assert same(two, again)
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -264,6 +342,85 @@ def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_
         with pytest.raises(ValueError, match=message): go(method, tutor, mixer)
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda info, pixels: (info, pixels.roll(1, 0)),
+     r"recipe: images.fingerprint \([0-9a-f]{16} there, [0-9a-f]{16} now\)"),
+    (lambda info, pixels: (info, pixels ^ (torch.arange(len(pixels)) == 7).view(-1, 1, 1, 1).byte()),
+     "images.fingerprint"),
+    (lambda info, pixels: (replace(info, mean=(0.5,) * 3), pixels),
+     r"images.mean \(\[0.3059, .* there, \[0.5, .* now\)"),
+    (lambda info, pixels: (replace(info, std=(0.5,) * 3), pixels), r"images.std \(\[0.324, .* there, \[0.5, .* now\)"),
+    (lambda info, pixels: (replace(info, size=28), F.pad(pixels, (-2,) * 4)), r"images.size \(32 there, 28 now\)"),
+    (lambda info, pixels: (replace(info, classes=("a", *info.classes[1:])), pixels), r"images.classes \("),
+], ids=["order", "one bit", "mean", "std", "size", "names"])
+@pytest.mark.parametrize("mixer", [None, "supermix"])
+def test_a_run_on_other_pixels_is_not_resumed(change, message, mixer, digits, teacher, tmp_path):
+    few = digits.train.subset(32)
+    recipe = Training(epochs=1, batch_size=16, lr=0.05, milestones=())
+    if mixer is None: train(create("resnet8", 10), few, recipe, folder=tmp_path)
+    else: save_checkpoint(tmp_path, 1, {"recipe": json.dumps(run_identity(create("resnet8", 10), few, recipe))})
+    info, pixels = change(few.info, few.kept)
+    before, other = contents(tmp_path), ArrayImages(info, pixels, few.labels)
+    with pytest.raises(ValueError, match=message):
+        if mixer is None: train(create("resnet8", 10), other, recipe, folder=tmp_path)
+        else: distill(teacher, create("resnet8", 10), other, "kd", mixer, recipe, folder=tmp_path)
+    assert contents(tmp_path) == before  # nothing was mixed or written before that was found out
+
+
+def contents(folder): return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(digits, tmp_path):
+    "It knows nothing of pixels, of optimizers and of schedules: the first is said, the others have their defaults."
+    expected, _ = whole(digits.train.subset(40))
+    with pytest.raises(Stopped): whole(digits.train.subset(40), tmp_path, Stopping(40, 5), minutes=0)
+    newest = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(newest)
+    recipe = json.loads(state["recipe"])
+    new = {"optimizer", "schedule", "nesterov", "label_smoothing", "clip_grad"}
+    assert new <= set(recipe) and "images.fingerprint" in recipe
+    state["recipe"] = json.dumps({k: v for k, v in recipe.items() if k not in new and not k.startswith("images.")})
+    for path in checkpoints(tmp_path): path.unlink()
+    save_checkpoint(tmp_path, state["position"][2], state)
+    with pytest.raises(ValueError, match=r"another recipe: optimizer \(sgd there, adamw now\)"):
+        whole(digits.train.subset(40), tmp_path, recipe=replace(RECIPE, optimizer="adamw"))
+    with pytest.warns(UserWarning, match="earlier version, .* whether these are the same was not checked"):
+        resumed, _ = whole(digits.train.subset(40), tmp_path)
+    assert same(resumed, expected)
+    assert "images.fingerprint" in json.loads(load_checkpoint(checkpoints(tmp_path)[-1])["recipe"])  # from now on
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
+    "Its checkpoint holds random states of GPUs that are not here; all else is the same."
+    recipe = replace(RECIPE, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.002)
+    expected, _ = whole(digits.train.subset(40), recipe=recipe)
+    with pytest.raises(Stopped): whole(digits.train.subset(40), tmp_path, Stopping(40, 5), recipe, minutes=0)
+    state = load_checkpoint(checkpoints(tmp_path)[-1])
+    there = torch.cuda.device_count()
+    state["random"]["cuda"] = [*state["random"]["cuda"], *[torch.zeros(16, dtype=torch.uint8)] * 3]
+    assert len(state["random"]["cuda"]) == there + 3
+    for path in checkpoints(tmp_path): path.unlink()
+    save_checkpoint(tmp_path, state["position"][2], state)
+    resumed, _ = whole(digits.train.subset(40), tmp_path, recipe=recipe)
+    assert same(resumed, expected)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
+    (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
+    (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"), (dict(mixes=2.5), "count .* type int, got 2.5"),
+    (dict(mixing={"k": 2}), "mixing of Generation to be of type Mixing"), (dict(mixes=-5), "count of 1 or more"),
+    (dict(held_out=32), "hold out fewer than the 32 images")])
+def test_a_refused_distillation_leaves_nothing_behind(wrong, message, digits, teacher, tmp_path):
+    wrong, recipe = dict(wrong), Training(epochs=1, milestones=(), held_out=wrong.get("held_out", 0))
+    wrong.pop("held_out", None)
+    with pytest.raises(ValueError, match=message):
+        distill(teacher, create("resnet8", 10), digits.train.subset(32), "kd", "supermix", recipe,
+                folder=tmp_path / "run", **{"mixes": 24, **wrong.pop("options", {}), **wrong})
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_images_that_are_held_out_are_never_trained_on(digits, tmp_path):
     objective = Learning(100)
     _, history = whole(digits.train.subset(100), tmp_path, objective, replace(RECIPE, held_out=30), test=digits.test)
@@ -389,3 +546,114 @@ def test_seconds_count_all_sittings(digits, tmp_path):
     (tmp_path / "resumed").touch()
     history = go()
     assert history.seconds > 1.0 and history.images == 100 and history.speed < 100
+
+
+NOT_JOINED = """
+import os, sys, torch
+from supermix.data import load_digits
+from supermix.recipes import Training
+from supermix.distillation import distill
+from supermix.training import train
+from supermix.zoo import create, pretrained
+images, recipe = load_digits().train.subset(64), Training(epochs=1, batch_size=16, milestones=())
+for call in (lambda: train(create("resnet8", 10), images, recipe, folder=sys.argv[1]),
+             lambda: distill(pretrained("digits"), create("resnet8", 10), images, "kd", "supermix", recipe, mixes=24, \
+folder=sys.argv[1])):
+    try: call()
+    except ValueError as error: print(os.environ["RANK"], error, flush=True)
+"""
+
+
+def test_processes_that_did_not_join_are_told_how(tmp_path):
+    "Each would train everything, and all would write into one folder."
+    (tmp_path / "script.py").write_text(NOT_JOINED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               tmp_path / "script.py", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        said = f"{rank} This is process {rank} of 2 that have not joined. Call device = supermix.training.join() first"
+        assert done.stdout.count(said) == 2
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Ctrl-C
+
+class Lossy(nn.Module):
+    "At one update Ctrl-C falls into a weak reference's callback, where Python drops it."
+    def __init__(self, at): super().__init__(); self.left = at
+
+    def forward(self, network, batch):
+        self.left -= 1
+        if self.left == 0:
+            thing = nn.Module()
+            reference = weakref.ref(thing, lambda gone: signal.raise_signal(signal.SIGINT))  # noqa: F841
+            del thing
+        return F.cross_entropy(network(batch.images), batch.labels)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(digits):
+    network, objective = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), Lossy(3)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(network, digits.train.subset(100), Training(epochs=50, batch_size=10, lr=0.01, milestones=()), objective)
+    assert objective.left == 0 and signal.getsignal(signal.SIGINT) is before  # not one update later
+
+
+def interrupted(work, delay: float) -> int:
+    "The exit status of a forked process that works, and gets Ctrl-C after a while; 130 where it ended by that."
+    ready, went = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.write(went, b"x")
+            work()
+            os._exit(0)
+        except KeyboardInterrupt: os._exit(130)
+        except BaseException: os._exit(1)
+    os.read(ready, 1)
+    for end in (ready, went): os.close(end)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGINT)
+    watch = threading.Timer(60, os.kill, (pid, signal.SIGKILL))
+    watch.start()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    watch.cancel()
+    return status
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forked processes, and no GPU's")
+@pytest.mark.parametrize("kind", ["training", "a batch ahead"])
+def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, request):
+    images, recipe = digits.train.subset(64), Training(epochs=10_000, batch_size=4, lr=0.001, milestones=())
+
+    class Ahead(nn.Module):
+        "Work for another thread, and threads that come and go: where Python has the callbacks that drop interrupts."
+        def prepare(self, batch): return threading.Thread(target=len, args=([],))
+
+        def forward(self, network, batch):
+            batch.prepared.start()
+            batch.prepared.join()
+            return F.cross_entropy(network(batch.images), batch.labels)
+
+    def work():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        train(network, images, recipe, label_objective if kind == "training" else Ahead(),
+              folder=tmp_path / "run" if kind == "training" else None)
+    chance = random.Random(kind)
+    times = [chance.uniform(0, 0.5) for _ in range(300 if request.config.getoption("--slow") else 12)]
+    assert [interrupted(work, delay) for delay in times] == [130] * len(times)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forked processes, and no GPU's")
+def test_ctrl_c_ends_the_mixing_whenever_it_comes(digits, teacher, tmp_path, request):
+    from supermix.distillation import make_mixes
+    chance = random.Random(0)
+    times = [chance.uniform(0, 1.0) for _ in range(100 if request.config.getoption("--slow") else 4)]
+    for number, delay in enumerate(times):
+        assert interrupted(lambda: make_mixes(teacher, digits, 100_000, folder=tmp_path / str(number)), delay) == 130

@@ -105,7 +105,7 @@ def check(strict):
         copy = Path(folder) / "copy"
         copytree(ROOT, copy, ignore=skip)
         for module in copy.glob("supermix/**/*.py"):  # what no notebook exports any more must not survive
-            if module.name not in ("__init__.py", "_modidx.py"): module.unlink()
+            if module.name not in ("__init__.py", "__main__.py", "_modidx.py"): module.unlink()
         subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
         folders = [f for f in ("supermix", "nbs", "solutions") if (ROOT / f).is_dir()]
         for folder in folders[1:]: subprocess.run([BIN / "nbdev_clean", "--fname", folder], cwd=copy, check=True)

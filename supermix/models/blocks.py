@@ -11,7 +11,6 @@ from collections import Counter
 from copy import deepcopy
 from math import log2
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -155,8 +154,9 @@ def contents(part: nn.Module) -> str:
 
 def draw_network(network: nn.Module,  # a `Network`, or any that has `features`, `parts` and `size`
                  title: str = "",     # what stands above the drawing
-                 ) -> plt.Figure:
+                 ):                   # a matplotlib figure
     "Draw a network's parts: blocks, shapes of their outputs, parameters."
+    import matplotlib.pyplot as plt
     twin = deepcopy(network).to("meta").eval()
     outputs = [tuple(f.shape[1:]) for f in twin.features(torch.empty(1, 3, twin.size, twin.size, device="meta"))]
     parts = twin.parts()

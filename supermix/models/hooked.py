@@ -12,7 +12,6 @@ from functools import partial
 from threading import get_ident
 
 import torch
-import torchvision
 from torch import nn
 
 from ..core import lookup
@@ -129,7 +128,8 @@ def imagenet_resnet(num_classes: int = 1000,     # number of logits
                     weights: str | None = None,  # published weights to fetch: torchvision's "DEFAULT", "IMAGENET1K_V1"
                     ) -> Hooked:                 # for images of 224×224, others work too
     "torchvision's ResNet under the feature contract."
-    build = lookup({d: getattr(torchvision.models, f"resnet{d}") for d in (18, 34, 50, 101, 152)}, depth, "depth")
+    from torchvision import models  # here, since it takes longer to import than torch
+    build = lookup({d: getattr(models, f"resnet{d}") for d in (18, 34, 50, 101, 152)}, depth, "depth")
     return Hooked(build(weights=weights, num_classes=num_classes),
                   "maxpool", ("layer1", "layer2", "layer3", "layer4"), "fc",
                   "He et al. 2015, arXiv 1512.03385; torchvision")
