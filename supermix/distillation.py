@@ -34,7 +34,7 @@ from .mixers import CutMix, CutMixInside, Mixer, MixUp
 from .mixing import see as classify
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, Generation, Mixing, Terms, Training, method_terms
-from .store import MixedDataset
+from .store import MixedDataset, teacher_identity
 from .training import (Batch, History, check_begun, check_recipe, check_teacher_labels, short_hash, to_device,
                                train, world)
 
@@ -241,7 +241,7 @@ class Distillation(Staged):
         if features is None: features = make_terms(terms, student, teacher, images)
         super().__init__(features, first_stage)
         self.terms, self.mixer, self.notes = terms, mixer, notes or {}
-        self.about = identity(terms, teacher) | {"mixer": of_mixer(mixer)}
+        self.about = identity(terms, teacher, images) | {"mixer": of_mixer(mixer)}
         fast = isinstance(teacher, nn.Module) and images is not None and not terms.features
         self.asked = [fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last)
                       if fast else teacher]  # in a list: no part of ours
@@ -258,10 +258,12 @@ class Distillation(Staged):
         mixes = (batch.prepared or mix_batch(self.mixer, batch, self.terms.label)) if self.terms.mixes else None
         return total(self, student, batch, mixes)
 
-def identity(terms: Terms, teacher) -> dict:
-    "What tells a method and its teacher from others."
+def identity(terms: Terms, teacher, images: Images | None) -> dict:
+    "What tells a method and its teacher from others: a network's weights, or what a function says of some images."
+    known = {} if teacher is None or images is None else teacher_identity(teacher, images)
+    if isinstance(teacher, nn.Module) and images is None: known = {"weights": weights_hash(teacher)}
     return {**{f"terms.{name}": value for name, value in asdict(terms).items()},
-            "teacher": weights_hash(teacher) if isinstance(teacher, nn.Module) else None}
+            "teacher": known.get("weights") or known.get("logits")}
 
 # %% ../nbs/45_distillation.ipynb #c9802c8a
 def total(objective: Distillation, student, batch: Batch, mixes) -> torch.Tensor:
@@ -451,7 +453,7 @@ def plan(teacher, student, images: Images, method, mixer, probability, recipe: T
             raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
         stock = stock_recipe(learned, 10 * len(learned) if mixes is None else mixes, mixing, recipe.seed)
         check_mixing(teacher, mixing, learned)
-    about = identity(terms, teacher) | ({} if stock else {"mixer": of_mixer(turns and turns.alone)})
+    about = identity(terms, teacher, learned) | ({} if stock else {"mixer": of_mixer(turns and turns.alone)})
     check_begun(folder, student, learned, recipe, about)
     return Plan(terms, turns, learned, features, stock)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['to_device', 'accuracy', 'check_teacher_labels', 'Batch', 'label_objective', 'History', 'world', 'join',
-           'check_joined', 'Loss', 'wrap', 'short_hash', 'run_identity', 'make_optimiser', 'Run', 'check_identity',
-           'restore', 'check_begun', 'check_losses', 'check_weights', 'coming', 'tick', 'forward', 'run_epoch',
-           'end_epoch', 'check_recipe', 'train', 'make_teacher']
+           'check_joined', 'Loss', 'wrap', 'short_hash', 'run_identity', 'make_optimiser', 'Run', 'same_entry',
+           'check_identity', 'restore', 'check_begun', 'check_losses', 'check_weights', 'coming', 'tick', 'forward',
+           'run_epoch', 'end_epoch', 'check_recipe', 'train', 'make_teacher']
 
 # %% ../nbs/22_training.ipynb #5efae590
 import hashlib
@@ -223,12 +223,19 @@ class Run:
         if self.folder and (found := checkpoints(self.folder)): restore(self, found[-1])
 
 # %% ../nbs/22_training.ipynb #b4c43822
+def same_entry(name: str, old, new) -> bool:
+    "Whether two entries are equal; logits of a teacher without weights may differ by a hundredth of their range."
+    if name != "teacher" or not (isinstance(old, list) and isinstance(new, list)): return old == new
+    return len(old) == len(new) and max(abs(a - b) for a, b in zip(old, new)) <= 0.01 * (max(old) - min(old))
+
 def check_identity(folder: str | Path, old: dict, new: dict) -> list[str]:
     "A ValueError that names what differs between a checkpoint and this run; else what the checkpoint does not say."
     old = later_defaults(Training) | {f"terms.{k}": v for k, v in later_defaults(Terms).items()} | old
     unknown = [name for name in new if name.startswith("images.") and name not in old]
-    differ = [f"{name} ({old.get(name)} there, {value} now)"
-              for name, value in new.items() if name not in unknown and old.get(name) != value]
+    if isinstance(new.get("teacher"), list) and "teacher" in old and old["teacher"] is None: unknown.append("teacher")
+    shown = lambda name, value: f"logits {value[:3]} …" if name == "teacher" and isinstance(value, list) else value
+    differ = [f"{name} ({shown(name, old.get(name))} there, {shown(name, value)} now)"
+              for name, value in new.items() if name not in unknown and not same_entry(name, old.get(name), value)]
     if differ:
         raise ValueError(f"{folder} holds a run with another recipe: {', '.join(differ)}. "
                          "Choose another folder, or what is there.")
@@ -238,8 +245,8 @@ def restore(run: Run, checkpoint: Path) -> None:
     "Put a run where its checkpoint was written; a ValueError where that is another run's."
     run.saved, state = checkpoint, load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.about()
-    if check_identity(run.folder, old, dict.fromkeys(old) | new):
-        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down what pixels it saw: "
+    if unknown := check_identity(run.folder, old, dict.fromkeys(old) | new):
+        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down {', '.join(unknown)}: "
                       "it goes on, and whether these are the same was not checked.", stacklevel=4)
     run.loss.network.load_state_dict(state["network"])
     if isinstance(run.loss.objective, nn.Module): run.loss.objective.load_state_dict(state["objective"])

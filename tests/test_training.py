@@ -390,6 +390,18 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(digits, tmp_path):
     assert "images.fingerprint" in json.loads(load_checkpoint(checkpoints(tmp_path)[-1])["recipe"])  # from now on
 
 
+def test_a_run_by_another_function_as_teacher_is_not_resumed(digits, teacher, tmp_path):
+    "It has no weights: what it says of some images tells it from others."
+    def go(tutor):
+        return distill(tutor, create("resnet8", 10), digits.train.subset(32), "kd",
+                       recipe=replace(RECIPE, epochs=1, milestones=()), folder=tmp_path)
+    first = go(lambda x: teacher(x))
+    assert go(lambda x: teacher(x) * (1 + 1e-6)).loss == first.loss  # the same but for its rounding
+    with pytest.raises(ValueError, match=r"teacher \(logits \[.*\] … there, logits \[.*\] … now\)"):
+        go(lambda x: teacher(x.flip(3)))
+    with pytest.raises(ValueError, match=r"teacher \(logits \[.*\] … there, [0-9a-f]{16} now\)"): go(teacher)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
     "Its checkpoint holds random states of GPUs that are not here; all else is the same."
@@ -410,7 +422,7 @@ def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
     (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
     (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
     (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"), (dict(mixes=2.5), "count .* type int, got 2.5"),
-    (dict(mixing={"k": 2}), "mixing of Generation to be of type Mixing"), (dict(mixes=-5), "count of 1 or more"),
+    (dict(mixing={"k": 2}), "a mixing that is a `supermix.recipes.Mixing`, got dict"), (dict(mixes=-5), "count of 1 or more"),
     (dict(held_out=32), "hold out fewer than the 32 images")])
 def test_a_refused_distillation_leaves_nothing_behind(wrong, message, digits, teacher, tmp_path):
     wrong, recipe = dict(wrong), Training(epochs=1, milestones=(), held_out=wrong.get("held_out", 0))
