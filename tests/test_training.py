@@ -182,10 +182,15 @@ class Stopping(Learning):
         return super().forward(network, batch)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(digits):
+    "What a run without a stop ends with, and its history."
+    return whole(digits.train.subset(40))
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 11])  # three updates an epoch: within epochs and between them
-def test_stopped_and_resumed_it_ends_with_the_same_bits(at, digits, tmp_path):
-    images = digits.train.subset(40)
-    expected, history = whole(images)
+def test_stopped_and_resumed_it_ends_with_the_same_bits(at, uninterrupted, digits, tmp_path):
+    images, (expected, history) = digits.train.subset(40), uninterrupted
     with pytest.raises(Stopped): whole(images, tmp_path, Stopping(40, at), minutes=0)
     ended, resumed = whole(images, tmp_path, minutes=0)
     assert same(ended, expected) and ended["objective.seen"].tolist() == [4] * 40
