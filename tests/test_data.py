@@ -408,7 +408,7 @@ def test_several_processes_download_once_and_find_it_whole(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DOWNLOADS)
     processes = [subprocess.Popen([sys.executable, script, tmp_path]) for _ in range(3)]
-    assert [p.wait(120) for p in processes] == [0, 0, 0]
+    assert [p.wait(600) for p in processes] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "made\n"
     assert [p.name for p in (tmp_path / "data").iterdir() if not p.name.startswith(".")] == ["set"]
 

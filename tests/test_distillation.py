@@ -15,7 +15,7 @@ from supermix.distillation import MIXERS, Distillation, distill, make_mixes
 from supermix.losses import LOGIT_LOSSES, see
 from supermix.masks import areas, soft_labels
 from supermix.mixers import CutMix, MixUp
-from supermix.mixing import SuperMix
+from supermix.mixing import SuperMix, is_solved
 from supermix.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
 from supermix.store import MixedDataset
@@ -47,8 +47,9 @@ def batch_of(images, n=16, seed=0):
 def test_a_stock_of_mixes_is_solved_and_counted(teacher, mixes, few):
     everything = mixes.batch(range(60))
     assert everything.images.shape == (60, 3, 32, 32) and len(mixes) == 60
-    with torch.no_grad(): top = teacher(everything.images).topk(2).indices.sort(1).values
-    assert torch.equal(top, everything.classes.sort(1).values)
+    assert is_solved(everything.logits, everything.classes).all()
+    with torch.no_grad(): logits = teacher(everything.images)
+    torch.testing.assert_close(logits, everything.logits, rtol=2e-3, atol=2e-2)
     again, other = (make_mixes(teacher, few, 60, seed=seed).batch(range(60)).images for seed in (0, 1))
     assert torch.equal(everything.images, again) and not torch.equal(everything.images, other)
 
@@ -269,12 +270,12 @@ def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
     student's."""
     torch.manual_seed(0)
     images, student = digits.train.subset(160), create("resnet8", 10)
-    recipe = Training(epochs=6, batch_size=16, lr=lr, milestones=(5,), first_stage=3)
+    recipe = Training(epochs=9, batch_size=16, lr=lr, milestones=(8,), first_stage=3)
     history = distill(teacher, student, images, alone(name), recipe=recipe)
     own = 0.01 if name == "ft" else min(lr, 0.05)
-    assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 2 + [lr / 10])
-    assert history.loss[2] < history.loss[0] and history.loss[5] < history.loss[3]
-    slower = distill(teacher, create("resnet8", 10), images, alone(name),
+    assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 5 + [lr / 10])
+    assert history.loss[2] < history.loss[0] and history.loss[8] < history.loss[3]
+    slower = distill(teacher, create("resnet8", 10), images.subset(20), alone(name),
                      recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()))
     assert [row["lr"] for row in slower.rows] == pytest.approx([0.001] * 3 + [lr])
 

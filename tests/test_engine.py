@@ -266,10 +266,10 @@ def test_the_kept_race(name):
 @pytest.mark.parametrize("k, least", [(2, 15), (3, 10)])
 def test_the_race(k, least):
     "The issue of speed itself, measured here and now."
+    before, images = torch.get_num_threads(), load_data("fashion_mnist").train
     torch.set_num_threads(2)
-    images = load_data("fashion_mnist").train
-    result = race(pretrained("fashion_mnist"), images, RACES[str(k)], rounds=2, processes=2)
-    torch.set_num_threads(1)
+    try: result = race(pretrained("fashion_mnist"), images, RACES[str(k)], rounds=2, processes=2)
+    finally: torch.set_num_threads(before)
     for name in RACES[str(k)]:
         ours = result[name]
         assert ours["ratio"] >= least and ours["solved"] >= result["plain"]["solved"]

@@ -144,13 +144,17 @@ def test_scrubbing_shows_each_iteration(explorer):
 
 
 def test_only_the_newest_setting_is_shown(digits, teacher):
-    slow = lambda x: (time.sleep(0.01), teacher(x))[1]
+    changed = threading.Event()
+    def slow(x):
+        if threading.current_thread() is not threading.main_thread(): changed.wait()
+        return teacher(x)
     session = Session(digits, slow, max_iter=20, stop=False)
     finished, publish = [], Session.publish
     session.publish = lambda board: (finished.append(board.scene.setting.lambda_s) if board.finished else None,
                                      publish(session, board))
     for lambda_s in (1, 5, 20, 60): session.change(lambda_s=lambda_s)
     assert len(alive()) == 1
+    changed.set()
     session.wait()
     assert finished == [60] and session.board.scene.setting.lambda_s == 60 and not alive()
 
@@ -199,7 +203,7 @@ from supermix.explore import Session
 digits = load_data("digits")
 Session(digits, pretrained("digits"), max_iter=100_000, stop=False).change()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and not done.stderr
 
 

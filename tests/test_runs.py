@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTIL
 from supermix.runs import (MIXES, Impossible, asks_teacher, bytes_a_mix, carry_out, check_row, cost, find_result,
                            measured, miniature, open_data, open_teacher, result_path, run, run_family,
                            run_classification, run_distillation, table, write_cifar100)
+from supermix.training import accuracy
 from supermix.zoo import CRD_KEYS, create, crd_keys, load, pretrained, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
@@ -123,13 +125,15 @@ def test_published_results_are_those_of_the_copy():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
+    places = {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
+    data = open_data(TINY, places["root"])
+    assert accuracy(open_teacher(TINY, data, folder), data.train) > 60, "whoever asks this teacher for mixes asks luck"
+    return places
 
 
 TINY = change(CIFAR100.at("smoke"), {
     "train_images": 40, "training.epochs": 2, "training.first_stage": 1, "training.milestones": (),
-    "teacher_training.epochs": 2, "teacher_training.milestones": (), "mixes": 24, "teacher": "resnet8",
-    "training.lr": 0.01})
+    "mixes": 24, "teacher": "resnet8", "training.lr": 0.01})
 
 
 @pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"),
@@ -254,12 +258,18 @@ def test_a_table_lays_ours_beside_theirs(tmp_path):
     assert len(lines) == 6 and lines[5].endswith("(KD, FSP).")  # where the published values are from
 
 
+def least_cost(*args, **options):
+    "The least of five: what else the machine does, or a first call, makes any of them larger and none smaller."
+    tried = [cost(*args, probe=4, **options) for _ in range(5)]
+    return replace(tried[0], **{name: min(getattr(one, name) for one in tried) for name in ("training", "mixing")})
+
+
 def test_costs_grow_with_what_is_asked(places):
     data = open_data(TINY, places["root"])
-    one, ten = (cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data, probe=4)
-                for n in (1, 100))
-    assert (20 < ten.training / one.training < 500 and 20 < ten.mixing / one.mixing < 500
-            and ten.mixes == pytest.approx(100 * one.mixes))
+    one, hundred = (least_cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data)
+                    for n in (1, 100))
+    assert (20 < hundred.training / one.training < 500 and 20 < hundred.mixing / one.mixing < 500
+            and hundred.mixes == pytest.approx(100 * one.mixes))
     plain = cost(TINY, Variant("alone"), data, probe=4)
     assert (plain.teacher == plain.mixing == plain.mixes == 0 < plain.training
             and 100 < bytes_a_mix(CIFAR100.mixing) < bytes_a_mix(IMAGENET.mixing) < 1200)
@@ -269,7 +279,7 @@ def test_costs_grow_with_what_is_asked(places):
 def test_a_memory_takes_time_and_room():
     recipe = change(CIFAR100, {"teacher": "resnet8", "student": "resnet8"})
     plain, crd, less = (
-        cost(recipe_, Variant(method), probe=4, steps=1)
+        least_cost(recipe_, Variant(method), steps=1)
         for recipe_, method in ((recipe, "kd"), (recipe, "crd"), (replace(recipe, train_images=10_000), "crd")))
     vectors = lambda n: 2 * (2 * n * 128 * 4 + n * 8) / 1e9  # two checkpoints, each with two memories and the classes
     assert (crd.checkpoints - plain.checkpoints == pytest.approx(vectors(50_000), rel=0.02)
@@ -354,8 +364,16 @@ def test_the_help_shows_the_bases_numbers(capsys):
 
 
 THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-OPTIONS = ["--scale", "smoke", "--train-images", "96", "--teacher-training.epochs", "2",
-           "--teacher-training.milestones", "1", "--mixes", "24"]
+OPTIONS = ["--scale", "smoke", "--train-images", "96", "--mixes", "24"]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "A function that copies the smoke recipe's teacher to where a command finds it, and needs to train none."
+    folder, recipe = tmp_path_factory.mktemp("taught"), CIFAR100.at("smoke")
+    data = open_data(recipe, miniature("cifar100", folder / "miniature"))
+    assert accuracy(open_teacher(recipe, data, folder), data.train) > 60
+    return lambda out: shutil.copytree(folder / "teachers", out / "teachers")
 
 
 def start(*args, launcher=("-m", "supermix.runs")):
@@ -364,7 +382,7 @@ def start(*args, launcher=("-m", "supermix.runs")):
 
 
 def ended(process):
-    out, errors = process.communicate(timeout=240)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out
 
@@ -372,7 +390,8 @@ def ended(process):
 def student(folder): return next((folder / "students").glob("*.safetensors"))
 
 
-def test_distill_killed_and_started_again_ends_with_the_same_bytes(tmp_path):
+def test_distill_killed_and_started_again_ends_with_the_same_bytes(taught, tmp_path):
+    for name in ("whole", "killed"): taught(tmp_path / name)
     options = ["distill", *OPTIONS, "--mixer", "supermix", "--training.epochs", "7", "--minutes", "0", "--out"]
     ended(start(*options, tmp_path / "whole"))
     process = start(*options, tmp_path / "killed")
@@ -388,7 +407,8 @@ def test_distill_killed_and_started_again_ends_with_the_same_bytes(tmp_path):
     assert one["test_accuracy"] == two["test_accuracy"] and one["loss"] == two["loss"]
 
 
-def test_two_processes_distil_one_student(tmp_path):
+def test_two_processes_distil_one_student(taught, tmp_path):
+    taught(tmp_path)
     out = ended(start("distill", *OPTIONS, "--mixer", "supermix", "--method", "kd", "--out", tmp_path,
                       launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                                 "-m", "supermix.runs")))
@@ -418,7 +438,7 @@ def test_a_command_says_first_what_it_will_cost(tmp_path):
 
 def test_a_mistake_is_one_line(tmp_path):
     process = start("distill", "--student", "resnet21", "--scale", "smoke", "--out", tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert (process.returncode == 1 and errors.startswith("supermix: Unknown network 'resnet21'. Did you mean")
             and len(errors.splitlines()) == 1)
 

@@ -151,7 +151,7 @@ def test_two_processes_make_the_same_bytes(tmp_path):
         command, environment = [sys.executable, "-c", SCRIPT, str(tmp_path / n)], {**os.environ, "PYTHONHASHSEED": n}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert file_hash(tmp_path / "1") == file_hash(tmp_path / "2")
 
@@ -260,10 +260,15 @@ class Stopping(Learning):
         return super().forward(network, batch)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(digits):
+    "What a run without a stop ends with, and its history."
+    return whole(digits.train.subset(40))
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 11])  # three updates an epoch: within epochs and between them
-def test_stopped_and_resumed_it_ends_with_the_same_bits(at, digits, tmp_path):
-    images = digits.train.subset(40)
-    expected, history = whole(images)
+def test_stopped_and_resumed_it_ends_with_the_same_bits(at, uninterrupted, digits, tmp_path):
+    images, (expected, history) = digits.train.subset(40), uninterrupted
     with pytest.raises(Stopped): whole(images, tmp_path, Stopping(40, at), minutes=0)
     ended, resumed = whole(images, tmp_path, minutes=0)
     assert same(ended, expected) and ended["objective.seen"].tolist() == [4] * 40
@@ -293,13 +298,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     def start(folder):
         return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder,
                                  tmp_path / f"{folder}.safetensors"], stderr=subprocess.DEVNULL)
-    assert start("whole").wait() == 0
-    chance, kills = random.Random(0), 0
+    def at_work(folder):
+        "A process that has just written its first checkpoint, or has ended."
+        names = lambda: [p.name for p in checkpoints(tmp_path / folder)]
+        before, process = names(), start(folder)
+        while names() == before and process.poll() is None: time.sleep(0.01)
+        return process
+
+    process, begun = at_work("whole"), time.monotonic()
+    assert process.wait() == 0
+    took, chance, kills = time.monotonic() - begun, random.Random(0), 0
     while kills < 2:
-        before = [p.name for p in checkpoints(tmp_path / "killed")]
-        process = start("killed")
-        while [p.name for p in checkpoints(tmp_path / "killed")] == before and process.poll() is None: time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.5))
+        process = at_work("killed")
+        time.sleep(chance.uniform(0, 0.4) * took)
         if process.poll() is not None: break
         process.kill()
         process.wait()
