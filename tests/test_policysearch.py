@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from supermix.policies import OPS, POLICIES, Augmented, Policy, load_policy
-from supermix.policysearch import (DensityFound, DensityRecipe, PopulationFound, PopulationRecipe, compare_policies,
-                                   exploit, explore, judge_policy, make_density, make_population, parameter_lines,
-                                   random_policy, search_density, search_population, split_images)
+from supermix.policysearch import (SEARCHED, DensityFound, DensityRecipe, PopulationFound, PopulationRecipe,
+                                   compare_policies, exploit, explore, judge_policy, make_density, make_population,
+                                   parameter_lines, random_policy, search_density, search_population, split_images)
 from supermix.recipes import Training
 from supermix.zoo import create
 
@@ -58,7 +58,7 @@ def test_the_judge_is_left_as_it_was(digits, teacher):
 
 def test_random_policies_are_even(seeded):
     entries = [entry for line in random_policy(20_000, seeded()).subpolicies for entry in line]
-    assert ({op for op, _, _ in entries} == set(OPS[1:])
+    assert ({op for op, _, _ in entries} == set(SEARCHED) == set(OPS) - {"Identity", "Cutout"}
             and all(len(set(column)) == n for column, n in zip(zip(*entries), (14, 10, 10))))
     assert min(p for _, p, _ in entries) == 0.1 and max(p for _, p, _ in entries) == 1.0
     assert sum(level for _, _, level in entries) / 40_000 == pytest.approx(4.5, abs=0.05)
