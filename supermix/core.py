@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['lookup', 'write_atomic', 'save_tensors', 'load_tensors', 'file_hash', 'commit', 'unwrapped', 'tensors_hash',
-           'weights_hash', 'evaluating', 'compare_classes', 'seeded', 'is_watched', 'Lines', 'progress']
+__all__ = ['lookup', 'write_atomic', 'save_tensors', 'load_tensors', 'file_hash', 'commit', 'unwrapped', 'plain_state',
+           'tensors_hash', 'weights_hash', 'evaluating', 'fitting', 'compare_classes', 'seeded', 'is_watched', 'Lines',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #b11ad1ad
 def lookup(table: dict,        # what there is, by name
@@ -89,8 +90,9 @@ def load_tensors(path: str | Path,                      # a file that `save_tens
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {}).get("card", "{}"))
+            if not isinstance(card, dict): raise ValueError(f"its card is a {type(card).__name__}, not a dictionary")
             return {name: file.get_tensor(name) for name in file.keys()}, card
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         hint = (" It was written by `torch.save`: read it with `torch.load(…, weights_only=True)`."
                 if zipfile.is_zipfile(path) else "")
         raise ValueError(f"{path} is not a whole safetensors file ({error}).{hint}") from error
@@ -110,14 +112,29 @@ def commit() -> str:
     return found if (Path(top) / "supermix" / "core.py").is_file() else ""  # else somebody else's repository
 
 # %% ../nbs/00_core.ipynb #43a4f06c
+def _inner(module):  # "" where nothing is wrapped
+    "The name under which a wrapper holds its network."
+    from torch import nn
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return "module"
+    return "_orig_mod" if "_orig_mod" in getattr(module, "_modules", ()) else ""  # torch.compile's
+
 def unwrapped(network):  # a network, or any callable; returned as it is where nothing wraps it
     "The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
     from torch import nn
-    while isinstance(network, nn.Module):
-        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)): network = network.module
-        elif "_orig_mod" in network._modules: network = network._orig_mod  # torch.compile's
-        else: break
+    while isinstance(network, nn.Module) and (name := _inner(network)): network = network._modules[name]
     return network
+
+def _plain_name(network: nn.Module, name: str) -> str:
+    "A parameter's name without the wrappers on the way to it."
+    parts, module = [], network
+    for part in name.split("."):
+        if part != _inner(module): parts.append(part)
+        module = getattr(module, "_modules", {}).get(part)
+    return ".".join(parts)
+
+def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    "A network's state under the names that it has without wrappers, around it or around parts of it."
+    return {_plain_name(network, name): tensor for name, tensor in network.state_dict().items()}
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal digits
     "A hash of tensors and of their names."
@@ -129,8 +146,8 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal dig
     return digest.hexdigest()[:16]
 
 def weights_hash(network: nn.Module) -> str:  # 16 hexadecimal digits
-    "A hash of a network's weights and of their names; a wrapped network has the hash of the one inside."
-    return tensors_hash(unwrapped(network).state_dict())
+    "A hash of a network's weights and of their names; wrappers make no difference."
+    return tensors_hash(plain_state(network))
 
 # %% ../nbs/00_core.ipynb #b788ef39
 @contextmanager
@@ -144,6 +161,31 @@ def evaluating(model):  # a network, or any callable
         yield model
     finally:
         for part, mode in zip(parts, modes): part.training = mode
+
+# %% ../nbs/00_core.ipynb #7c10e037
+def _misfit(network: nn.Module, images: torch.Tensor) -> str:
+    "What helps where a network does not take images; nothing where that is not known."
+    weight = next(network.parameters(), images)
+    first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if weight.device != images.device:
+        return f" Its weights are on {weight.device}, the images on {images.device}: move one of them, by `.to`."
+    if images.ndim == 4 and first not in (None, images.shape[1]):
+        if images.shape[-1] == first: return " Are these images (B, H, W, C)? Give images.permute(0, 3, 1, 2)."
+        grey = (", or put a conversion in front of it, as in nn.Sequential(v2.Grayscale(), network) with v2 of "
+                "torchvision.transforms" if (first, images.shape[1]) == (1, 3) else "")
+        return (f" Its first convolution takes {first} channel{'s' * (first > 1)}, and the images have "
+                f"{images.shape[1]}: make the network for {images.shape[1]}{grey}.")
+    return (f" Its weights are {weight.dtype}: give `network.float()`, or work within torch.autocast."
+            if weight.dtype != images.dtype else "")
+
+@contextmanager
+def fitting(network, images: torch.Tensor, what: str = "network"):
+    "Within the block, a network that does not take these images is a ValueError that says what helps."
+    try: yield
+    except RuntimeError as error:
+        if not isinstance(network, nn.Module) or isinstance(error, torch.OutOfMemoryError): raise
+        raise ValueError(f"The {what} does not take images {tuple(images.shape)} of {images.dtype}: {error}."
+                         f"{_misfit(network, images)}") from error
 
 # %% ../nbs/00_core.ipynb #d4c1eeea
 def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of some images

@@ -29,8 +29,8 @@ from .core import progress, seeded, write_atomic
 from .data import Images
 from .masks import REST, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import draw_lam, draw_partners
-from .mixing import (advance, ask, check_classes, check_gradient, check_settings, hinge, is_hopeless, is_solved,
-                             objective, see)
+from .mixing import (advance, ask, check_classes, check_gradient, check_settings, check_teacher, hinge,
+                             is_hopeless, is_solved, objective)
 from .recipes import EAGER, FAST, Mixing
 
 # %% ../nbs/34_engine.ipynb #3f77fabf
@@ -53,9 +53,10 @@ def plain_way(teacher,               # images (B, C, H, W) -> logits (B, N), in 
         grad, = torch.autograd.grad(loss.sum(), now)
         moved = advance(theta, loss.detach(), grad, mixing.sigma)
         theta = torch.where(solved[:, None, None, None], theta, moved)
-        with torch.no_grad(): logits = teacher(mix(sets, masks_from_theta(theta, size)))
+        masks = masks_from_theta(theta, size)
+        with torch.no_grad(): logits = teacher(mix(sets, masks))
         final = torch.where(solved[:, None], final, logits)
-        solved |= is_solved(logits, classes)
+        solved |= is_solved(logits, classes, target, masks)
         if solved.all(): break
     return theta, final, solved
 
@@ -269,11 +270,12 @@ def work_on(slots: Slots, ask, m: Mixing, device, clock: Clock):  # Found, and w
         masks = masks_from_theta(now, size)
         logits = ask(mix(images, masks))
         check_gradient(logits)
-        done = is_solved(logits.detach(), sets.classes.to(device)).cpu() & (slots.steps > 0)
+        target = soft_labels(sets.classes, sets.lam, logits.shape[1]).to(device)
+        done = is_solved(logits.detach(), sets.classes.to(device), target, masks.detach(), m.hold).cpu()
+        done &= slots.steps > 0
         lack = hinge(logits, sets.classes.to(device))
         free = done | (slots.steps >= m.max_iter) | is_hopeless(lack.detach().cpu(), slots.steps, m.give_up)
         going = (~free).nonzero().flatten()
-        target = soft_labels(sets.classes, sets.lam, logits.shape[1]).to(device)
         loss = objective(logits, target, masks, m.lambda_s if m.hold is None else 0.0)
         if m.margin: loss = loss + m.margin * lack
         grad = torch.autograd.grad(loss[going.to(device)].sum(), now)[0] if len(going) else None
@@ -371,7 +373,8 @@ class Engine(Tally):
         self.mixing, self.slots, self.dtype, self.network = (
             mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, teacher)
         first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
-        self.device, _ = first.device, see(teacher, x.to(first), mixing.k)  # what is no teacher is found out now
+        self.device = first.device
+        check_teacher(teacher, x.to(first), mixing.k)  # what is no teacher is found out now
         if isinstance(teacher, nn.Module):
             self.network = fold_norms(teacher, x).to(self.device, self.dtype, memory_format=torch.channels_last)
         check_memory(self, x, slots)

@@ -97,7 +97,7 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
             masks[active], images[active], z, onward = forward(mixer, sets[active], target[active], classes[active],
                                                                theta[active])
             logits[active] = z
-            if n > 0: solved[active] = is_solved(z, classes[active])
+            if n > 0: solved[active] = is_solved(z, classes[active], target[active], masks[active], mixer.hold)
             hopeless = is_hopeless(hinge(z, classes[active]), n, mixer.give_up)
             going = ~solved[active] & ~hopeless if stop else torch.ones_like(active, dtype=torch.bool)
             last, state = n == mixer.max_iter or not going.any(), [t.clone() for t in (theta, masks, images, logits)]

@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'hinge', 'is_hopeless', 'advance', 'is_solved', 'Mixed', 'check_sets', 'start_from',
-           'check_settings', 'ask', 'check_classes', 'check_gradient', 'see', 'classes_of', 'iterate', 'solve',
-           'SuperMix']
+           'check_settings', 'ask', 'check_classes', 'check_gradient', 'see', 'classes_of', 'hidden_networks',
+           'check_teacher', 'warn_near_chance', 'label_agreement', 'Watch', 'iterate', 'solve', 'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
+import math
+import warnings
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from .core import evaluating
+from .core import evaluating, fitting
+from .data import Images
 from .masks import hold_sparsity, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import Draw, FewClasses, Mixer, check_images, draw_partners
 from .recipes import Mixing
@@ -71,10 +77,20 @@ def advance(theta, loss, grad, sigma: float,
 # %% ../nbs/33_mixing.ipynb #3ecf6282
 def is_solved(logits: torch.Tensor,   # of the mixed images (B, N)
               classes: torch.Tensor,  # int64 (B, k): the teacher's classes of the sources
+              target: torch.Tensor | None = None,  # ŷ (B, N); is needed where N = k, as are the masks
+              masks: torch.Tensor | None = None,   # (B, k, H, W)
+              hold: float | None = None,           # the sparsity at which they are held
               ) -> torch.Tensor:      # bool (B,)
-    "Whether the k highest classes are exactly the classes of the sources."
-    top = logits.topk(classes.shape[1], dim=1).indices
-    return (top.sort(1).values == classes.sort(1).values).all(1)
+    "Whether the k highest classes are exactly the sources'; where N = k, whether masks are sharp and the KL is low."
+    k = classes.shape[1]
+    top = logits.topk(k, dim=1).indices
+    on_top = (top.sort(1).values == classes.sort(1).values).all(1)
+    if logits.shape[1] > k: return on_top
+    if target is None or masks is None:
+        raise ValueError(f"Expected target and masks for a teacher of {k} classes and sets of {k} images, where the "
+                         "highest classes say nothing, got None.")
+    grey = max((k - 1) / (2 * k ** 2), 1.25 * (hold or 0.0))
+    return on_top & (sparsity(masks) <= grey) & (objective(logits, target, masks, 0.0) <= math.log(k))
 
 # %% ../nbs/33_mixing.ipynb #7bb5b778
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,11 +155,7 @@ def check_settings(teacher, *settings, **named) -> None:  # the settings: as `Mi
 # %% ../nbs/33_mixing.ipynb #0f1d12c5
 def ask(teacher, images, k: int = 2) -> torch.Tensor:  # images (B, C, H, W) -> logits (B, N), N at least k
     "The teacher's logits of images, checked."
-    try: logits = teacher(images)
-    except RuntimeError as error:
-        if not isinstance(teacher, torch.nn.Module) or isinstance(error, torch.cuda.OutOfMemoryError): raise
-        raise ValueError(f"The teacher does not take images {tuple(images.shape)} of {images.dtype}: "
-                         f"{error}") from error
+    with fitting(teacher, images, "teacher"): logits = teacher(images)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"Expected the teacher to give logits ({len(images)}, N), got {got}.")
@@ -180,6 +192,120 @@ def classes_of(teacher, sets):  # (B, k, C, H, W) -> int64 (B, k), and their num
     logits = see(teacher, sets.flatten(0, 1), sets.shape[1])
     return logits.argmax(1).view(sets.shape[:2]), logits.shape[1]
 
+# %% ../nbs/33_mixing.ipynb #528ebff3
+def _held_by(thing) -> dict:
+    "What an object holds or names, by name: of functions, callable objects, and lists or dictionaries of such."
+    if isinstance(thing, nn.Module):
+        return {name: v for part in thing.modules() for name, v in vars(part).items() if not name.startswith("_")}
+    if isinstance(thing, MethodType): return {"self": thing.__self__, thing.__name__: thing.__func__}
+    if isinstance(thing, partial): return {"func": thing.func, "args": thing.args, **thing.keywords}
+    if isinstance(thing, (list, tuple)): return {str(i): v for i, v in enumerate(thing[:50])}
+    if isinstance(thing, dict): return dict(list(thing.items())[:50])
+    if not isinstance(thing, FunctionType):
+        return {**getattr(thing, "__dict__", {}), "call": getattr(type(thing), "__call__", None)}
+    if str(thing.__module__).partition(".")[0] in ("torch", "torchvision", "numpy"): return {}
+    def names(code):
+        return {*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in names(c))}
+    held = {name: thing.__globals__[name] for name in names(thing.__code__) if name in thing.__globals__}
+    for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or ()):
+        try: held[name] = cell.cell_contents
+        except ValueError: pass  # not assigned yet
+    return {**held, "defaults": thing.__defaults__, **(thing.__kwdefaults__ or {})}
+
+def hidden_networks(teacher,         # any callable
+                    depth: int = 4,  # how far from it to look
+                    ) -> dict[str, nn.Module]:  # by the names under which they are held
+    "The networks that a callable holds or names, as far as Python lets us look."
+    found, seen, level = {}, {id(teacher)}, [teacher]
+    for _ in range(depth):
+        things = {id(v): (name, v) for thing in level for name, v in _held_by(thing).items()
+                  if not isinstance(v, (type(None), type, ModuleType, str, int, float, torch.Tensor))}
+        fresh = [pair for i, pair in things.items() if i not in seen]
+        seen |= set(things)
+        found |= {name: v for name, v in fresh if isinstance(v, nn.Module)}
+        level = [v for _, v in fresh if not isinstance(v, nn.Module)][:1000]
+    return found
+
+# %% ../nbs/33_mixing.ipynb #56eccf59
+def _coarse(logits, networks) -> bool:
+    "Whether 16-bit numbers are involved."
+    types = {logits.dtype, *(p.dtype for network in networks for p in network.parameters() if p.is_floating_point())}
+    return min(t.itemsize for t in types) < 4 or torch.is_autocast_enabled(logits.device.type)
+
+def check_teacher(teacher,              # images (B, C, H, W) -> logits (B, N)
+                  images: torch.Tensor, # one or a few (B, C, H, W)
+                  k: int = 2,           # classes that it has at least
+                  ) -> None:
+    "A ValueError where an image's logits depend on its batch; networks and random numbers are left as they were."
+    hidden = hidden_networks(teacher)
+    kept = [(t, t.clone()) for network in hidden.values() for t in network.buffers()]
+    x, off = torch.cat([images[:1], images[:4].roll(images.shape[-1] // 2, -1)]), math.inf
+    try:
+        with torch.random.fork_rng([x.device.index] if x.is_cuda else []):
+            batch, alone = see(teacher, x, k)[:1], see(teacher, x[:1], k)
+        off = ((batch - alone).abs().amax() / batch.abs().amax().clamp(min=1e-30)).item()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # what a batch norm in training mode says
+            see(teacher, images, k)  # the same error, of the caller's images
+            raise
+    finally:
+        with torch.no_grad():
+            for t, before in kept: t.copy_(before)
+    networks = [*hidden.values(), *([teacher] if isinstance(teacher, nn.Module) else [])]
+    if off <= (0.05 if math.isfinite(off) and _coarse(batch, networks) else 0.02): return
+    awake = [f"{name}.eval()" for name, network in hidden.items() if any(m.training for m in network.modules())]
+    raise ValueError("Expected a teacher in evaluation mode, whose logits of an image do not depend on the other images "
+                     f"of the batch; an image's logits change by {off:.0%} of the largest when it is alone. "
+                     + (f"Call {', '.join(awake[:3])}." if awake else
+                        "Is a network inside in training mode, does `F.dropout` lack `training=self.training`, or does "
+                        "a batch norm keep no running statistics?"))
+
+# %% ../nbs/33_mixing.ipynb #47ae15bc
+def warn_near_chance(classes: torch.Tensor,  # int64 (n,): what the teacher sees
+                     labels: torch.Tensor,   # int64 (n,)
+                     ) -> float:             # the share that agrees in percent, each class counting alike
+    "How far a teacher and labels agree, with a warning where that is at or near chance."
+    kinds = labels.unique()
+    right = sum((classes[labels == kind] == kind).float().mean().item() for kind in kinds) / len(kinds)
+    chance = 1 / len(kinds)
+    if len(kinds) > 1 and right < chance + 0.15 * (1 - chance):
+        warnings.warn(f"The teacher agrees with the labels of {right:.0%} of {len(labels):,} images of {len(kinds)} "
+                      f"classes, where guessing gives {chance:.1%}. Usual causes: its classes are in another order than "
+                      "the data's (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the images' "
+                      "size, mean or std are not those of its training; it has a wrong head, or is not trained.",
+                      stacklevel=3)
+    return 100 * right
+
+def label_agreement(teacher,            # images (B, 3, H, W) -> logits (B, N)
+                    images: Images,     # with labels
+                    count: int = 400,   # how many are looked at, at most
+                    seed: int = 0,      # which
+                    ) -> float:         # percent
+    "The share of images whose label the teacher sees, of a few for each class; at or near chance with a warning."
+    few = images.subset(min(count, len(images)), seed)
+    device = next(teacher.parameters(), few.labels).device if isinstance(teacher, nn.Module) else few.labels.device
+    classes = [see(teacher, few[i:i + 100][0].to(device), 1).argmax(1).cpu() for i in range(0, len(few), 100)]
+    return warn_near_chance(torch.cat(classes), few.labels.cpu())
+
+# %% ../nbs/33_mixing.ipynb #3c508386
+class Watch:
+    "What a mixer finds out about its teacher, once."
+    def __init__(self): self.asked, self.pairs, self.compared = False, [], False
+
+    def ask(self, teacher, images, k: int) -> None:
+        "Check the teacher at the first images."
+        if not self.asked: check_teacher(teacher, images, k)
+        self.asked = True
+
+    def compare(self, classes: torch.Tensor, labels: torch.Tensor) -> None:
+        "Gather what the teacher sees (B,) and labels, (B,) or soft (B, N); compare the first 300."
+        if self.compared: return
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
+        self.pairs.append(torch.stack([classes.cpu(), labels.cpu()]))
+        if sum(pair.shape[1] for pair in self.pairs) < 300: return
+        warn_near_chance(*torch.cat(self.pairs, 1))
+        self.pairs, self.compared = [], True
+
 # %% ../nbs/33_mixing.ipynb #684d0d2e
 def iterate(ask,                     # images (B, C, H, W) -> the teacher's logits (B, N)
             sets: torch.Tensor,      # (B, k, C, H, W)
@@ -199,7 +325,7 @@ def iterate(ask,                     # images (B, C, H, W) -> the teacher's logi
         z = ask(mix(sets[active], masks)).to(target.dtype)
         check_gradient(z)
         logits[active], steps[active] = z.detach(), n
-        if n > 0: solved[active] = is_solved(z.detach(), classes[active])
+        if n > 0: solved[active] = is_solved(z.detach(), classes[active], target[active], masks.detach(), hold)
         lack = hinge(z, classes[active])
         going = ~solved[active] & ~is_hopeless(lack.detach(), n, give_up)
         if n == max_iter or not going.any(): break
@@ -220,6 +346,7 @@ def solve(mixer, sets, lam, theta, draw) -> Mixed:
         if theta is None and mixer.start == "regions":
             lam = lam.to(sets.device).float()
             theta = regions(lam, mixer.mask_size, torch.zeros(len(lam)), mixer.hold, sets.shape[-2:])
+        mixer.watch.ask(mixer.teacher, sets.flatten(0, 1), mixer.k)
         theta = start_from(theta, (len(sets), mixer.k, mixer.mask_size, mixer.mask_size), sets)
         lam = lam.to(theta)
         classes, N = classes_of(mixer.teacher, sets) if draw is None else (draw.classes, draw.num_classes)
@@ -251,6 +378,7 @@ class SuperMix(Mixer):
         self.teacher, self.k, self.mask_size, self.sigma, self.lambda_s = teacher, k, mask_size, sigma, lambda_s
         self.alpha, self.max_iter, self.step, self.hold, self.margin, self.start, self.give_up = (
             alpha, max_iter, step, hold, margin, start, give_up)
+        self.watch = Watch()
 
     def solve(self, sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
               lam: torch.Tensor,         # (B, k): the wanted shares, rows summing to 1
@@ -261,8 +389,11 @@ class SuperMix(Mixer):
         return solve(self, sets, lam, theta, draw)
 
     def draw(self, images, labels=None, generator=None):
+        self.watch.ask(self.teacher, images, self.k)
         logits = see(self.teacher, images, self.k)
-        partners = draw_partners(classes := check_classes(logits.argmax(1), self.k), self.k, generator)
+        classes = check_classes(logits.argmax(1), self.k)
+        if labels is not None: self.watch.compare(classes, labels)
+        partners = draw_partners(classes, self.k, generator)
         return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device),
                     logits.shape[1])
 

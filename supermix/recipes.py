@@ -466,7 +466,7 @@ def policy_rows(data: str, autoaugment: str, cutout: int | None) -> dict[str, Va
 
 CLASSIFIERS = ("wrn_40_2a", "wrn_28_10a", "shakeshake26_2x96d")
 CIFAR100_CLASSIFICATION = Family(
-    CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("cifar100", "autoaugment_cifar10", 16),
+    CIFAR100, tuple((name, name) for name in CLASSIFIERS), policy_rows("cifar100", "autoaugment_cifar10_authors", 16),
     scaled(CIFAR100, pairs=(("resnet8", "resnet8"),)))
 IMAGENET_CLASSIFICATION = Family(
     IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), policy_rows("imagenet", "autoaugment_imagenet", None),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'STEM', 'BLOCKS', 'CRD_KEYS', 'names', 'create', 'Row', 'multiply_adds', 'table', 'layer', 'split_layer',
-           'resnet_rules', 'crd_keys', 'load_crd', 'save', 'load', 'as_batch', 'Prediction', 'predict', 'shipped',
-           'pretrained']
+           'resnet_rules', 'crd_keys', 'load_crd', 'check_finite', 'info_of', 'save', 'load', 'as_batch', 'Prediction',
+           'image_files', 'predict', 'shipped', 'pretrained']
 
 # %% ../nbs/19_zoo.ipynb #03a4e6b4
 import json
@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .core import evaluating, file_hash, load_tensors, lookup, save_tensors
+from .core import (evaluating, file_hash, fitting, load_tensors, lookup, plain_state, save_tensors, tensors_hash,
+                           unwrapped)
 from .data import Info, centred, open_image
 from .models.hooked import NETWORKS as IMAGENET_RESNETS
 from .models.mobilenetv2 import NETWORKS as MOBILENETS
@@ -154,6 +155,7 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
                          f"got {type(state).__name__}.")
     state = {key.removeprefix("module."): v for key, v in state.items()}   # as DataParallel saves it
     keys, shapes = crd_keys(network), {k: v.shape for k, v in network.state_dict().items()}
+    state |= {k: torch.tensor(0) for k in keys.values() if k.endswith("num_batches_tracked") and k not in state}
     faults = [f"missing: {theirs}" for theirs in keys.values() if theirs not in state]
     faults += [f"not expected: {key}" for key in state if key not in keys.values()]
     faults += [f"{theirs}: expected {tuple(shapes[ours])}, got {tuple(state[theirs].shape)}"
@@ -166,17 +168,33 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #07b1950b
-def save(network: nn.Module,   # made by `create`, or loaded
+def check_finite(tensors: dict[str, torch.Tensor], where) -> None:
+    "A ValueError where a weight is NaN or infinite."
+    odd = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if odd:
+        raise ValueError(f"{where}: expected finite weights, got NaN or infinity in {', '.join(odd[:3])}"
+                         f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Take a copy from before that.")
+
+def info_of(network) -> Info | None:
+    "What a network knows of its data, wrapped or not."
+    own = getattr(network, "info", None)
+    return getattr(unwrapped(network), "info", None) if own is None else own
+
+def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
          path: str | Path,     # a `.safetensors` file
          **card,               # anything worth knowing: how it was trained, its accuracy
          ) -> Path:            # `path`
     "Save a network so that `load` needs nothing but the file."
-    if not hasattr(network, "name"):
-        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(network).__name__} "
+    inner, info = unwrapped(network), info_of(network)
+    if not hasattr(inner, "name"):
+        raise ValueError(f"Expected a network made by `create` (or loaded), got {type(inner).__name__} "
                          "without a registered name. Keep that one with torch.save(network.state_dict(), path).")
-    card |= {"network": network.name, "num_classes": network.num_classes}
-    if network.info is not None: card["info"] = {**vars(network.info)}
-    return save_tensors(path, network.state_dict(), card)
+    tensors = plain_state(inner)
+    check_finite(tensors, f"{inner.name}, to be saved as {path}")
+    card |= {"network": inner.name, "num_classes": inner.num_classes,
+             "tensors": tensors_hash(dict(sorted(tensors.items())))}
+    if info is not None: card["info"] = {**vars(info)}
+    return save_tensors(path, tensors, card)
 
 # %% ../nbs/19_zoo.ipynb #13b914b9
 def load(path: str | Path,         # a file that `save` wrote
@@ -188,11 +206,15 @@ def load(path: str | Path,         # a file that `save` wrote
         raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
     try:
         network = create(card["network"], card["num_classes"])
-        network.load_state_dict(tensors)
+        network.load_state_dict({name.replace("_orig_mod.", ""): t for name, t in tensors.items()})  # once saved compiled
         if "info" in card:
             network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the network of its card: {error}") from error
+    check_finite(tensors, path)
+    if card.get("tensors", now := tensors_hash(dict(sorted(tensors.items())))) != now:
+        raise ValueError(f"{path} was changed after it was saved: the hash of its tensors is {now}, and its card says "
+                         f"{card['tensors']}. Take another copy of it.")
     odd = [] if info is None or "info" not in card else [
         what for what in ("classes", "mean", "std") if getattr(info, what) != getattr(network.info, what)]
     if odd:
@@ -209,7 +231,10 @@ def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, 
     if isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one image, got an empty list.")
         return torch.cat([as_batch(image, info) for image in images])
-    if isinstance(images, (str, Path)): images = open_image(images)
+    if isinstance(images, (str, Path)):
+        if not (path := Path(images).expanduser()).exists(): raise FileNotFoundError(f"There is no file {path}.")
+        if path.is_dir(): raise ValueError(f"{path} is a folder: give it alone, as in predict(network, folder).")
+        images = open_image(path)
     if isinstance(images, Image.Image):
         from torchvision.transforms.v2 import functional as VF
         return info.normalize(VF.pil_to_tensor(centred(images.convert("RGB"), info))[None])
@@ -229,25 +254,44 @@ class Prediction(NamedTuple):
     labels: list[str]            # the name of the likeliest class of each image
     classes: torch.Tensor        # its number, int64 (B,)
     probabilities: torch.Tensor  # of all classes, float32 (B, N)
+    files: tuple[str, ...] = ()  # where a folder was given: each image's path within it
 
     def __repr__(self):
-        return ", ".join(f"{l} {p:.0%}" for l, p in zip(self.labels, self.probabilities.amax(1).tolist()))
+        said = [f"{l} {p:.0%}" for l, p in zip(self.labels, self.probabilities.amax(1).tolist())]
+        if not self.files: return ", ".join(said)
+        width = max(map(len, self.files[:50]))
+        rows = [f"{file:{width}s}  {text}" for file, text in zip(self.files[:50], said)]
+        return "\n".join(rows + [f"… and {len(said) - 50:,} more"] * (len(said) > 50))
+
+def image_files(folder: Path) -> list[str]:
+    "The image files in a folder and below, by name, without hidden ones; a ValueError where there are none."
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in endings)
+    found = [str(path) for path in inside if not any(p.startswith(".") or p == "__MACOSX" for p in path.parts)]
+    if not found: raise ValueError(f"Expected images in {folder}, such as .jpg or .png files, found none.")
+    return found
 
 # %% ../nbs/19_zoo.ipynb #7e91324c
 @torch.no_grad()
 def predict(network: nn.Module,  # with an `info`: trained or loaded by this package
-            images,              # anything that `as_batch` takes
+            images,              # anything that `as_batch` takes, or a folder of image files
             ) -> Prediction:
     "The classes that `network` sees in `images`."
-    if getattr(network, "info", None) is None:
+    if (info := info_of(network)) is None:
         raise ValueError("Expected a network that knows its data: one that `distill` or `train` trained, "
                          "or `load` loaded. For another one, say `network.info = data.info`.")
-    device = next(network.parameters()).device
+    folder = Path(images).expanduser() if isinstance(images, (str, Path)) else None
+    files = image_files(folder) if folder is not None and folder.is_dir() else []
+    parts = [[folder / f for f in files[i:i + 100]] for i in range(0, len(files), 100)] if files else [images]
+    probabilities = []
     with evaluating(network):
-        probabilities = network(as_batch(images, network.info).to(device)).float().softmax(1).cpu()
-    classes, names = probabilities.argmax(1), network.info.classes
+        for part in parts:
+            x = as_batch(part, info).to(next(network.parameters()).device)
+            with fitting(network, x): probabilities.append(network(x).float().softmax(1).cpu())
+    probabilities = torch.cat(probabilities)
+    classes, names = probabilities.argmax(1), info.classes
     labels = [names[c] if c < len(names) else f"class {c}" for c in classes.tolist()]  # a head may be wider
-    return Prediction(labels, classes, probabilities)
+    return Prediction(labels, classes, probabilities, tuple(files))
 
 # %% ../nbs/19_zoo.ipynb #8600cb85
 def shipped() -> list[str]:

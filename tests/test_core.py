@@ -9,8 +9,20 @@ from itertools import count
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
-from supermix.core import evaluating, file_hash, load_tensors, lookup, save_tensors, write_atomic
+from supermix.core import (
+    evaluating,
+    file_hash,
+    fitting,
+    load_tensors,
+    lookup,
+    plain_state,
+    save_tensors,
+    unwrapped,
+    weights_hash,
+    write_atomic,
+)
 from torch import nn
+from torchvision.transforms import v2
 
 
 @pytest.mark.parametrize("name, message", [
@@ -85,8 +97,10 @@ WHOLE = to_safetensors({"a": torch.arange(100.)}, {"card": "{}"})
 
 @pytest.mark.parametrize("content", [
     b"", WHOLE[:4], WHOLE[:40], WHOLE[:-1], WHOLE + b"more", b"\xff" * 100, b"<html>404</html>" * 10,
-    to_safetensors({"a": torch.zeros(1)}, {"card": "{cut off"}),
-], ids=["empty", "length cut", "header cut", "data cut", "too long", "noise", "a web page", "broken card"])
+    to_safetensors({"a": torch.zeros(1)}, {"card": "{cut off"}), to_safetensors({"a": torch.zeros(1)}, {"card": "[]"}),
+    to_safetensors({"a": torch.zeros(1)}, {"card": "[" * 100_000}),
+], ids=["empty", "length cut", "header cut", "data cut", "too long", "noise", "a web page", "broken card", "a list",
+        "lists within lists"])
 def test_a_damaged_file_is_an_error_that_names_it(content, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="damaged.safetensors"): load_tensors(tmp_path / "damaged.safetensors")
@@ -105,3 +119,50 @@ def test_evaluating_restores_every_part_even_after_an_error():
         assert not any(part.training for part in model.modules())
         raise KeyError
     assert [part.training for part in model.modules()] == modes == [True, True, True, False, True]
+
+
+def compiled(module): return torch.compile(module, backend="eager")  # needs no C++ compiler
+
+
+WRAPPERS = {
+    "compiled": compiled, "DataParallel": nn.DataParallel, "both": lambda net: compiled(nn.DataParallel(net)),
+    "a compiled part": lambda net: nn.Sequential(compiled(net[0]), net[1]),
+    "a part in both": lambda net: nn.Sequential(net[0], nn.DataParallel(compiled(net[1]))),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_changes_neither_names_nor_hash(name):
+    "A part that is itself called `module` keeps its name."
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential())
+    net[1].add_module("module", nn.Linear(3, 2))
+    wrapped = WRAPPERS[name](net)
+    assert wrapped.state_dict().keys() != net.state_dict().keys() == plain_state(wrapped).keys()
+    assert weights_hash(wrapped) == weights_hash(net) and plain_state(net).keys() == net.state_dict().keys()
+    torch.testing.assert_close(plain_state(wrapped), dict(net.state_dict()), rtol=0, atol=0)
+    if "part" not in name: assert unwrapped(wrapped) is net
+    with torch.no_grad(): net[1].module.weight[0, 0] += 1
+    before = weights_hash(wrapped)
+    with torch.no_grad(): net[1].module.weight[0, 0] -= 1
+    assert weights_hash(wrapped) != before
+
+
+def grey(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
+
+
+@pytest.mark.parametrize("network, images, message", [
+    (grey(), torch.zeros(2, 3, 8, 8),
+     r"student does not take images \(2, 3, 8, 8\) of torch.float32: .* takes 1 channel, and the images have 3: "
+     r".*nn.Sequential\(v2.Grayscale\(\), network\)"),
+    (nn.Conv2d(4, 2, 3), torch.zeros(2, 3, 8, 8), "takes 4 channels, and the images have 3: make the network for 3"),
+    (grey().half(), torch.zeros(2, 1, 8, 8), r"weights are torch.float16: give `network.float\(\)`"),
+    (nn.Linear(5, 2), torch.zeros(2, 3, 8, 8), "does not take images"),
+])
+def test_a_network_that_does_not_take_the_images(network, images, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"), fitting(network, images, "student"): network(images)
+
+
+def test_what_helps_a_network_of_one_channel_does_help():
+    images = torch.rand(2, 3, 8, 8)
+    assert nn.Sequential(v2.Grayscale(), grey())(images).shape == (2, 72)
+    with pytest.raises(RuntimeError, match="mine"), fitting(torch.relu, images): raise RuntimeError("mine")

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,21 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from supermix.data import load_data
-from supermix.masks import mix, regions, soft_labels
-from supermix.mixing import SuperMix, hinge, is_solved, newton_step, objective
-from supermix.recipes import FAST
+from supermix.engine import Engine, decode, solve_blocks
+from supermix.masks import masks_from_theta, mix, regions, soft_labels, sparsity
+from supermix.mixing import (
+    SuperMix,
+    check_teacher,
+    hidden_networks,
+    hinge,
+    is_solved,
+    label_agreement,
+    newton_step,
+    objective,
+    warn_near_chance,
+)
+from supermix.recipes import FAST, Mixing
+from supermix.training import accuracy
 from supermix.zoo import create, pretrained
 from torch import nn
 from torch.utils.data import DataLoader
@@ -230,6 +243,50 @@ def test_the_check_comes_after_an_update_and_stops_a_set_at_once():
     assert got.steps.tolist() == [1, 7, 1] and got.solved.tolist() == [True, False, True]
 
 
+# ---- a teacher of just k classes
+
+def pair(x, net=pretrained("digits")): return net(x)[:, [3, 8]]  # a teacher that tells a 3 from an 8
+
+
+def threes_and_eights(digits, n=48): return digits.train[(digits.train.labels % 5 == 3).nonzero().flatten()[:n]][0]
+
+
+@pytest.mark.parametrize("options, share, grey", [
+    ({}, 0.7, 1 / 8), (FAST, 0.9, 1 / 8), ({"hold": 0.2}, 0.7, 1 / 4), (FAST | {"hold": 0.09, "margin": 0.0}, 0.9, 1 / 8)])
+def test_two_classes_ask_for_sharp_masks_that_the_teacher_sees(options, share, grey, digits, seeded):
+    images, mixer = threes_and_eights(digits), SuperMix(pair, **options)
+    draw = mixer.draw(images, generator=seeded())
+    theta = mixer.first_theta(draw.lam, (32, 32), seeded())
+    got = mixer.solve(images[draw.partners], draw.lam, theta, draw)
+    kl = objective(got.logits, got.target, got.masks, 0.0)
+    good = (kl <= math.log(2)) & (sparsity(got.masks) <= grey)
+    assert torch.equal(good, got.solved) and share < good.float().mean()
+    first = SuperMix(pair, **{**options, "max_iter": 1}).solve(images[draw.partners], draw.lam, theta, draw)
+    assert torch.equal(got.steps == 1, first.solved) and first.solved.float().mean() < good.float().mean() - 0.05
+
+
+def test_the_engine_has_the_same_rule_for_two_classes(digits):
+    images = digits.train.subset(400)
+    images = images._take((images.labels % 5 == 3).nonzero().flatten())
+    for options in ({"max_iter": 20}, FAST):
+        mixing = Mixing(**options)
+        engine = Engine(pair, images[:2][0], mixing)
+        found = solve_blocks(engine, images, 0, [0])
+        masks = masks_from_theta(decode(found.code, mixing.hold is not None), (32, 32))
+        target = soft_labels(found.classes, found.lam, 2)
+        assert (sparsity(masks) <= 1 / 8 + 1e-6).all() and engine.tried >= len(found.index) > 64
+        assert (objective(found.logits, target, masks, 0.0) <= math.log(2) + 1e-5).all() and (found.steps > 1).any()
+
+
+def test_the_rule_for_k_classes_needs_the_masks():
+    z, classes = torch.zeros(1, 3), torch.tensor([[2, 0, 1]])
+    with pytest.raises(ValueError, match="Expected target and masks for a teacher of 3 classes and sets of 3 images"):
+        is_solved(z, classes)
+    binary = F.one_hot(torch.arange(9) % 3, 3).T.reshape(1, 3, 3, 3).double()
+    assert is_solved(z, classes, torch.tensor([[0.2, 0.3, 0.5]]), binary).all()
+    assert not is_solved(z, torch.tensor([[2, 0, 2]]), torch.tensor([[0.2, 0.0, 0.8]]), binary).any()  # one class twice
+
+
 def test_sets_neither_know_each_other_nor_when_they_were_begun():
     _, sets, lam, solver = oracle_problem("k=3 size=32 w=8 sigma=1")
     given_sets, start = sets.clone(), random(9, 6, 3, 8, 8) / 10
@@ -315,6 +372,150 @@ def test_other_peoples_networks(name, photos):
     got = SuperMix(TEACHERS[name](), k=3, mask_size=5, max_iter=3).solve(sets, torch.full((2, 3), 1 / 3))
     assert got.images.shape == (2, 3, 64, 48) and got.logits.shape == (2, 7)
     assert (got.theta.flatten(1) != 0).any(1).all() and torch.isfinite(got.theta).all()  # its gradient came through
+
+
+def hidden(way, net):
+    "A callable that hides a network."
+    class Caller:
+        def __init__(self): self.inside = {"nets": [net]}
+        def __call__(self, x): return self.inside["nets"][0](x)
+        def look(self, x): return self(x)
+    class Slots:
+        __slots__ = ("net",)
+        def __call__(self, x): return self.net(x)
+    class Unregistered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = [net]
+        def forward(self, x): return self.nets[0](x)
+    slots = Slots()
+    slots.net = net
+    scope = {"net": net}
+    exec("def f(x): return (lambda y: net(y))(x)", scope)
+    return {"closure": lambda x: net(x), "global of a lambda within": scope["f"], "default": lambda x, net=net: net(x),
+            "partial": partial(lambda net, x: net(x), net), "object": Caller(), "method": Caller().look,
+            "function in a function": lambda x, f=lambda y: net(y): f(x), "slots": slots,
+            "module": Unregistered()}[way]
+
+
+WAYS = ["closure", "global of a lambda within", "default", "partial", "object", "method", "function in a function",
+        "module", "slots"]
+
+
+def calls(name): return {
+    "draw": lambda teacher, x: SuperMix(teacher)(x), "check": check_teacher,
+    "solve": lambda teacher, x: SuperMix(teacher).solve(x.view(4, 2, *x.shape[1:]), torch.full((4, 2), 0.5)),
+    "engine": lambda teacher, x: Engine(teacher, x[:2])}[name]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["check", "draw", "solve", "engine"])
+def test_a_hidden_network_in_training_mode(way, name, digits):
+    net, x = torchvision.models.resnet18(num_classes=3), digits.test[:8][0]
+    before, random_state = [t.clone() for t in net.state_dict().values()], torch.get_rng_state()
+    with pytest.raises(ValueError, match="Expected a teacher in evaluation mode.*" + r"\.eval\(\)" * (way != "slots")):
+        calls(name)(hidden(way, net), x)
+    if way == "slots":  # Python does not show it: two passes, and no more
+        assert net.bn1.num_batches_tracked <= 2
+        return
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values())) and net.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert net in hidden_networks(hidden(way, net)).values()
+    check_teacher(hidden(way, net.eval()), x)
+
+
+class Odd(nn.Module):
+    "A network that is never quite in evaluation mode."
+    def __init__(self, **options):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **options), nn.Linear(8, 5)
+
+    def forward(self, x): return self.head(F.dropout(self.norm(self.conv(x)).relu().mean((2, 3)), self.p))
+
+
+@pytest.mark.parametrize("p, options", [(0.5, {}), (0.0, {"track_running_stats": False})])
+def test_logits_that_depend_on_the_batch_even_in_evaluation_mode(p, options, digits):
+    net = Odd(**options)
+    net.p = p
+    with pytest.raises(ValueError, match="evaluation mode.*`F.dropout`.*running statistics"):
+        SuperMix(net)(digits.test[:8][0])
+
+
+def test_a_batch_norm_that_refuses_a_single_image(digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"evaluation mode.*Call net.eval\(\)"): SuperMix(lambda x: net(x))(digits.test[:8][0])
+
+
+def test_a_teacher_is_checked_once_and_nothing_is_said_of_harmless_ones(digits):
+    passes = 0
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).double()
+    def teacher(x):  # in training mode, but nothing in it depends on that
+        nonlocal passes
+        passes += 1
+        return net(x.double()).float()
+    mixer, x = SuperMix(teacher, max_iter=1), digits.test[:8][0]
+    counts = []
+    for _ in range(3):
+        before = passes
+        mixer.solve(x.view(4, 2, 3, 32, 32), torch.full((4, 2), 0.5))
+        counts.append(passes - before)
+    assert counts == [counts[1] + 2, counts[1], counts[1]]
+    for shape in ((1, 3, 8, 8), (2, 3, 1, 1), (5, 3, 7, 4)):
+        check_teacher(lambda x: x.flatten(1)[:, :3], torch.randn(shape))
+
+
+WRAPPERS = {"compiled": partial(torch.compile, backend="eager"), "DataParallel": nn.DataParallel}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_teacher_is_the_teacher(name, teacher, digits, seeded):
+    x, wrapped = digits.test[:12][0], WRAPPERS[name](pretrained("digits").train())
+    want, got = (SuperMix(t, max_iter=3)(x, generator=seeded()) for t in (teacher, wrapped))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert wrapped.training and all(m.training for m in wrapped.modules())
+    assert accuracy(wrapped, digits.test) == accuracy(teacher, digits.test)
+
+
+# ---- are these the teacher's classes?
+
+def test_the_agreement_with_labels_is_the_accuracy(teacher, digits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        everything = label_agreement(teacher, digits.test, 10 ** 6)
+        a, b, c = (label_agreement(teacher.train(), digits.test, 100, seed) for seed in (0, 0, 1))
+    assert everything == pytest.approx(accuracy(teacher.eval(), digits.test), abs=0.2) and a == b
+    few = digits.test.subset(100, 1)
+    assert few.labels.bincount().tolist() == [10] * 10 and c == pytest.approx(accuracy(teacher, few))
+
+
+@pytest.mark.parametrize("classes", [10, 11, 100])
+def test_classes_in_the_order_of_their_names_are_found_out(classes, recwarn):
+    "As folders sort them: '10' before '2'. Of a hundred, twelve keep their places, and of eleven, two."
+    order = torch.tensor([sorted(map(str, range(classes))).index(str(n)) for n in range(classes)])
+    labels = torch.arange(classes).repeat(4)
+    right = warn_near_chance(order[labels], labels)
+    assert right == pytest.approx(100 * (order == torch.arange(classes)).float().mean().item())
+    found = [str(w.message) for w in recwarn]
+    assert len(found) == (classes > 10) and all("another order" in text and "wrong head" in text for text in found)
+
+
+@pytest.mark.parametrize("share, told", [(0.02, True), (0.5, True), (0.57, True), (0.6, False), (1.0, False)])
+def test_two_classes_are_near_chance_at_a_half(share, told, recwarn):
+    labels = torch.cat([torch.zeros(300), torch.ones(100)]).long()  # the larger class does not count for more
+    wrong = torch.cat([torch.arange(300) >= 300 * share, torch.arange(100) >= 100 * share])
+    assert warn_near_chance(labels ^ wrong, labels) == pytest.approx(100 * share, abs=0.5) and len(recwarn) == told
+    assert warn_near_chance(labels[:9] + 1, labels[:9]) == 0 and len(recwarn) == told  # a single class says nothing
+
+
+@pytest.mark.parametrize("shift, told", [(0, 0), (1, 1)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_mixer_warns_once_of_labels_that_are_not_its_teachers(shift, told, soft, teacher, digits, recwarn):
+    mixer = SuperMix(teacher, max_iter=1)
+    for start in range(0, 480, 60):
+        x, labels = digits.test[start:start + 60]
+        labels = (labels + shift) % 10
+        mixer.draw(x, F.one_hot(labels, 10).float() if soft else labels)
+        assert len(recwarn) == (told if start >= 240 else 0)  # the first 300 are compared
 
 
 class Student(nn.Sequential):

@@ -1,6 +1,7 @@
 """Networks against the benchmark's numbers, files that keep them, predictions, and the shipped teachers."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
+from supermix.core import weights_hash
 from supermix.data import FolderImages, Info
 from supermix.models.shakeshake import ShakeShake
 from supermix.training import accuracy
@@ -91,6 +93,19 @@ def test_a_benchmark_file(wrap, tmp_path):
     assert torch.equal(network.stages[3][1][1].running_var, state["block4.1.running_var"].float())
 
 
+@pytest.mark.parametrize("name", ["vgg8", "wrn_16_2", "shufflenetv2"])
+def test_a_file_of_pytorch_0_4_has_no_counters(name, tmp_path):
+    state = benchmark_state(name)
+    old = {f"module.{k}": v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save({"model": old}, tmp_path / "old.pth")
+    network = create(name)
+    network(torch.randn(2, 3, 32, 32))  # its own counters are at 1
+    load_crd(network, tmp_path / "old.pth")
+    torch.testing.assert_close(network.state_dict(), load_crd(create(name), state).state_dict(), rtol=0, atol=0)
+    old.pop(next(key for key in old if key.endswith("running_mean")))
+    with pytest.raises(ValueError, match="missing: .*running_mean"): load_crd(create(name), old)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("layer2.0.bn1.bias"), "resnet20: missing: layer2.0.bn1.bias"),
     (lambda s: s.update({"tail.weight": torch.zeros(1)}), "not expected: tail.weight"),
@@ -156,6 +171,46 @@ def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
     assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
 
 
+def compiled(module): return torch.compile(module, backend="eager")  # needs no C++ compiler
+
+
+def with_compiled_part(network):
+    network.stages[1] = compiled(nn.DataParallel(network.stages[1]))
+    return network
+
+
+WRAPPERS = {"compiled": compiled, "DataParallel": nn.DataParallel, "both": lambda net: nn.DataParallel(compiled(net)),
+            "a wrapped part": with_compiled_part}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_network_is_saved_as_it_is_without(name, saved, digits, tmp_path):
+    network, path = saved
+    images, labels = digits.test[:20]
+    want, right = predict(network, images).probabilities, accuracy(network, digits.test.subset(50))
+    wrapped = WRAPPERS[name](load(path))
+    assert weights_hash(wrapped) == weights_hash(network)
+    file = save(wrapped, tmp_path / "wrapped.safetensors", note="never trained", accuracy=9.5)
+    assert file.read_bytes() == path.read_bytes() and load(file).info == digits.info
+    torch.testing.assert_close(predict(wrapped, images).probabilities, want)
+    assert accuracy(wrapped, digits.test.subset(50)) == right
+
+
+def test_data_that_the_wrapper_was_told_of(digits, tmp_path):
+    wrapped = nn.DataParallel(create("resnet8", 10))
+    wrapped.info = digits.info  # as a training loop sets it
+    assert load(save(wrapped, tmp_path / "net.safetensors")).info == digits.info
+    assert len(predict(wrapped, digits.test[:2][0]).labels) == 2
+
+
+def test_a_file_that_was_once_saved_compiled(saved):
+    network, path = saved
+    tensors = from_safetensors(path.read_bytes())
+    card = json.loads(json.dumps({"network": "resnet8", "num_classes": 10}))
+    path.write_bytes(to_safetensors({f"_orig_mod.{k}": v for k, v in tensors.items()}, {"card": json.dumps(card)}))
+    torch.testing.assert_close(load(path).state_dict(), network.state_dict(), rtol=0, atol=0)
+
+
 def test_a_network_that_was_never_trained_has_no_data(tmp_path):
     network = load(save(create("wrn_16_1", 3), tmp_path / "net.safetensors"))
     assert (network.name, network.num_classes, network.info) == ("wrn_16_1", 3, None)
@@ -213,13 +268,49 @@ def test_what_is_no_file_of_weights(content, tmp_path):
     with pytest.raises(FileNotFoundError): load_crd(create("resnet8"), tmp_path / "none.pth")
 
 
+def test_a_folder_gives_a_table(saved, photos, tmp_path):
+    network, places = saved[0], ["a/one.png", "a/two.GIF", "b/c/three.jpg", "four.bmp"]
+    for place, pixels in zip([*places, ".hidden/five.png", "b/._one.png", "__MACOSX/six.png"], [*photos.values()] * 2):
+        (tmp_path / "in" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "in" / place)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    said = predict(network, str(tmp_path / "in"))
+    assert said.files == ("a/one.png", "a/two.GIF", "b/c/three.jpg", "four.bmp")
+    want = predict(network, [tmp_path / "in" / place for place in said.files])
+    assert torch.equal(said.probabilities, want.probabilities) and said.labels == want.labels and not want.files
+    rows = repr(said).splitlines()
+    assert len(rows) == 4 and all(row.startswith(f) and l in row for row, f, l in zip(rows, said.files, said.labels))
+    for i in range(120): shutil.copy(tmp_path / "in" / "four.bmp", tmp_path / "in" / f"x{i:03d}.bmp")
+    many = predict(network, tmp_path / "in")
+    assert len(many.classes) == 124 and repr(many).endswith("… and 74 more")
+    torch.testing.assert_close(many.probabilities[-1], said.probabilities[-1])
+    with pytest.raises(ValueError, match="b is a folder: give it alone"): predict(network, [tmp_path / "in" / "b"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="Expected images in .*none, such as .jpg or .png files, found none"):
+        predict(network, tmp_path / "none")
+
+
+def test_a_network_of_one_channel(digits):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    network.info = digits.info
+    with pytest.raises(ValueError, match=r"network does not take images .* takes 1 channel.*v2.Grayscale"):
+        predict(network, digits.test[:2][0])
+
+
 @pytest.mark.parametrize("images, message", [
     (torch.zeros(1, 28, 28), r"\(3, H, W\) .* got Tensor \(1, 28, 28\)"), (torch.zeros(3, 4), r"got Tensor \(3, 4\)"),
-    (7, "got int"), ("no-such.png", "no-such.png"), (Path(__file__), "test_zoo.py cannot be read as an image"),
+    (7, "got int"), ("no-such.png", "There is no file no-such.png"),
+    ([torch.zeros(3, 32, 32), Path("no/such.png")], "There is no file no/such.png"), (Path(__file__), "test_zoo.py cannot be read as an image"),
     ([], "[Ee]mpty|at least|0 images"), (torch.full((3, 32, 32), float("nan")), "NaN"),
 ])
 def test_what_is_no_image(images, message, saved):
     with pytest.raises((ValueError, FileNotFoundError), match=message): predict(saved[0], images)
+
+
+def flip(path, at=-1000, bit=3):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
 
 
 def rewrite(path, card=None, drop=(), add=()):
@@ -240,6 +331,12 @@ DAMAGE = {
     "no classes": (lambda path: rewrite(path, {"num_classes": None}), "net.safetensors"),
     "a tensor less": (lambda path: rewrite(path, drop=["head.bias"]), "net.safetensors.*head.bias"),
     "a tensor more": (lambda path: rewrite(path, add=[("tail", torch.zeros(1))]), "net.safetensors.*tail"),
+    "a flipped bit": (flip, "net.safetensors was changed after it was saved: the hash of its tensors"),
+    "the first flipped bit": (lambda path: flip(path, -4, 0), "net.safetensors was changed"),
+    "another hash": (lambda path: rewrite(path, {"tensors": "0" * 16}), "its card says 0000000000000000"),
+    "NaN": (lambda path: rewrite(path, {"tensors": None}, add=[("head.bias", torch.full((10,), float("nan")))]),
+            "net.safetensors: expected finite weights, got NaN or infinity in head.bias"),
+    "a list of data": (lambda path: rewrite(path, {"info": [1]}), "net.safetensors"),
     "other data": (lambda path: rewrite(path, {"info": {"name": "digits"}}), "net.safetensors"),
 }
 
@@ -249,6 +346,22 @@ def test_a_damaged_file_is_named(case, saved):
     damage, message = DAMAGE[case]
     damage(saved[1])
     with pytest.raises(ValueError, match=f"(?s){message}"): load(saved[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(value, saved):
+    network, path = saved
+    before = path.read_bytes()
+    with torch.no_grad(): network.stages[0][0].a[0].weight[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="resnet8, to be saved as .*net.safetensors.* got NaN or infinity in stages.0.0.a"):
+        save(network, path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_without_a_hash_is_loaded(saved):
+    network, path = saved
+    rewrite(path, {"tensors": None})
+    torch.testing.assert_close(load(path).state_dict(), network.state_dict(), rtol=0, atol=0)
 
 
 def test_a_shipped_teacher_is_as_good_as_its_card_says(teacher, digits):
