@@ -165,6 +165,7 @@ def evaluating(model):  # a network, or any callable
 # %% ../nbs/00_core.ipynb #7c10e037
 def _misfit(network: nn.Module, images: torch.Tensor) -> str:
     "What helps where a network does not take images; nothing where that is not known."
+    from torch import nn
     weight = next(network.parameters(), images)
     first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if weight.device != images.device:
@@ -181,9 +182,10 @@ def _misfit(network: nn.Module, images: torch.Tensor) -> str:
 @contextmanager
 def fitting(network, images: torch.Tensor, what: str = "network"):
     "Within the block, a network that does not take these images is a ValueError that says what helps."
+    import torch
     try: yield
     except RuntimeError as error:
-        if not isinstance(network, nn.Module) or isinstance(error, torch.OutOfMemoryError): raise
+        if not isinstance(network, torch.nn.Module) or isinstance(error, torch.OutOfMemoryError): raise
         raise ValueError(f"The {what} does not take images {tuple(images.shape)} of {images.dtype}: {error}."
                          f"{_misfit(network, images)}") from error
 
