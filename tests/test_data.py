@@ -1,25 +1,33 @@
 """Data sets in their real file formats, written here in small: read right when whole, named in an error when not."""
 
 import gzip
+import hashlib
+import io
+import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import supermix.data
+import timm
 import torch
-from PIL import Image
-from supermix.data import (ArrayImages, Info, Views, evenly, find_fashion, load_cifar100, load_data, load_fashion_mnist,
-                           load_folder, load_imagenet, open_image, read_idx)
+from PIL import Image, ImageOps, features
+from supermix.data import (ArrayImages, FolderImages, Info, PlainUnpickler, Views, centred, evenly, find_fashion,
+                           fingerprint, image_size, load_cifar100, load_data, load_fashion_mnist, load_folder,
+                           load_imagenet, open_image, read_idx, to_rgb)
 from supermix.runs import write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +47,7 @@ BATCH = {"filenames": [f"{i}.png" for i in range(6)], "batch_label": "batch 1 of
          "coarse_labels": [0] * 6, "data": ROWS}
 
 
-def dump(path, content): path.write_bytes(pickle.dumps(content, protocol=2))  # the protocol of the real files
+def dump(path, content, protocol=2): path.write_bytes(pickle.dumps(content, protocol))  # 2: as the real files
 
 
 def cut(path): path.write_bytes(path.read_bytes()[:-100])
@@ -47,8 +55,7 @@ def cut(path): path.write_bytes(path.read_bytes()[:-100])
 
 @pytest.fixture
 def cifar(tmp_path):
-    split = ROWS, BATCH["fine_labels"]
-    return write_cifar100(tmp_path, NAMES, split, split)
+    return write_cifar100(tmp_path, NAMES, (ROWS, BATCH["fine_labels"]), (255 - ROWS, BATCH["fine_labels"]))
 
 
 def test_cifar(cifar, tmp_path, monkeypatch):
@@ -87,6 +94,21 @@ CIFAR_DAMAGE = {
     "a list": (lambda folder: dump(folder / "test", [1, 2]), "test.* list"),
     "no names": (lambda folder: dump(folder / "meta", {}), "meta.*fine_label_names"),
     "more labels than names": (other("test", fine_labels=[0, 1, 2, 0, 1, 99]), "test.*99"),
+    "labels below 0": (other("test", fine_labels=[0, 1, 2, 0, 1, -1]), "test.*0 to 2, got -1"),
+    "labels that are None": (lambda folder: dump(folder / "train", {**BATCH, "fine_labels": None}), "NoneType labels"),
+    "a label that is None": (other("train", fine_labels=[0, 1, 2, 0, 1, None]), "train.*0 to 2, got None"),
+    "broken labels": (other("train", fine_labels=[0, 1, 2, 0, 1, 1.5]), "train.*0 to 2, got 1.5"),
+    "lists of labels": (other("train", fine_labels=[[0], [1], [2], [0], [1], [1, 2]]), r"train.*got \[0\]"),
+    "no images": (lambda folder: dump(folder / "train", {"data": ROWS[:0], "fine_labels": []}, 4), "train.*got none"),
+    "data as lists": (other("train", data=ROWS.tolist()), "rows of 3,072 bytes .* got list"),
+    "a number for the names": (lambda folder: dump(folder / "meta", {"fine_label_names": 3}), "meta .* got 3"),
+    "a word for the names": (lambda folder: dump(folder / "meta", {"fine_label_names": "abc"}), "meta .* got 'abc'"),
+    "numbers as names": (lambda folder: dump(folder / "meta", {"fine_label_names": [1, 2, 3]}), r"meta .* got \[1, 2"),
+    "no name": (lambda folder: dump(folder / "meta", {"fine_label_names": []}), r"meta .* got \[\]"),
+    "doubled names": (lambda folder: dump(folder / "meta", {"fine_label_names": ["a", "b", "b"]}),
+                      r"meta .* more than once \['b'\]"),
+    "the same file twice": (lambda folder: shutil.copy(folder / "train", folder / "test"), "the same images to train"),
+    "swapped": (other("train", data=ROWS[:4], fine_labels=[0, 1, 2, 0]), "4 images to train and 6 to test: .* swapped"),
 }
 
 
@@ -97,6 +119,43 @@ def test_damaged_cifar(case, cifar, tmp_path):
     damage(cifar)
     with pytest.raises((ValueError, FileNotFoundError), match=message): load_cifar100(tmp_path, download=False)
     assert not os.path.exists("owned")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])  # before numpy 2, and since
+def test_cifar_as_every_numpy_writes_it(protocol, core, cifar, tmp_path):
+    labels = [np.int64(label) for label in BATCH["fine_labels"]]
+    dump(cifar / "train", {"data": ROWS, "fine_labels": labels}, protocol)
+    if protocol < 4:  # later ones write the length of each name
+        written = re.sub(rb"cnumpy\._?core\.", f"c{core}.".encode(), (cifar / "train").read_bytes())
+        assert written.count(core.encode()) > 1
+        (cifar / "train").write_bytes(written)
+    train = load_cifar100(tmp_path, download=False).train
+    assert (train.pixels.flatten(1).numpy() == ROWS).all() and train.labels.tolist() == BATCH["fine_labels"]
+    unpickler = PlainUnpickler(io.BytesIO())
+    for value, function in ((np.zeros(1).__reduce_ex__(5), "numeric._frombuffer"),
+                            (np.zeros(1).__reduce__(), "multiarray._reconstruct"),
+                            (np.int64(1).__reduce__(), "multiarray.scalar")):
+        module, name = function.split(".")
+        assert unpickler.find_class(f"{core}.{module}", name) is value[0]
+
+
+@pytest.mark.parametrize("module, name", [("numpy.f2py.__main__", "ndarray"), ("numpy.lib.format", "dtype"),
+                                          ("numpy._core.multiarray", "fromfile"), ("numpy", "scalar")])
+def test_a_pickle_imports_nothing(module, name, cifar, tmp_path, capsys):
+    (cifar / "meta").write_bytes(f"c{module}\n{name}\n.".encode())
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match=f"it asks for {module}.{name}, which no data set needs"):
+        load_cifar100(tmp_path, download=False)
+    assert set(sys.modules) == before and capsys.readouterr() == ("", "")
+
+
+def test_the_real_cifar100_where_it_is():
+    root = Path(os.environ.get("SUPERMIX_CIFAR100", "/tmp/cifar"))
+    if not (root / "cifar-100-python").is_dir(): pytest.skip("the real CIFAR-100 is not here")
+    data = load_data("cifar100", root)
+    assert (len(data.train), len(data.test), len(data.info.classes)) == (50_000, 10_000, 100)
+    assert data.train.labels.bincount().unique().tolist() == [500]
 
 
 # ---- ImageNet: folders of JPEGs
@@ -166,23 +225,197 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 100) + b"IDAT"
 
 
+def a_link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def eps(path):
+    Image.new("RGB", (40, 30)).save(path, format="EPS")
+
+
+BROKEN, NO_IMAGE = "cannot be read as an image: .*Delete it", "cannot be read as an image: "
 IMAGE_DAMAGE = {
-    "cut off": lambda path: path.write_bytes(path.read_bytes()[:2000]),
-    "empty": lambda path: path.write_bytes(b""),
-    "a web page": lambda path: path.write_bytes(b"<html>404</html>"),
-    "gone": lambda path: path.unlink(),
-    "a broken PNG": png_with_a_broken_chunk,
-    "a bomb": lambda path: path.write_bytes(png_header(20_000, 20_000)),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:2000]), BROKEN),
+    "cut off early": (lambda path: path.write_bytes(path.read_bytes()[:30]), BROKEN),
+    "empty": (lambda path: path.write_bytes(b""), BROKEN),
+    "a broken PNG": (png_with_a_broken_chunk, BROKEN),
+    "a web page": (lambda path: path.write_bytes(b"<html>404</html>"), NO_IMAGE + ".*begins with b'<html>404</h'"),
+    "eps": (eps, NO_IMAGE + "EPS needs another program|^$"),
+    "gone": (lambda path: path.unlink(), "There is no file .*"),
+    "a folder": (a_folder, "is a folder: expected one image file"),
+    "a loop": (a_link_to_itself, "[Tt]oo many levels of symbolic links|Symlink loop"),
+    "a bomb": (lambda path: path.write_bytes(png_header(20_000, 20_000)), "more pixels than Pillow opens .*MAX_IMAGE"),
 }
 
 
 @pytest.mark.parametrize("case", IMAGE_DAMAGE)
-def test_a_broken_image_is_named(case, imagenet, seeded):
+def test_an_image_that_cannot_be_read_is_named(case, imagenet, seeded):
+    if case == "eps" and shutil.which("gs"): pytest.skip("Ghostscript decodes it")
     train = load_imagenet(imagenet).train
-    path = Path(train.files[2])
-    IMAGE_DAMAGE[case](path)
+    path, (damage, message) = Path(train.files[2]), IMAGE_DAMAGE[case]
+    damage(path)
     for read in (lambda: train[2], lambda: list(train.batches(1, seed=0))):  # the second one in another thread
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read as an image"): read()
+        with pytest.raises((ValueError, OSError), match=message) as raised: read()
+        assert path.name in str(raised.value)
+        assert ("Delete" in str(raised.value)) == (message == BROKEN)  # only what is broken should go
+
+
+# ---- pictures of all kinds
+
+def png_with_late_notes(path, kind, content):
+    "Move or put a chunk behind the pixels of a PNG."
+    png = path.read_bytes()
+    start = png.find(kind)
+    if start > 0 and kind == b"eXIf":
+        length = struct.unpack(">I", png[start - 4:start])[0]
+        content, png = png[start + 4:start + 4 + length], png[:start - 4] + png[start + 8 + length:]
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    end = png.rindex(b"IEND") - 4
+    path.write_bytes(png[:end] + chunk + png[end:])
+
+
+AS_STORED = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}  # from upright to how the sensor lay
+
+
+def lying(picture, orientation, path, **options):
+    "Save a picture as a camera that was held otherwise does."
+    notes, turn = Image.Exif(), AS_STORED[orientation]
+    notes[274] = orientation
+    (picture if turn is None else picture.transpose(turn)).save(path, exif=notes, **options)
+    return path
+
+
+@pytest.fixture
+def cat(photos): return Image.fromarray(photos["chelsea"]).resize((90, 60))
+
+
+ENDINGS = ["png", "tif", "jpg", "webp", pytest.param("avif", marks=pytest.mark.skipif(
+    not features.check("avif"), reason="this Pillow has no AVIF"))]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("orientation", AS_STORED)
+def test_pictures_stand_upright(orientation, ending, cat, tmp_path):
+    path = lying(cat, orientation, tmp_path / f"cat.{ending}")
+    found = open_image(path)
+    assert found.size == cat.size and image_size(path) == (60, 90) and found.getexif().get(274) is None
+    off = np.abs(np.asarray(found).astype(int) - np.asarray(cat)).mean()
+    assert off == 0 if ending in ("png", "tif") else off < 12  # another orientation is off by 40 and more
+    with Image.open(path) as theirs: assert ImageOps.exif_transpose(theirs).convert("RGB").tobytes() == found.tobytes()
+    assert to_rgb(found).tobytes() == found.tobytes()  # it is turned once only
+
+
+def test_a_png_whose_notes_stand_behind_its_pixels(cat, tmp_path):
+    path = lying(cat, 6, tmp_path / "exif.png")
+    png_with_late_notes(path, b"eXIf", None)
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<rdf:Description tiff:Orientation="6"/>'
+    cat.transpose(AS_STORED[6]).save(tmp_path / "xmp.png")
+    png_with_late_notes(tmp_path / "xmp.png", b"iTXt", xmp)
+    for path in (path, tmp_path / "xmp.png"):
+        assert path.read_bytes().find(b"IDAT") < max(path.read_bytes().find(kind) for kind in (b"eXIf", b"iTXt"))
+        assert image_size(path) == (60, 90) and open_image(path).tobytes() == cat.tobytes()
+
+
+@pytest.mark.parametrize("notes", [b"Exif\0\0nonsense", b"", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1" * 60],
+                         ids=["nonsense", "nothing", "cut off"])
+def test_broken_notes_around_a_whole_picture(notes, cat, tmp_path):
+    cat.save(tmp_path / "cat.jpg", exif=notes)
+    assert open_image(tmp_path / "cat.jpg").size == (90, 60) and image_size(tmp_path / "cat.jpg") == (60, 90)
+
+
+def test_every_view_is_of_the_upright_picture(cat, photos, tmp_path, seeded):
+    pictures = [Image.fromarray(photo).resize((90, 60)) for photo in photos.values()]
+    for i, picture in enumerate(pictures):
+        for part, orientation in (("up", 1), ("lying", 5 + i)):
+            (tmp_path / part / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+            lying(picture, orientation, tmp_path / part / f"class {i % 2}" / f"{i}.png")
+    info = Info("photos", ("a", "b"), 32, (0.5,) * 3, (0.25,) * 3, crop_pct=0.875)
+    up, down = (FolderImages(info, sorted((tmp_path / part).rglob("*.png")), torch.arange(4) % 2)
+                for part in ("up", "lying"))
+    assert torch.equal(up[:][0], down[:][0])
+    views = up.draw(torch.arange(4), seeded())
+    assert torch.equal(views.crop, down.draw(torch.arange(4), seeded()).crop)
+    assert torch.equal(up.fetch(torch.arange(4), views), down.fetch(torch.arange(4), views))
+    outside = Views(torch.tensor([[10, 0, 60, 40]]), torch.tensor([False]))
+    with pytest.raises(ValueError, match="0.png has 60×90 pixels, .* drawn for another image"):
+        up.fetch(torch.tensor([0]), outside)
+
+
+def tiff(path, values, bits, white):
+    "A grey TIFF, little-endian and uncompressed, in which 0 is black (`white` 1) or white (0)."
+    pixels = values.astype("<u2")
+    if bits == 12:
+        a, b = pixels[:, ::2], pixels[:, 1::2]
+        packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+    else: packed = pixels.tobytes()
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, white), (273, 8), (277, 1), (278, height),
+            (279, len(packed))]
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags))
+                     + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4))
+
+
+def pgm(path, values, top):
+    path.write_bytes(f"P5 {values.shape[1]} {values.shape[0]} {top}\n".encode() + values.astype(">u2").tobytes())
+
+
+DEPTHS = {
+    "16 bits.png": lambda path, grey: Image.fromarray((grey * 257).astype(np.uint16)).save(path),
+    "16 bits.tif": lambda path, grey: Image.fromarray((grey * 257).astype(np.uint16)).save(path),
+    "big-endian.tif": lambda path, grey: Image.fromarray((grey * 257).astype(">u2")).save(path),
+    "12 bits.tif": lambda path, grey: tiff(path, grey * 4095 // 255, 12, 1),
+    "0 is white.tif": lambda path, grey: tiff(path, 65535 - grey * 257, 16, 0),
+    "16 bits.pgm": lambda path, grey: pgm(path, grey * 257, 65535),
+    "10 bits.pgm": lambda path, grey: pgm(path, grey * 1023 // 255, 1023),
+    "floats.tif": lambda path, grey: Image.fromarray((grey / 255).astype(np.float32)).save(path),
+    "16 bits.jp2": lambda path, grey: Image.fromarray((grey * 257).astype(np.uint16)).save(path),
+    "8 bits.png": lambda path, grey: Image.fromarray(grey.astype(np.uint8)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_grey_pictures_of_every_depth(name, cat, tmp_path):
+    grey = np.asarray(cat.convert("L")).astype(int)
+    DEPTHS[name](tmp_path / name, grey)
+    found = np.asarray(open_image(tmp_path / name)).astype(int)
+    assert found.shape == (60, 90, 3) and np.abs(found - grey[..., None]).max() <= (name[:3] in ("12 ", "10 "))
+    with Image.open(tmp_path / name) as picture: assert (np.asarray(to_rgb(picture)) == found).all()
+
+
+@pytest.mark.parametrize("values, message", [
+    (np.array([[0, 70_000]], dtype=np.int32), "I pixels of more than 16 bits do not say what is white"),
+    (np.array([[0, 255]], dtype=np.float32), "floats in 0 … 1, got 0 to 255"),
+    (np.array([[-0.5, 1]], dtype=np.float32), "floats in 0 … 1, got -0.5 to 1"),
+    (np.array([[float("nan"), 1]], dtype=np.float32), "floats in 0 … 1, got nan"),
+])
+def test_pictures_whose_white_is_unknown(values, message, tmp_path):
+    Image.fromarray(values).save(tmp_path / "odd.tif")
+    with pytest.raises(ValueError, match=f"odd.tif: .*{message}.* to 8 bits"): open_image(tmp_path / "odd.tif")
+    with pytest.raises(ValueError, match=message): to_rgb(Image.fromarray(values))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_of_every_mode(mode, cat, tmp_path):
+    cat.convert(mode).save(tmp_path / "a.tif" if mode != "P" else tmp_path / "a.gif")
+    path, = tmp_path.glob("a.*")
+    off = np.asarray(open_image(path)).astype(int) - np.asarray(cat.convert(mode).convert("RGB"))
+    assert np.abs(off).mean() < 1
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_of_an_animation_the_first_frame(ending, cat, tmp_path):
+    frames = [cat.transpose(Image.Transpose.ROTATE_180)] * 2
+    cat.save(tmp_path / f"a.{ending}", save_all=True, append_images=frames)
+    off = np.abs(np.asarray(open_image(tmp_path / f"a.{ending}")).astype(int) - np.asarray(cat))
+    assert off.mean() < 15 and Image.open(tmp_path / f"a.{ending}").n_frames > 1
 
 
 def test_an_image_with_transparency_is_read_as_rgb(tmp_path):
@@ -209,8 +442,8 @@ PIXELS, LABELS = np.arange(5 * 28 * 28).reshape(5, 28, 28) % 251, np.array([9, 0
 def fashion(request, tmp_path):
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    for split in ("train", "t10k"):
-        for kind, values in (("images-idx3-ubyte", PIXELS), ("labels-idx1-ubyte", LABELS)):
+    for split, pixels in (("train", PIXELS[::-1]), ("t10k", PIXELS)):
+        for kind, values in (("images-idx3-ubyte", pixels), ("labels-idx1-ubyte", LABELS)):
             put(folder / (f"{split}-{kind}" + (".gz" if request.param == "gz" else "")), idx(values))
     return folder
 
@@ -233,6 +466,10 @@ FASHION_DAMAGE = {
                    "t10k-images.*(fetch it again|3c68746d)"),
     "labels for images": (lambda folder: put(of(folder, "train-images"), idx(LABELS)), "train-images"),
     "fewer labels": (lambda folder: put(of(folder, "train-labels"), idx(LABELS[:4])), r"5 images, got labels \(4,\)"),
+    "no labels": (lambda folder: put(of(folder, "train-labels"), idx(LABELS[:0])), "train-labels.* holds nothing"),
+    "the same images": (lambda folder: put(of(folder, "train-images"), idx(PIXELS)), "the same images to train and to"),
+    "fewer to train": (lambda folder: [put(of(folder, "train-images"), idx(PIXELS[:3])),
+                                       put(of(folder, "train-labels"), idx(LABELS[:3]))], "swapped"),
 }
 
 
@@ -437,3 +674,223 @@ def test_grey_images_stay_one_channel(digits):
 def test_a_share_for_testing_is_a_share(tmp_path):
     for share in (0.0, 1.0, 1.5):
         with pytest.raises(ValueError, match="between 0 and 1, a share"): load_folder(tmp_path, held_out=share)
+
+
+# ---- pictures of one's own
+
+@pytest.fixture
+def put_pictures(cat, tmp_path):
+    "Write one small picture under many names below `tmp_path / 'photos'`, two in each folder unless they are named."
+    def write(*places, files=("0.jpg", "1.jpg")):
+        for place in places:
+            for file in files:
+                path = tmp_path / "photos" / place / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix in (".txt", ".xml", ".db", ".heic", ""): path.write_bytes(b"no image")
+                else: cat.convert("RGB").save(path, format="JPEG" if path.suffix == ".JPG" else None)
+        return tmp_path / "photos"
+    return write
+
+
+@pytest.mark.parametrize("train, held", [("Train", "Test"), ("training", "validation"), ("TRAIN", "valid"),
+                                         ("train", "val"), ("Training", "Testing"), ("train", "Valid")])
+def test_splits_by_all_their_names(train, held, put_pictures):
+    root = put_pictures(*(f"{split}/{name}" for split in (train, held) for name in ("cat", "dog")))
+    (root / held / "cat" / "1.jpg").unlink()
+    data = load_folder(root)
+    assert data.info.classes == ("cat", "dog") and (len(data.train), len(data.test)) == (4, 3)
+    assert data.test.labels.tolist() == [0, 1, 1] and f"{os.sep}{held}{os.sep}" in data.test.files[0]
+
+
+def test_validation_comes_before_testing(put_pictures):
+    root = put_pictures(*(f"{split}/{name}" for split in ("train", "valid", "test") for name in ("cat", "dog")))
+    assert "valid" in load_folder(root).test.files[0]
+
+
+def test_folders_are_read_as_torchvision_reads_them(put_pictures):
+    put_pictures("b cat", "A dog/deep/er", "A dog/a", "c", files=("b.jpg", "a.PNG", "Z.bmp", "10.tif", "9.webp"))
+    root = put_pictures("A dog", files=("x.ppm",))
+    theirs, ours = ImageFolder(str(root)), load_folder(root, held_out=0.4)
+    files = {f: int(label) for part in (ours.train, ours.test) for f, label in zip(part.files, part.labels)}
+    assert files == dict(theirs.samples) and list(ours.info.classes) == theirs.classes
+    listed, labels, _ = supermix.data.read_classes(root, theirs.classes)
+    assert list(zip(listed, labels.tolist())) == theirs.samples  # and in the same order
+
+
+WRONG_PLACES = {
+    "one folder too high": (["photos/cat", "photos/dog"],
+                            r"should hold .*two at least; found 1 folder \(photos\).*Are the classes in .*s/photos"),
+    "a single class": (["cat"], r"found 1 folder \(cat\)"),
+    "splits under other names": (["learn/cat", "learn/dog", "exam/cat", "exam/dog"],
+                                 r"2 folders \(exam, learn\), and .*exam holds no images but folders \(cat, dog\)"),
+    "one nested class each": (["a/x", "b/y"], r"a holds no images but folders \(x\): is it a class"),
+    "a class below": (["cat", "dog", "more/bird", "more/fish"], r"more holds no images but folders \(bird, fish\)"),
+    "no split for testing": (["Train/cat", "Train/dog"],
+                             r"val is missing: .* half there. Expected .*valid.*found 1 folder \(Train\)"),
+    "no split to train": (["Testing/cat", "Testing/dog"], r"train is missing: .*found 1 folder \(Testing\)"),
+    "a split twice": (["Train/cat", "training/cat", "val/cat"], "Train and training, which name the same split"),
+    "other classes": (["train/cat", "train/dog", "Val/cat", "Val/bird"],
+                      r"train has 2 classes and Val 2; only in one: \['bird', 'dog'\]"),
+    "pictures without folders": (["."], r"should hold a folder for each class, .*found files \(2 .jpg\)"),
+    "a flat split": (["train/cat", "train/dog", "test"], "train has 2 classes and test 0"),
+    "a class called test": (["cat", "dog", "test"], r"train is missing: .*name them all: classes=\[…\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PLACES)
+def test_folders_that_are_no_classes(case, put_pictures):
+    places, message = WRONG_PLACES[case]
+    root = put_pictures(*places)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised: load_folder(root)
+    assert str(root) in str(raised.value)
+
+
+def test_an_empty_class_is_named(put_pictures):
+    root = put_pictures("train/cat", "train/dog", "val/cat")
+    (root / "val" / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"class .*val/dog is empty: .*found nothing.*delete the folder"):
+        load_folder(root)
+    put_pictures("val/dog", files=("a.heic", "b.txt", "c.txt"))
+    with pytest.raises(FileNotFoundError, match=r"val/dog is empty: .*found files \(2 .txt, 1 .heic\)"):
+        load_folder(root)
+    put_pictures("val/dog")
+    with pytest.warns(UserWarning, match="3 files .*2 .txt, 1 .heic.*pillow-heif"): load_folder(root)
+
+
+def test_one_image_of_a_class(put_pictures):
+    put_pictures("cat")
+    root = put_pictures("dog", files=("0.jpg",))
+    with pytest.raises(ValueError, match="class .*photos/dog has one image: .*two at least.*train and val"):
+        load_folder(root)
+    put_pictures("dog")
+    with pytest.raises(ValueError, match="held_out=0.1 of 4 images leaves 0 for testing"):
+        load_folder(root, held_out=0.1)
+    assert len(load_folder(root, held_out=0.25).test) == 1
+
+
+def test_what_is_hidden_does_not_count(put_pictures):
+    root = put_pictures("cat", "dog")
+    before = load_folder(root, held_out=0.5)
+    put_pictures(".ipynb_checkpoints", "__MACOSX/cat", "cat/.ipynb_checkpoints", "dog/__MACOSX", "@eaDir", ".git")
+    put_pictures("cat", "dog", files=("._0.jpg", ".hidden.png", ".jpg"))
+    (root / ".DS_Store").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_folder(root, held_out=0.5)
+    assert data.info == before.info and data.train.files == before.train.files and data.test.files == before.test.files
+    hidden = root.rename(root.parent / ".photos")  # below a hidden folder, only names further down count
+    assert len(load_folder(hidden).train) == 3
+
+
+def test_what_pillow_opens_is_opened_and_the_rest_is_counted(put_pictures):
+    files = ["a.gif", "b.jfif", "c.JPG", "d.jp2", "e.tga", "f.qoi"] + ["g.avif"] * features.check("avif")
+    root = put_pictures("cat", "dog", files=files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_folder(root, size=32)
+    assert len(data.train) + len(data.test) == 2 * len(files)
+    reference = data.info.normalize(torch.from_numpy(np.asarray(
+        centred(open_image(root / "cat" / "f.qoi"), data.info)).copy()).permute(2, 0, 1))
+    for part in (data.train, data.test): assert ((part[:][0] - reference).abs().mean((1, 2, 3)) < 0.2).all()
+    put_pictures("cat", files=("list.txt", "box.xml", "more.txt", "README"))
+    put_pictures(".", files=("cover.jpg", "about.txt"))
+    with pytest.warns(UserWarning) as told: load_folder(root)
+    message = str(told[0].message)
+    assert "4 files that Pillow cannot decode (2 .txt, 1 .xml, 1 without ending)" in message
+    assert "1 image in no class's folder (cover.jpg)" in message and str(root) in message
+    assert Path(told[0].filename).name == "test_data.py"  # it points at the caller
+
+
+def test_the_order_of_classes_can_be_the_teachers(put_pictures):
+    root = put_pictures(*map(str, range(12)))
+    assert load_folder(root).info.classes[:3] == ("0", "1", "10")
+    data = load_folder(root, classes=[str(i) for i in range(12)])
+    assert data.info.classes == tuple(map(str, range(12)))
+    for file, label in zip(data.train.files, data.train.labels.tolist()): assert Path(file).parent.name == str(label)
+    for classes, message in (
+            ([str(i) for i in range(1, 13)], "classes names 12 without a folder, and the folders 0 are not in classes"),
+            ([str(i) for i in range(11)], "the folders 11 are not in classes"),
+            (["0"] * 12, "list of different names"), ("0", "list of different names"), (12, "list of different names")):
+        with pytest.raises(ValueError, match=message): load_folder(root, classes=classes)
+
+
+def test_classes_that_are_named_may_be_called_and_nested_as_one_likes(put_pictures):
+    root = put_pictures("bus/red", "bus/blue", "train", "Test")
+    data = load_folder(root, classes=["train", "bus", "Test"])
+    assert data.info.classes == ("train", "bus", "Test") and len(data.train) + len(data.test) == 8
+    root = put_pictures("sets/train/a/x", "sets/val/a/x", "sets/train/b", "sets/val/b") / "sets"
+    assert load_folder(root, classes=["b", "a"]).test.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("size", [96, (96, 96), [3, 96, 96], np.int64(96)])
+def test_a_size_in_every_spelling(size, put_pictures):
+    data = load_folder(put_pictures("cat", "dog"), size=size)
+    assert data.info.size == 96 and type(data.info.size) is int and data.train[0][0].shape == (3, 96, 96)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(size=(3, 224, 192)), r"square \(H, W\) or \(3, H, W\), got \(3, 224, 192\)"),
+    (dict(size=(1, 28, 28)), r"got \(1, 28, 28\)"), (dict(size="224"), "got '224'"), (dict(size=0), "got 0"),
+    (dict(size=224.0), "got 224.0"), (dict(size=True), "got True"), (dict(input_size=(3, 224)), r"got \(3, 224\)"),
+    (dict(crop_pct=0), "crop_pct .* got 0"), (dict(crop_pct=87.5), "crop_pct .* got 87.5"),
+    (dict(crop_pct="0.9"), "crop_pct .* got '0.9'"), (dict(mean=("a",) * 3), "Expected mean of three"),
+    (dict(interpolation="bicubik"), "Unknown interpolation 'bicubik'. Did you mean 'bicubic'"),
+    (dict(interpolation=3), "Unknown interpolation 3"), (dict(crop_mode="border"), "Unknown crop_mode 'border'"),
+])
+def test_settings_of_a_view_that_cannot_be(options, message, put_pictures):
+    with pytest.raises(ValueError, match=message): load_folder(put_pictures("cat", "dog"), **options)
+
+
+@pytest.mark.parametrize("network", [
+    "resnet18.a1_in1k",                # bicubic, 95 %
+    "resnet18.tv_in1k",                # our defaults
+    "tf_efficientnet_lite0.in1k",      # bicubic, mean and std ½
+    "vit_base_patch16_clip_224.openai_ft_in1k", "mobilenetv3_large_100.ra_in1k", 
+    "volo_d4_448.sail_in1k",           # 115 %
+    "eva_giant_patch14_336.m30m_ft_in22k_in1k",  # squash
+])
+def test_timms_settings_are_used(network, photos, tmp_path):
+    for split in ("train", "val"):
+        for name, photo in photos.items():
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            Image.fromarray(photo[:300, :420]).save(tmp_path / "photos" / split / name / "0.png")
+    settings = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(network).to_dict())
+    data = load_folder(tmp_path / "photos", **settings)
+    theirs = timm.data.create_transform(**settings)  # as timm evaluates
+    for i, path in enumerate(data.test.files):
+        with Image.open(path) as picture: expected = theirs(picture)
+        torch.testing.assert_close(data.test[i][0], expected, rtol=0, atol=1e-5)
+    pixels = torch.stack([torch.from_numpy(photo[:300, :420]).permute(2, 0, 1) for photo in photos.values()])
+    tensors = data.info.normalize(centred(pixels, data.info))  # torch rounds once, Pillow twice
+    first = [list(photos).index(name) for name in data.info.classes]
+    torch.testing.assert_close(tensors[first], data.test[:][0], rtol=0, atol=0.2)
+
+
+def test_interpolation_reaches_random_views_and_the_fingerprint(put_pictures, seeded):
+    root = put_pictures("cat", "dog")
+    plain, cubic = (load_folder(root, size=64, interpolation=how).train for how in ("bilinear", "bicubic"))
+    views = plain.draw(torch.tensor([0]), seeded())
+    assert not torch.equal(plain.fetch(torch.tensor([0]), views), cubic.fetch(torch.tensor([0]), views))
+    assert fingerprint(plain) != fingerprint(cubic)
+
+
+def test_fingerprints_are_what_they_were_before_there_was_an_interpolation(digits, put_pictures):
+    folder = load_folder(put_pictures("cat", "dog")).train
+    for images in (digits.train, folder):
+        i = images.info
+        known = hashlib.sha256(json.dumps([i.name, i.size, i.mean, i.std, i.pad, i.flip, len(images)]).encode())
+        known.update(images.labels.numpy().tobytes())
+        known.update(images.kept.contiguous().numpy().tobytes() if images is not folder else "\n".join(
+            f"{Path(f).parent.name}/{Path(f).name} {os.path.getsize(f)}" for f in images.files).encode())
+        assert fingerprint(images) == known.hexdigest()[:16]
+
+
+def test_a_card_without_interpolation_still_opens(teacher):
+    folder = Path(supermix.data.__file__).parent / "teachers"
+    assert b"interpolation" not in (folder / "digits.safetensors").read_bytes()[:20_000]  # it is older than the field
+    assert (teacher.info.interpolation, teacher.info.crop_mode) == ("bilinear", "center")
+
+
+def test_imagenet_in_other_letters(imagenet):
+    for split in ("train", "val"): (imagenet / split).rename(imagenet / split.upper())
+    assert load_imagenet(imagenet).info.classes == ("animal", "thing")
