@@ -672,7 +672,7 @@ REFUSED = {
     "half a pixel": (dict(mixed_pad=1.5), "mixed_pad of 0 or more pixels, got 1.5"),
     "a method that there is not": (dict(method="attention"), "What the CRD benchmark calls so is 'at' here"),
     "a mixer that there is not": (dict(mixer=["supermix", "cutmx"]), "Unknown mixer 'cutmx'. Did you mean 'cutmix'"),
-    "a recipe of more held out than there are": (dict(recipe=replace(SHORT, held_out=40)), "hold out fewer than the 40"),
+    "more held out than there are": (dict(recipe=replace(SHORT, held_out=40)), "hold out fewer than the 40"),
     "an option of nobody": (dict(titel="x"), "Unknown option of `train` 'titel'. Did you mean 'title'"),
     "a probability of 2": (dict(probability=2), "probability above 0"),
     "no room for a first stage": (dict(method="ab"), "first stage of ab of at least one epoch"),
