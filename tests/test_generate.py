@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from supermix.core import file_hash
-from supermix.data import load_data
-from supermix.generate import claimed, generate, missing_shards
+from supermix.data import ArrayImages, Info, load_data
+from supermix.generate import check_solved, claimed, generate, missing_shards
 from supermix.recipes import FAST, Generation, Mixing
-from supermix.store import MixedDataset, Store
+from supermix.store import MixedDataset, Store, load_card
 from supermix.zoo import create, save
 
 ROOT = Path(__file__).parent.parent
@@ -290,10 +290,119 @@ class Torn(torch.nn.Module):
         return torch.stack([m, -m, 0 * m], 1)
 
 
-def test_a_teacher_whose_sets_are_never_solved_is_an_error(tmp_path, digits):
-    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained"):
-        generate(RECIPE, tmp_path / "store", digits.train, Torn())
-    assert not list((tmp_path / "store").glob("*.safetensors"))
+def small_images(n=400):
+    "Grey squares of 8×8, bright or dark: quickly mixed."
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (n,), generator=g)
+    pixels = (60 + 130 * labels[:, None, None, None] + 60 * torch.rand(n, 1, 8, 8, generator=g)).byte()
+    return ArrayImages(Info("grey", ("dark", "bright"), 8, (0.5,) * 3, (0.25,) * 3), pixels, labels)
+
+
+QUICK = replace(RECIPE, mixing=Mixing(**{**FAST, "mask_size": 2, "max_iter": 1}), slots=4096)
+
+
+def test_a_teacher_whose_sets_are_never_solved_is_an_error(tmp_path):
+    "After many sets, and nothing is left that the corrected command would meet."
+    with pytest.raises(ValueError, match="None of the sets was solved: is the teacher trained.*4,096 sets in a row"):
+        generate(QUICK, tmp_path / "new" / "store", small_images(), Torn())
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="in a row, shards 0 to 2"):
+        generate(replace(QUICK, shard=2048), tmp_path / "store", small_images(), Torn())
+    assert os.listdir(tmp_path / "store") == ["notes.txt"]
+
+
+class Hard(torch.nn.Module):
+    "Torn, but for one set in some hundred, which it knows by the last digits of its pixels."
+    def forward(self, x):
+        m = 10 * x.mean((1, 2, 3))
+        rare = (100 * x.detach().abs().sum((1, 2, 3))).frac() < 0.005
+        return torch.stack([m, -m, torch.where(rare, -50.0 - 0 * m, 0 * m)], 1)
+
+
+def test_a_shard_without_a_solved_set_does_not_end_a_run(tmp_path):
+    recipe = replace(QUICK, count=20)
+    store = generate(recipe, tmp_path / "store", small_images(), Hard())
+    empty = [entry["images"] == 0 for entry in store.manifest()["shards"]]
+    assert 3 < sum(empty) < len(empty) and not empty[-1]
+    assert len(MixedDataset(store.folder, small_images())) == 20
+    before = contents(store.folder)
+    for name in ("manifest.json", f"{empty.index(True):05d}.safetensors", f"{empty.index(False):05d}.safetensors"):
+        (store.folder / name).unlink()
+        generate(recipe, store.folder, small_images(), Hard())
+        assert contents(store.folder) == before
+
+
+@pytest.mark.parametrize("row, ends", [([0] * 32, True), ([0] * 31, False), ([1, *[0] * 32], True),
+                                       ([*[0] * 31, 1, *[0] * 31], False), ([0] * 20 + [None] + [0] * 20, False)])
+def test_how_many_empty_shards_end_a_run(row, ends):
+    counts = {i: (images, 128) for i, images in enumerate(row) if images is not None}
+    if not ends: return check_solved(counts)
+    with pytest.raises(ValueError, match=f"4,096 sets in a row, shards {len(row) - 32} to {len(row) - 1}"):
+        check_solved(counts)
+
+
+@pytest.mark.parametrize("answer, kind, message", [
+    (lambda x: Hard()(x).detach(), ValueError, "differentiable"),
+    (lambda x: Hard()(x) * 0 + torch.tensor([3.0, 2.0, 1.0]), ValueError, "at least k = 2 different classes"),
+    (lambda x: [][0], IndexError, "out of range"),
+])
+def test_a_command_that_fails_before_its_first_image_leaves_nothing(answer, kind, message, tmp_path):
+    folder = tmp_path / "new" / "store"
+    def teacher(x): return answer(x) if (folder / "manifest.json").exists() else Hard()(x)
+    with pytest.raises(kind, match=message): generate(QUICK, folder, small_images(), teacher)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_fails_later_keeps_what_was_made(tmp_path):
+    network = Hard()
+    def tired(x):
+        if len(list(tmp_path.glob("store/*.safetensors"))) > 8: raise RuntimeError("enough")
+        return network(x)
+    recipe = replace(QUICK, count=20)
+    with pytest.raises(RuntimeError, match="enough"): generate(recipe, tmp_path / "store", small_images(), tired)
+    assert len(shards(tmp_path / "store")) == 9 and any(n for n, _ in Store(tmp_path / "store").counts().values())
+    assert sorted(p.name for p in (tmp_path / "store").iterdir())[0] == "00000.safetensors"  # and no lock
+    whole = generate(recipe, tmp_path / "whole", small_images(), lambda x: network(x)).folder
+    generate(recipe, tmp_path / "store", small_images(), lambda x: network(x))
+    assert contents(tmp_path / "store") == contents(whole)
+
+
+def test_what_a_killed_command_left_before_its_first_image_is_replaced(whole, tmp_path):
+    process = start(tmp_path / "store", "--seed", "7")
+    while not (tmp_path / "store" / "manifest.json").exists(): time.sleep(0.01)
+    with pytest.raises(ValueError, match="recipe.seed: 7 there, 0 now"):  # as long as it lives
+        generate(RECIPE, tmp_path / "store")
+    process.kill()
+    process.communicate()
+    if shards(tmp_path / "store"): pytest.skip("the machine was too slow to kill it before its first shard")
+    assert (tmp_path / "store" / "manifest.json").exists()
+    generate(RECIPE, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(whole)
+
+
+def test_a_store_with_an_image_is_never_replaced(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "store")
+    for path in shards(tmp_path / "store")[1:]: path.unlink()
+    before = contents(tmp_path / "store")
+    for changes in ({"seed": 1}, {"count": 501}, {"slots": 64}):
+        with pytest.raises(ValueError, match="made otherwise"): generate(replace(RECIPE, **changes), tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+def test_more_slots_than_sets_are_as_many_as_sets(tmp_path):
+    few, many = (generate(replace(QUICK, count=5, shard=512, slots=slots), tmp_path / str(slots), small_images(),
+                          Hard()) for slots in (512, 10 ** 9))
+    for a, b in zip(shards(few.folder), shards(many.folder), strict=True):
+        assert load_card(a)["tensors"] == load_card(b)["tensors"]
+
+
+def test_a_request_that_cannot_fit_says_so(tmp_path):
+    recipe = replace(RECIPE, slots=10 ** 9, shard=128 * 10 ** 7)
+    with pytest.raises(ValueError, match=r"000,000,000 need more than [\d,.]+ GB, .* are free. Take [\d,]+ slots"):
+        generate(recipe, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_teacher_from_a_file(teacher, digits, tmp_path):
