@@ -261,3 +261,127 @@ def test_compiled_networks_give_the_same(network, family):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): want, got = network(x), torch.compile(network)(x)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+# ---- channels last and tokens, of other libraries
+
+def by_hand(network, x, names):
+    "A torchvision network's maps, from its own parts; (B, H, W, C) for Swin, tokens for ViT."
+    if isinstance(network, torchvision.models.VisionTransformer):
+        tokens = network._process_input(x)
+        found = [network.conv_proj(x)]
+        h = torch.cat([network.class_token.expand(len(x), -1, -1), tokens], 1) + network.encoder.pos_embedding
+        for name, layer in network.encoder.layers.named_children():
+            h = layer(h)
+            if f"encoder.layers.{name}" in names:
+                found.append(torch.zeros_like(found[0]))
+                for i in range(4):  # place by place
+                    for j in range(4): found[-1][:, :, i, j] = h[:, 1 + 4 * i + j]
+        return found
+    maps = [network.features[:int(name.rpartition(".")[2]) + 1](x) for name in names]
+    return [f.permute(0, 3, 1, 2) for f in maps] if hasattr(network, "permute") else maps
+
+
+FEATURES = [f"features.{i}" for i in (0, 1, 3, 5, 7)]
+TORCHVISION = {
+    "swin_t": ({}, FEATURES, "head"), "swin_v2_t": ({}, FEATURES, "head"),
+    "convnext_tiny": ({}, FEATURES, "classifier.2"),
+    "vit_b_16": ({"image_size": 64}, ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 11))],
+                 "heads.head"),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_transformers_give_maps(name):
+    options, names, head = TORCHVISION[name]
+    network = getattr(torchvision.models, name)(num_classes=10, **options).eval()
+    wrapped, x = Hooked(network, names[0], names[1:], head), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for method in (wrapped.features, wrapped.preactivations, wrapped.features):
+            *maps, vector = method(x)
+            for got, want in zip(maps, by_hand(network, x, names), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(network.get_submodule(head)(vector), network(x))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.modules())
+
+
+TIMM = {
+    "swin_tiny_patch4_window7_224": ({"img_size": (64, 96), "window_size": 2}, "patch_embed", "layers.{}", "head.fc"),
+    "convnext_atto": ({}, "stem", "stages.{}", "head.fc"),
+    "vit_tiny_patch16_224": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),
+    "vit_small_patch16_dinov3": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),   # four registers
+    "deit_tiny_distilled_patch16_224": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),  # two tokens
+    "mixer_s16_224": ({"img_size": 96}, "stem", "blocks.{}", "head"),                                # none
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_own_maps(name):
+    "The oracle: what timm's networks say of themselves, as (B, C, H, W)."
+    options, stem, stages, head = TIMM[name]
+    network = timm.create_model(name, num_classes=10, **options).eval()
+    x = torch.randn(2, 3, 96 if name.startswith("mixer") else 64, 96)
+    which = [0, 3] if "blocks" in stages else [0, 1, 2, 3]
+    wrapped = Hooked(network, stem, [stages.format(i) for i in which], head)
+    with torch.no_grad():
+        *maps, vector = wrapped.features(x)
+        want = network.forward_intermediates(x, indices=which, norm=False, intermediates_only=True, output_fmt="NCHW")
+    for got, theirs in zip(maps[1:], want, strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-4)
+    assert maps[0].shape[2] * 96 == maps[0].shape[3] * x.shape[2] and vector.ndim == 2
+
+
+class Square(nn.Module):
+    "Maps that are as wide as they have channels, channels first or last, from layers that do not tell (`quiet`)."
+    def __init__(self, last: bool, quiet: bool):
+        super().__init__()
+        self.last, self.stem, self.stage = last, nn.Conv2d(3, 8, 1), nn.Identity()
+        self.next = nn.Identity() if quiet else nn.Linear(8, 8) if last else nn.Conv2d(8, 8, 1)
+        self.first, self.head = nn.Identity(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.stem(x)
+        h = self.next(self.stage(self.first((h.permute(0, 2, 3, 1) if self.last else h).clone())))
+        return self.head(h.mean((1, 2) if self.last else (2, 3)))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_map_as_wide_as_its_channels(last):
+    x = torch.randn(2, 3, 8, 8)
+    told, quiet = Square(last, False), Square(last, True)
+    h = told.stem(x)
+    torch.testing.assert_close(Hooked(told, "stem", ["stage"], "head").features(x)[1], h)
+    layout = "BHWC" if last else "BCHW"
+    torch.testing.assert_close(Hooked(quiet, "first", ["stage"], "head", layout=layout).features(x)[1], quiet.stem(x))
+    unsaid = Hooked(quiet, "first", ["stage"], "head").features(x)[1]  # nobody tells: as convolutional networks have it
+    torch.testing.assert_close(unsaid, quiet.stem(x).permute(0, 2, 3, 1) if last else quiet.stem(x))
+
+
+class Tokens(nn.Module):
+    "Tokens (B, L, C) or (B, C, L) that no layer tells of."
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last, self.stem, self.stage, self.head = last, nn.Conv2d(3, 5, 4, 4), nn.Identity(), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = self.stage((self.stem(x).flatten(2).transpose(1, 2) if self.last else self.stem(x).flatten(2)).clone())
+        return self.head(h.mean(1 if self.last else 2))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_tokens_of_which_nothing_is_known(last):
+    network, x = Tokens(last), torch.randn(2, 3, 8, 12)
+    with pytest.raises(ValueError, match=r"Cannot tell the channels' axis of 'stage', .* give layout="):
+        Hooked(network, "stem", ["stage"], "head").features(x)
+    known = Hooked(network, "stem", ["stage"], "head", layout="BLC" if last else "BCL")
+    torch.testing.assert_close(known.features(x)[1], network.stem(x))
+    with pytest.raises(ValueError, match="grid of the images' proportions, 10×12"):
+        known.features(x[:, :, [0, 0, *range(8)]])
+
+
+def test_what_stands_in_front_of_the_head():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"Expected vectors \(B, width\) in front of '2', got \(1, 4, 8, 8\)"):
+        Hooked(network, "0", ["1"], "2").features(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="Unknown layout 'NHWC'. Did you mean 'BHWC'"):
+        Hooked(network, "0", ["1"], "2", layout="NHWC")

@@ -252,7 +252,8 @@ def threes_and_eights(digits, n=48): return digits.train[(digits.train.labels % 
 
 
 @pytest.mark.parametrize("options, share, grey", [
-    ({}, 0.7, 1 / 8), (FAST, 0.9, 1 / 8), ({"hold": 0.2}, 0.7, 1 / 4), (FAST | {"hold": 0.09, "margin": 0.0}, 0.9, 1 / 8)])
+    ({}, 0.7, 1 / 8), (FAST, 0.9, 1 / 8), ({"hold": 0.2}, 0.7, 1 / 4),
+    (FAST | {"hold": 0.09, "margin": 0.0}, 0.9, 1 / 8)])
 def test_two_classes_ask_for_sharp_masks_that_the_teacher_sees(options, share, grey, digits, seeded):
     images, mixer = threes_and_eights(digits), SuperMix(pair, **options)
     draw = mixer.draw(images, generator=seeded())
@@ -443,7 +444,8 @@ def test_logits_that_depend_on_the_batch_even_in_evaluation_mode(p, options, dig
 
 def test_a_batch_norm_that_refuses_a_single_image(digits):
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    with pytest.raises(ValueError, match=r"evaluation mode.*Call net.eval\(\)"): SuperMix(lambda x: net(x))(digits.test[:8][0])
+    with pytest.raises(ValueError, match=r"evaluation mode.*Call net.eval\(\)"):
+        SuperMix(lambda x: net(x))(digits.test[:8][0])
 
 
 def test_a_teacher_is_checked_once_and_nothing_is_said_of_harmless_ones(digits):
@@ -496,7 +498,7 @@ def test_classes_in_the_order_of_their_names_are_found_out(classes, recwarn):
     right = warn_near_chance(order[labels], labels)
     assert right == pytest.approx(100 * (order == torch.arange(classes)).float().mean().item())
     found = [str(w.message) for w in recwarn]
-    assert len(found) == (classes > 10) and all("another order" in text and "wrong head" in text for text in found)
+    assert len(found) == (classes > 10) and all("another order" in text and "head is wrong" in text for text in found)
 
 
 @pytest.mark.parametrize("share, told", [(0.02, True), (0.5, True), (0.57, True), (0.6, False), (1.0, False)])

@@ -300,7 +300,8 @@ def test_a_network_of_one_channel(digits):
 @pytest.mark.parametrize("images, message", [
     (torch.zeros(1, 28, 28), r"\(3, H, W\) .* got Tensor \(1, 28, 28\)"), (torch.zeros(3, 4), r"got Tensor \(3, 4\)"),
     (7, "got int"), ("no-such.png", "There is no file no-such.png"),
-    ([torch.zeros(3, 32, 32), Path("no/such.png")], "There is no file no/such.png"), (Path(__file__), "test_zoo.py cannot be read as an image"),
+    ([torch.zeros(3, 32, 32), Path("no/such.png")], "There is no file no/such.png"),
+    (Path(__file__), "test_zoo.py cannot be read as an image"),
     ([], "[Ee]mpty|at least|0 images"), (torch.full((3, 32, 32), float("nan")), "NaN"),
 ])
 def test_what_is_no_image(images, message, saved):
@@ -353,7 +354,7 @@ def test_weights_that_are_no_numbers_are_not_saved(value, saved):
     network, path = saved
     before = path.read_bytes()
     with torch.no_grad(): network.stages[0][0].a[0].weight[0, 0, 0, 0] = value
-    with pytest.raises(ValueError, match="resnet8, to be saved as .*net.safetensors.* got NaN or infinity in stages.0.0.a"):
+    with pytest.raises(ValueError, match="resnet8, to be saved as .*net.safetensors.* infinity in stages.0.0.a"):
         save(network, path)
     assert path.read_bytes() == before
 
