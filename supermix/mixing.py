@@ -254,8 +254,8 @@ def check_teacher(teacher,              # images (B, C, H, W) -> logits (B, N)
     networks = [*hidden.values(), *([teacher] if isinstance(teacher, nn.Module) else [])]
     if off <= (0.05 if math.isfinite(off) and _coarse(batch, networks) else 0.02): return
     awake = [f"{name}.eval()" for name, network in hidden.items() if any(m.training for m in network.modules())]
-    raise ValueError("Expected a teacher in evaluation mode, whose logits of an image do not depend on the other images "
-                     f"of the batch; an image's logits change by {off:.0%} of the largest when it is alone. "
+    raise ValueError("Expected a teacher in evaluation mode, whose logits of an image do not depend on the other "
+                     f"images of the batch; an image's logits change by {off:.0%} of the largest when it is alone. "
                      + (f"Call {', '.join(awake[:3])}." if awake else
                         "Is a network inside in training mode, does `F.dropout` lack `training=self.training`, or does "
                         "a batch norm keep no running statistics?"))
@@ -270,9 +270,9 @@ def warn_near_chance(classes: torch.Tensor,  # int64 (n,): what the teacher sees
     chance = 1 / len(kinds)
     if len(kinds) > 1 and right < chance + 0.15 * (1 - chance):
         warnings.warn(f"The teacher agrees with the labels of {right:.0%} of {len(labels):,} images of {len(kinds)} "
-                      f"classes, where guessing gives {chance:.1%}. Usual causes: its classes are in another order than "
-                      "the data's (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the images' "
-                      "size, mean or std are not those of its training; it has a wrong head, or is not trained.",
+                      f"classes, where guessing gives {chance:.1%}. Usual causes: its classes are in another order "
+                      "than the data's (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the "
+                      "images' size, mean or std are not those of its training; its head is wrong, or not trained.",
                       stacklevel=3)
     return 100 * right
 
@@ -297,14 +297,17 @@ class Watch:
         if not self.asked: check_teacher(teacher, images, k)
         self.asked = True
 
-    def compare(self, classes: torch.Tensor, labels: torch.Tensor) -> None:
-        "Gather what the teacher sees (B,) and labels, (B,) or soft (B, N); compare the first 300."
-        if self.compared: return
-        labels = labels.argmax(1) if labels.ndim == 2 else labels
-        self.pairs.append(torch.stack([classes.cpu(), labels.cpu()]))
-        if sum(pair.shape[1] for pair in self.pairs) < 300: return
-        warn_near_chance(*torch.cat(self.pairs, 1))
-        self.pairs, self.compared = [], True
+    def see(self, teacher, images, k: int, labels: torch.Tensor | None = None) -> torch.Tensor:  # logits (B, N)
+        "The teacher's logits; the first 300 images that come with labels, (B,) or soft (B, N), are compared with them."
+        self.ask(teacher, images, k)
+        logits = see(teacher, images, k)
+        if labels is not None and not self.compared:
+            labels = labels.argmax(1) if labels.ndim == 2 else labels
+            self.pairs.append(torch.stack([logits.argmax(1).cpu(), labels.cpu()]))
+            if sum(pair.shape[1] for pair in self.pairs) >= 300:
+                warn_near_chance(*torch.cat(self.pairs, 1))
+                self.pairs, self.compared = [], True
+        return logits
 
 # %% ../nbs/33_mixing.ipynb #684d0d2e
 def iterate(ask,                     # images (B, C, H, W) -> the teacher's logits (B, N)
@@ -375,10 +378,9 @@ class SuperMix(Mixer):
                  give_up: float | None = None,  # hinge above which a set is given up from update 2; None: never (paper)
                  ):
         check_settings(teacher, k, mask_size, sigma, lambda_s, alpha, max_iter, step, hold, margin, start, give_up)
-        self.teacher, self.k, self.mask_size, self.sigma, self.lambda_s = teacher, k, mask_size, sigma, lambda_s
-        self.alpha, self.max_iter, self.step, self.hold, self.margin, self.start, self.give_up = (
-            alpha, max_iter, step, hold, margin, start, give_up)
-        self.watch = Watch()
+        self.teacher, self.watch, self.k, self.mask_size, self.sigma = teacher, Watch(), k, mask_size, sigma
+        self.lambda_s, self.alpha, self.max_iter, self.step, self.hold, self.margin, self.start, self.give_up = (
+            lambda_s, alpha, max_iter, step, hold, margin, start, give_up)
 
     def solve(self, sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
               lam: torch.Tensor,         # (B, k): the wanted shares, rows summing to 1
@@ -389,20 +391,18 @@ class SuperMix(Mixer):
         return solve(self, sets, lam, theta, draw)
 
     def draw(self, images, labels=None, generator=None):
-        self.watch.ask(self.teacher, images, self.k)
-        logits = see(self.teacher, images, self.k)
+        logits = self.watch.see(self.teacher, images, self.k, labels)
         classes = check_classes(logits.argmax(1), self.k)
-        if labels is not None: self.watch.compare(classes, labels)
         partners = draw_partners(classes, self.k, generator)
-        return Draw(partners, classes[partners], self.draw_lam(len(images), generator).to(images.device),
-                    logits.shape[1])
+        lam = self.draw_lam(len(images), generator).to(images.device)
+        return Draw(partners, classes[partners], lam, logits.shape[1])
 
     def first_theta(self, lam, size, generator=None):
         "Where the search starts: None for θ = 0, or partitions at random angles (B, k, w, w)."
         if self.start == "flat": return None
-        angle = 2 * torch.pi * torch.rand(len(lam), generator=generator,
-                                          device=generator.device if generator is not None else "cpu")
-        return regions(lam, self.mask_size, angle.to(lam.device), self.hold, size)
+        where = generator.device if generator is not None else "cpu"
+        angle = 2 * torch.pi * torch.rand(len(lam), generator=generator, device=where).to(lam.device)
+        return regions(lam, self.mask_size, angle, self.hold, size)
     def choose_masks(self, sets, draw, generator=None):
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
     def weights(self, masks, draw): return draw.lam

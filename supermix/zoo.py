@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .core import (evaluating, file_hash, fitting, load_tensors, lookup, plain_state, save_tensors, tensors_hash,
-                           unwrapped)
+from .core import (evaluating, file_hash, fitting, load_tensors, lookup, plain_state, save_tensors,
+                           tensors_hash, unwrapped)
 from .data import Info, centred, open_image
 from .models.hooked import NETWORKS as IMAGENET_RESNETS
 from .models.mobilenetv2 import NETWORKS as MOBILENETS
@@ -206,7 +206,8 @@ def load(path: str | Path,         # a file that `save` wrote
         raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
     try:
         network = create(card["network"], card["num_classes"])
-        network.load_state_dict({name.replace("_orig_mod.", ""): t for name, t in tensors.items()})  # once saved compiled
+        # earlier versions saved a compiled network so
+        network.load_state_dict({name.replace("_orig_mod.", ""): t for name, t in tensors.items()})
         if "info" in card:
             network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
