@@ -194,7 +194,8 @@ def test_a_refused_run_has_trained_nothing_and_leaves_nothing(line, message, tmp
     monkeypatch.setattr(runs, "open_teacher", spy)
     (command, *options), trained = line.split(), []
     with pytest.raises(SystemExit) as end: cli.main([command, *TINY, *options])
-    told = " ".join(f"{end.value} {capsys.readouterr().err}".replace("│", " ").split())  # tyro's errors stand in a box
+    shown = f"{end.value} {capsys.readouterr().err}"
+    told = " ".join(shown.replace("│", " ").split())  # tyro's errors stand in a box
     assert message in told and "Traceback" not in told and not trained
     left = [path for path in tmp_path.rglob("*") if path.is_file() and "miniature" not in path.parts]
     assert not left, "the data's miniature apart, nothing is written"
