@@ -140,7 +140,7 @@ def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion
 
 # %% ../nbs/90_cli.ipynb #cb5feb3a
 Base, Scale = Literal["cifar100", "crd_benchmark", "imagenet"], Literal["paper", "mini", "smoke"]
-MIXERS = ("mixup", "mixup_beta", "cutmix", "cutmix_beta", "puzzlemix", "supermix")
+MIXERS = ("mixup", "mixup_beta", "cutmix", "cutmix_beta", "cutmix_authors", "puzzlemix", "supermix")
 
 def one_of(*names: str):
     "A type of options: text, for which the help shows these names. Whether it is one of them is found out later."
