@@ -196,12 +196,14 @@ def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of 
                     ) -> float:            # percent
     "The share of labels that the teacher sees; a warning where that is near chance."
     right = 100 * (seen.cpu() == labels.cpu()).float().mean().item()
-    chance = 100 * labels.bincount().max().item() / len(labels)
-    if len(labels) >= 20 and chance < 100 and right < chance + 0.15 * (100 - chance):
-        warnings.warn(f"The teacher is right in {right:.1f} % of {len(labels)} images, where chance is {chance:.1f} %. "
-                      "Is it trained, and on these classes? Usual causes: its classes are in another order than the "
-                      "labels' (as text, '10' sorts before '2'), the images have another size, mean or std than in its "
-                      "training, or its head is of other classes.", stacklevel=level)
+    seen, labels, kinds = seen.cpu(), labels.cpu(), labels.unique().cpu()
+    chance = 100 / len(kinds)  # each class counts alike
+    each = 100 * sum((seen[labels == kind] == kind).float().mean().item() for kind in kinds) / len(kinds)
+    if len(labels) >= 20 and len(kinds) > 1 and each < chance + 0.15 * (100 - chance):
+        warnings.warn(f"The teacher is right in {right:.1f} % of {len(labels):,} images, "
+                      f"where chance is {chance:.1f} %. Usual causes: its classes are in another order than the labels' (folders sort '10' before '2'; "
+                      "load_folder(classes=[…]) sets the order); the images' size, mean or std are not those of its "
+                      "training; its head is wrong, or it is not trained on these classes.", stacklevel=level)
     return right
 
 # %% ../nbs/00_core.ipynb #bb0eaf2a
@@ -218,19 +220,21 @@ def is_watched(file) -> bool:  # file: where a bar is written
     return shell is not None or bool(getattr(file, "isatty", lambda: False)())
 
 class Lines(plain_bar):
-    "Progress for a file or a pipe: a line at each tenth of the work, and one when `longest` seconds passed without any."
+    "Progress for a file or a pipe: a line at each tenth of the work, and after `longest` seconds without one."
     longest = 30.0
 
     def __init__(self, *args, mininterval: float = 1.0, **kwargs):  # mininterval: seconds between two lines, at least
         self.shown = self.tenth = None
         super().__init__(*args, mininterval=mininterval, gui=True, **kwargs)  # gui: nothing is drawn but by `display`
         self.last, self.tenth = time.monotonic(), self.tenth_of(self.n)
-        if self.total: self.bar_format = "{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        if self.total:
+            self.bar_format = ("{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} "
+                               "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
     def tenth_of(self, n): return int(10 * n / self.total) if self.total else 0
 
     def display(self, *_, **__):
-        passed = self.leave is not False and self.tenth_of(self.n) > self.tenth  # a bar that shall vanish leaves no line
+        passed = self.leave is not False and self.tenth_of(self.n) > self.tenth  # a bar that vanishes leaves no line
         if passed or time.monotonic() - self.last > self.longest: self.say()
 
     def say(self):

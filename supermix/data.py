@@ -14,7 +14,6 @@ __all__ = ['INTERPOLATIONS', 'STUBS', 'ORIENTATION', 'FLIP', 'TURNS', 'TIFF_SIZE
            'checked_view', 'tell_skipped', 'set_aside', 'load_folder', 'load_imagenet', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d9a47a37
-import codecs
 import gzip
 import hashlib
 import io

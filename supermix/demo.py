@@ -19,7 +19,7 @@ from .data import load_data
 from .distillation import distill, make_mixes
 from .masks import show_mixes
 from .mixing import SuperMix
-from .recipes import DEMO, differences
+from .recipes import DEMO
 from .training import accuracy
 from .zoo import create, pretrained, save
 

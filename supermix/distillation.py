@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoints import interruptible
-from .core import evaluating, lookup, seeded, unwrapped, weights_hash
+from .core import evaluating, fitting, lookup, seeded, unwrapped, weights_hash
 from .data import Data, Images, evenly, fingerprint
 from .engine import check_engine, fold_norms
 from .generate import generate
 from .losses import LOGIT_LOSSES, Seen, see, student_loss
 from .mixers import CutMix, CutMixInside, Mixer, MixUp
+from .mixing import check_teacher
 from .mixing import see as classify
 from .puzzlemix import PuzzleMix
 from .recipes import FAST, Generation, Mixing, Terms, Training, method_terms
@@ -350,8 +351,12 @@ def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module
         if here != there:
             raise ValueError(f"Expected teacher and student on one device, got {there} and {here}: "
                              f"teacher.to({str(here)!r}).")
-    with torch.no_grad(), evaluating(student): widths = {"student": student(to_device(images[:1][0], student)).shape[1]}
-    if terms.teaches: widths["teacher"] = classify(teacher, to_device(images[:1][0], teacher)).shape[1]
+    x = to_device(images[:1][0], student)
+    with torch.no_grad(), evaluating(student), fitting(student, x, "student"):
+        widths = {"student": student(x).shape[1]}
+    if terms.teaches:
+        check_teacher(teacher, x := to_device(images[:4][0], teacher), 1)  # a function may hide one in training mode
+        widths["teacher"] = classify(teacher, x[:1], 1).shape[1]
     for name, width in widths.items():
         if width < len(images.info.classes):
             raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes "

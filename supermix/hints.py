@@ -156,7 +156,7 @@ def ab_loss(student: torch.Tensor,  # maps before the ReLU (B, c, h, w), in the 
 class AB(Term):
     "Activation boundaries of all stages, as a first stage (Heo et al. 2019)."
     first, later = True, False
-    held = True  # whether the student's neck (of a WRN: its last norm) stays as it is in the first stage (CRD benchmark)
+    held = True  # whether the student's neck (a WRN's last norm) stays as it is in the first stage (CRD benchmark)
 
     def __init__(self, student: Seen, teacher: Seen, images: int,
                  margin: float = 1.0,  # on the right side of zero

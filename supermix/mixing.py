@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'hinge', 'is_hopeless', 'advance', 'is_solved', 'Mixed', 'check_sets', 'start_from',
            'check_settings', 'ask', 'check_classes', 'check_gradient', 'see', 'classes_of', 'hidden_networks',
-           'check_teacher', 'warn_near_chance', 'label_agreement', 'Watch', 'iterate', 'solve', 'SuperMix']
+           'check_teacher', 'Watch', 'iterate', 'solve', 'SuperMix']
 
 # %% ../nbs/33_mixing.ipynb #a3c83d2e
 import math
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import evaluating, fitting
-from .data import Images
 from .masks import hold_sparsity, masks_from_theta, mix, regions, soft_labels, sparsity
 from .mixers import Draw, FewClasses, Mixer, check_images, draw_partners
 from .recipes import Mixing
@@ -260,54 +258,20 @@ def check_teacher(teacher,              # images (B, C, H, W) -> logits (B, N)
                         "Is a network inside in training mode, does `F.dropout` lack `training=self.training`, or does "
                         "a batch norm keep no running statistics?"))
 
-# %% ../nbs/33_mixing.ipynb #47ae15bc
-def warn_near_chance(classes: torch.Tensor,  # int64 (n,): what the teacher sees
-                     labels: torch.Tensor,   # int64 (n,)
-                     ) -> float:             # the share that agrees in percent, each class counting alike
-    "How far a teacher and labels agree, with a warning where that is at or near chance."
-    kinds = labels.unique()
-    right = sum((classes[labels == kind] == kind).float().mean().item() for kind in kinds) / len(kinds)
-    chance = 1 / len(kinds)
-    if len(kinds) > 1 and right < chance + 0.15 * (1 - chance):
-        warnings.warn(f"The teacher agrees with the labels of {right:.0%} of {len(labels):,} images of {len(kinds)} "
-                      f"classes, where guessing gives {chance:.1%}. Usual causes: its classes are in another order "
-                      "than the data's (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the "
-                      "images' size, mean or std are not those of its training; its head is wrong, or not trained.",
-                      stacklevel=3)
-    return 100 * right
-
-def label_agreement(teacher,            # images (B, 3, H, W) -> logits (B, N)
-                    images: Images,     # with labels
-                    count: int = 400,   # how many are looked at, at most
-                    seed: int = 0,      # which
-                    ) -> float:         # percent
-    "The share of images whose label the teacher sees, of a few for each class; at or near chance with a warning."
-    few = images.subset(min(count, len(images)), seed)
-    device = next(teacher.parameters(), few.labels).device if isinstance(teacher, nn.Module) else few.labels.device
-    classes = [see(teacher, few[i:i + 100][0].to(device), 1).argmax(1).cpu() for i in range(0, len(few), 100)]
-    return warn_near_chance(torch.cat(classes), few.labels.cpu())
-
 # %% ../nbs/33_mixing.ipynb #3c508386
 class Watch:
     "What a mixer finds out about its teacher, once."
-    def __init__(self): self.asked, self.pairs, self.compared = False, [], False
+    def __init__(self): self.asked = False
 
     def ask(self, teacher, images, k: int) -> None:
         "Check the teacher at the first images."
         if not self.asked: check_teacher(teacher, images, k)
         self.asked = True
 
-    def see(self, teacher, images, k: int, labels: torch.Tensor | None = None) -> torch.Tensor:  # logits (B, N)
-        "The teacher's logits; the first 300 images that come with labels, (B,) or soft (B, N), are compared with them."
+    def see(self, teacher, images, k: int) -> torch.Tensor:  # logits (B, N)
+        "The logits of a teacher that has been checked."
         self.ask(teacher, images, k)
-        logits = see(teacher, images, k)
-        if labels is not None and not self.compared:
-            labels = labels.argmax(1) if labels.ndim == 2 else labels
-            self.pairs.append(torch.stack([logits.argmax(1).cpu(), labels.cpu()]))
-            if sum(pair.shape[1] for pair in self.pairs) >= 300:
-                warn_near_chance(*torch.cat(self.pairs, 1))
-                self.pairs, self.compared = [], True
-        return logits
+        return see(teacher, images, k)
 
 # %% ../nbs/33_mixing.ipynb #684d0d2e
 def iterate(ask,                     # images (B, C, H, W) -> the teacher's logits (B, N)
@@ -391,7 +355,7 @@ class SuperMix(Mixer):
         return solve(self, sets, lam, theta, draw)
 
     def draw(self, images, labels=None, generator=None):
-        logits = self.watch.see(self.teacher, images, self.k, labels)
+        logits = self.watch.see(self.teacher, images, self.k)
         classes = check_classes(logits.argmax(1), self.k)
         partners = draw_partners(classes, self.k, generator)
         lam = self.draw_lam(len(images), generator).to(images.device)

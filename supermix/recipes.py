@@ -11,7 +11,7 @@ __all__ = ['SEEDS', 'FAST', 'EAGER', 'LABELS', 'FEATURES', 'METHODS', 'BENCHMARK
            'change', 'differences', 'as_named', 'later_defaults', 'Variant', 'Family', 'scaled', 'title', 'policy_rows']
 
 # %% ../nbs/02_recipes.ipynb #ea3d6a49
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import cos, inf, isfinite, pi
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints

@@ -34,7 +34,6 @@ from .data import Data, Images, Info, Views, crop_flip, fingerprint
 from .engine import Found, decode
 from .masks import areas, masks_from_theta, mix, soft_labels
 from .mixing import see
-from .policies import Augmented
 from .recipes import Generation, Mixing, fits
 
 # %% ../nbs/35_store.ipynb #0d275388
@@ -68,7 +67,7 @@ def unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> torc
 def images_of(data: Images | Data) -> Images:
     "The images that mixes are made from: a data set's training images, and augmented ones without their policy."
     if isinstance(data, Data): data = data.train
-    if isinstance(data, Augmented): data = data.images
+    if hasattr(data, "policy"): data = data.images
     if isinstance(data, Images): return data
     shape = f" {tuple(data.shape)}" if isinstance(data, torch.Tensor) else ""
     raise ValueError(f"Expected images of `load_data` or `load_folder`, got {type(data).__name__}{shape}. Your own "

@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoints import (check_interrupt, checkpoints, interruptible, load_checkpoint, random_state,
                                   restore_random, save_checkpoint)
-from .core import compare_classes, evaluating, file_hash, lookup, progress, seeded, write_atomic
+from .core import (compare_classes, evaluating, file_hash, lookup, progress, seeded, unwrapped,
+                           write_atomic)
 from .data import Images, fingerprint, load_data, one_ahead
 from .logs import Log
 from .recipes import TEACHERS, Terms, Training, later_defaults
@@ -391,7 +392,7 @@ def train(network: nn.Module,                # is trained in place
             run_epoch(run, images, run.asked(device), device, bar, minutes)
             end_epoch(run, images, held, begun, before, log, bar)
             run.save()
-    network.info = images.info  # so that `predict` takes it, whoever made it
+    unwrapped(network).info = images.info  # so that `predict` takes it, whoever made it
     network.eval()
     if test is not None: run.history.test = accuracy(network, test)
     return run.history

@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import (evaluating, file_hash, fitting, load_tensors, lookup, plain_state, save_tensors,
                            tensors_hash, unwrapped)
-from .data import Info, centred, open_image
+from .data import Info, centred, image_endings, is_hidden, open_image, to_rgb
 from .models.hooked import NETWORKS as IMAGENET_RESNETS
 from .models.mobilenetv2 import NETWORKS as MOBILENETS
 from .models.resnet import NETWORKS as RESNETS
@@ -238,7 +238,7 @@ def as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, 
         images = open_image(path)
     if isinstance(images, Image.Image):
         from torchvision.transforms.v2 import functional as VF
-        return info.normalize(VF.pil_to_tensor(centred(images.convert("RGB"), info))[None])
+        return info.normalize(VF.pil_to_tensor(centred(to_rgb(images), info))[None])
     if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4) or images.shape[-3] != 3:
         shape = tuple(images.shape) if hasattr(images, "shape") else ""
         raise ValueError("Expected images (3, H, W) or (B, 3, H, W), paths or Pillow images, "
@@ -266,9 +266,9 @@ class Prediction(NamedTuple):
 
 def image_files(folder: Path) -> list[str]:
     "The image files in a folder and below, by name, without hidden ones; a ValueError where there are none."
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = image_endings()
     inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in endings)
-    found = [str(path) for path in inside if not any(p.startswith(".") or p == "__MACOSX" for p in path.parts)]
+    found = [str(path) for path in inside if not any(map(is_hidden, path.parts))]
     if not found: raise ValueError(f"Expected images in {folder}, such as .jpg or .png files, found none.")
     return found
 

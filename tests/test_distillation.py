@@ -2,7 +2,6 @@
 
 import copy
 import threading
-import warnings
 from dataclasses import replace
 
 import numpy as np

@@ -18,7 +18,7 @@ from supermix.data import ArrayImages, Info, load_data
 from supermix.generate import check_solved, claimed, generate, missing_shards
 from supermix.recipes import FAST, Generation, Mixing
 from supermix.store import MixedDataset, Store, load_card
-from supermix.zoo import create, save
+from supermix.zoo import save
 
 ROOT = Path(__file__).parent.parent
 RECIPE = Generation(data="digits", count=500, shard=128, mixing=Mixing(**FAST))

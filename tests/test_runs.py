@@ -22,7 +22,7 @@ from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTIL
                               IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
                               Variant, change, differences)
 from supermix.runs import (MIXES, Impossible, asks_teacher, bytes_a_mix, carry_out, check_row, cost, find_result,
-                           measured, miniature, open_data, open_teacher, result_path, run, run_family,
+                           measured, miniature, open_data, open_teacher, result_path, run_family,
                            run_classification, run_distillation, table, write_cifar100)
 from supermix.training import accuracy
 from supermix.zoo import CRD_KEYS, create, crd_keys, load, pretrained, save

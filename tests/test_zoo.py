@@ -15,7 +15,7 @@ from supermix.core import weights_hash
 from supermix.data import FolderImages, Info
 from supermix.models.shakeshake import ShakeShake
 from supermix.training import accuracy
-from supermix.zoo import as_batch, crd_keys, create, load, load_crd, names, predict, pretrained, save, shipped, table
+from supermix.zoo import as_batch, crd_keys, create, load, load_crd, predict, pretrained, save, shipped, table
 from torch import nn
 
 # As published: the paper's supplement, the CRD benchmark, torchvision
