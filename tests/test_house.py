@@ -80,7 +80,8 @@ def change_code(house, module, old, new):
 @pytest.mark.parametrize("module, old, new, name, changed", [
     ("masks", "def areas(", "@no_grad\ndef areas(", "areas", {"31_mixers", "runs/01_cifar100_distillation", "index"}),
     # through create, a registry and a class: no cell names it
-    ("models/blocks", "class Block(nn.Module)", "class Block(nn.Module, object)", "Block", {"index", "runs/01_cifar100_distillation"}),
+    ("models/blocks", "class Block(nn.Module)", "class Block(nn.Module, object)", "Block",
+     {"index", "runs/01_cifar100_distillation"}),
     ("explore", "def share_out(", "def share_out(more, ", "share_out", set()),
     # in a module that every notebook imports, but reached by few
     ("core", "def commit(", "def commit(more, ", "commit", {"runs/01_cifar100_distillation"})])
