@@ -202,8 +202,9 @@ def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of 
     if len(labels) >= 20 and len(kinds) > 1 and each < chance + 0.15 * (100 - chance):
         warnings.warn(f"The teacher is right in {right:.1f} % of {len(labels):,} images, "
                       f"where chance is {chance:.1f} %. Usual causes: its classes are in another order than the "
-                      "labels' (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the images' size, mean or std are not those of its "
-                      "training; its head is wrong, or it is not trained on these classes.", stacklevel=level)
+                      "labels' (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the images' "
+                      "size, mean or std are not those of its training; its head is wrong, or it is not trained on "
+                      "these classes.", stacklevel=level)
     return right
 
 # %% ../nbs/00_core.ipynb #bb0eaf2a
