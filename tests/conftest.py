@@ -13,6 +13,7 @@ and the libraries' own variables, which make this processor add in the order of 
 """
 
 import os
+import signal
 import sys
 
 import pytest
@@ -22,6 +23,8 @@ from supermix.data import load_digits
 from supermix.zoo import pretrained
 
 THREADS, SHIFT = (int(os.environ.get(f"SUPERMIX_TEST_{name}", n)) for name, n in (("THREADS", 1), ("SEED", 0)))
+# a program that a shell starts in the background ignores Ctrl-C, and so does all that it starts: not our tests
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # what tests start gets as many threads, too
 torch.set_num_threads(THREADS)  # networks this small gain nothing from two, and on a busy machine wait ten times longer
