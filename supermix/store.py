@@ -7,9 +7,9 @@ __all__ = ['KINDS', 'FORMAT', 'HASH', 'TEXT', 'SHARD', 'MIXING', 'MANIFEST', 'CA
            'images_of', 'logits_sample', 'same_logits', 'teacher_identity', 'origin', 'as_json', 'hash_of', 'run_of',
            'flat', 'whole', 'matching', 'hexadecimal', 'number', 'settings', 'read_json', 'told', 'conform',
            'check_manifest', 'check_list', 'shard_name', 'differences', 'Store', 'load_card', 'check_run', 'cards',
-           'check_tensors', 'changed', 'check_files', 'begin', 'holds_nothing', 'clear', 'finish', 'MixedBatch',
-           'check_store', 'load_rows', 'gather', 'remix', 'seen_anew', 'as_rows', 'MadeFrom', 'width_of',
-           'MixedDataset', 'folder_names', 'export_images']
+           'changed', 'check_files', 'begin', 'holds_nothing', 'clear', 'finish', 'MixedBatch', 'check_store',
+           'load_rows', 'gather', 'remix', 'seen_anew', 'as_rows', 'MadeFrom', 'width_of', 'MixedDataset',
+           'folder_names', 'export_images']
 
 # %% ../nbs/35_store.ipynb #1b5c7cf1
 import csv
@@ -277,6 +277,7 @@ def load_card(path: Path) -> dict:
     except (SafetensorError, ValueError, OSError) as error:
         raise changed(path, f"it is not a whole shard ({error})") from error
     if card["shard"] != int(path.stem): raise changed(path, f"it holds shard {card['shard']}")
+    if card["images"] > card["sets"]: raise changed(path, "its card has more images than sets")
     return card
 
 def check_run(path: Path, card: dict, run: str, listed: bool) -> None:
@@ -300,12 +301,6 @@ def cards(store: Store):  # yields int, dict
         yield card["shard"], card
 
 # %% ../nbs/35_store.ipynb #35cc0000
-def check_tensors(path: Path) -> None:
-    "A ValueError where a shard's tensors are not those that its card was made for."
-    tensors, card = load_tensors(path)
-    if tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]:
-        raise changed(path, "its tensors are not those of its card")
-
 def changed(path: Path, how: str) -> ValueError:
     return ValueError(f"The shard {path} was changed: {how}. Delete it and run the store's command again.")
 
@@ -358,12 +353,13 @@ def finish(store: Store) -> dict:
             path.unlink()
             continue
         if shard != len(shards): break
-        check_tensors(path)
+        load_rows(path, manifest, hashed=True)
         shards.append({"file": path.name, "images": counts[shard][0], "sets": counts[shard][1],
                        "sha256": file_hash(path)})
         total += counts[shard][0]
-    if not total or len(shards) < len(counts) and total < count:
-        raise ValueError(f"{store.folder} cannot be finished: {store.shard_path(len(shards))} is missing.")
+    if total < count:
+        raise ValueError(f"{store.folder} cannot be finished: {count - total:,} of {count:,} images are missing, "
+                         f"from {store.shard_path(len(shards)).name} on. Run the store's command again.")
     finished = manifest | {"shards": shards, "images": min(count, total)}
     return manifest if finished == manifest else store.write(finished)
 
@@ -411,9 +407,11 @@ def check_store(store: Store, images: Images, hashes: bool = True) -> dict:
     return manifest
 
 # %% ../nbs/35_store.ipynb #35dd0002
-def load_rows(path: Path, manifest: dict, info: Info) -> dict[str, torch.Tensor]:
-    "The tensors of a shard; a ValueError where they do not fit its card, the manifest's recipe, and these images."
+def load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: bool = False) -> dict[str, torch.Tensor]:
+    "The tensors of a shard; a ValueError where they do not fit its card (and its hash), the recipe, and the images."
     tensors, card = load_tensors(path)
+    if hashed and tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]:
+        raise changed(path, "its tensors are not those of its card")
     recipe, n, N = manifest["recipe"], card["images"], card["logits"]
     k, w, top = recipe["mixing"]["k"], recipe["mixing"]["mask_size"], min(recipe["top"], N)
     maps = k if recipe["mixing"]["hold"] is None else k - 1
@@ -428,7 +426,7 @@ def load_rows(path: Path, manifest: dict, info: Info) -> dict[str, torch.Tensor]
                for name in {**shapes, **got} if shapes.get(name) != got.get(name)]
         raise changed(path, f"its tensors do not fit the manifest's recipe ({'; '.join(odd)})")
     below = {"sources": manifest["data"]["images"], "classes": N, "top_classes": N, "flip": 2}
-    if shapes["crop"][2] == 2: below["crop"] = 2 * info.pad + 1
+    if info is not None and shapes["crop"][2] == 2: below["crop"] = 2 * info.pad + 1
     for name, end in below.items():
         if n and not (tensors[name].min() >= 0 and tensors[name].max() < end):
             raise changed(path, f"expected {name} from 0 to {end - 1}, got {tensors[name].min()} "
