@@ -590,7 +590,7 @@ def test_a_list_of_teachers_is_the_mean_of_their_logits(teacher, few):
 TEACHERS = {
     "none": (lambda t: [], "Expected networks in a list of teachers, got none"),
     "functions": (lambda t: [t, lambda x: t(x)], "networks in a list of teachers, got function: give one function"),
-    "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got logits \(\d, 10\), \(\d, 12\)"),
+    "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got .* \(\d, 10\), \(\d, 12\)"),
     "the student": (lambda t: "student", "a student beside the teacher"),
 }
 
