@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+FAST := core masks smoothing logs recipes notebooks contributing
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser browser notebooks stale book export readme data clean
+.PHONY: help demo check test test-slow test-browser browser notebooks stale book export readme data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -13,13 +14,19 @@ help:  ## what there is to make
 demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, one table (out/demo/)
 	$(BIN)/supermix demo
 
+check: $(VENV)/.dev  ## a minute: notebooks and package agree, ruff, the fast unit tests
+	$(BIN)/python tools/house.py check
+	$(BIN)/ruff check -q
+	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py) -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
+	$(BIN)/ruff check -q
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
 
-test-slow: $(VENV)/.dev data browser  ## the same with everything that takes long
-	$(BIN)/python tools/house.py check
+test-slow: $(VENV)/.dev data browser  ## the same with everything that takes long; every output is of today's code
+	$(BIN)/python tools/house.py check --strict
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
 	$(BIN)/python -m pytest tests --slow
 

@@ -25,7 +25,8 @@ setup(
     package_data={"supermix": ["teachers/*"]},
     install_requires=facts["requirements"].split(),
     extras_require={"dev": (facts["dev_requirements"] + " " + facts["book_requirements"]).split(),
-                    "book": facts["book_requirements"].split(), "puzzle": facts["puzzle_requirements"].split(), "explore": facts["explore_requirements"].split()},
+                    "book": facts["book_requirements"].split(), "puzzle": facts["puzzle_requirements"].split(),
+                    "explore": facts["explore_requirements"].split()},
     entry_points={"console_scripts": facts["console_scripts"].split()},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -127,6 +127,9 @@ def global_draws(generator: torch.Generator):
 
 def ask_foreign(mixer, batch: Batch):  # (B, 3, H, W), soft labels (B, N); None where there is nothing to mix
     "Mixes of another library's mixer."
+    if isinstance(mixer, type):
+        raise ValueError(f"Expected a mixer that makes mixed images and soft labels, got {mixer.__name__}, a class: "
+                         f"make one, as in {mixer.__name__}(num_classes={batch.labels.max().item() + 1}).")
     n = len(batch.images)
     if type(mixer).__module__.startswith("timm."): n -= n % 2
     if not n: return None

@@ -316,7 +316,7 @@ def forward(run: Run, ask, batch: Batch, weight: float, device) -> torch.Tensor:
 # %% ../nbs/22_training.ipynb #7c1d0a04
 def run_epoch(run: Run, images: Images, ask: nn.Module, device, bar, minutes: float) -> None:
     "The rest of an epoch, from the run's position."
-    r, steps, (rank, size) = run.recipe, ceil(len(images) / run.recipe.batch_size), world()
+    r, steps, (_, size) = run.recipe, ceil(len(images) / run.recipe.batch_size), world()
     since, written, checked = [], time.perf_counter(), 50 if device.type == "cuda" else 1
     for batch in coming(run, images, device):
         for group in run.optimiser.param_groups: group["lr"] = run.lr(run.epoch + run.step / steps)

@@ -845,7 +845,7 @@ def test_settings_of_a_view_that_cannot_be(options, message, put_pictures):
     "resnet18.a1_in1k",                # bicubic, 95 %
     "resnet18.tv_in1k",                # our defaults
     "tf_efficientnet_lite0.in1k",      # bicubic, mean and std ½
-    "vit_base_patch16_clip_224.openai_ft_in1k", "mobilenetv3_large_100.ra_in1k", 
+    "vit_base_patch16_clip_224.openai_ft_in1k", "mobilenetv3_large_100.ra_in1k",
     "volo_d4_448.sail_in1k",           # 115 %
     "eva_giant_patch14_336.m30m_ft_in22k_in1k",  # squash
 ])

@@ -582,14 +582,15 @@ def test_a_list_of_teachers_is_the_mean_of_their_logits(teacher, few):
         distill(tutor, students[-1], few, "kd", None, SHORT)
     both, by_hand, twice, once = (student.head.weight for student in students)
     torch.testing.assert_close(both, by_hand, rtol=1e-3, atol=1e-4)
-    assert torch.equal(twice, once) and not torch.allclose(both, once, atol=1e-3)
+    torch.testing.assert_close(twice, once, rtol=1e-3, atol=1e-3)  # a network alone has its norms folded
+    assert not torch.allclose(both, once, atol=1e-2)
     assert len(make_mixes([teacher, teacher], few, 20)) == 20
 
 
 TEACHERS = {
     "none": (lambda t: [], "Expected networks in a list of teachers, got none"),
     "functions": (lambda t: [t, lambda x: t(x)], "networks in a list of teachers, got function: give one function"),
-    "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got logits \(1, 10\), \(1, 12\)"),
+    "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got .* \(\d, 10\), \(\d, 12\)"),
     "the student": (lambda t: "student", "a student beside the teacher"),
 }
 
@@ -611,7 +612,7 @@ def test_maps_of_several_teachers_have_no_mean(teacher, few):
 
 @pytest.mark.parametrize("mixer", [None, "supermix"])
 def test_the_teacher_is_compared_with_the_labels(mixer, teacher, digits, few, tmp_path):
-    history = distill(teacher, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=20, folder=tmp_path)
+    history = distill(teacher, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=mixer and 20, folder=tmp_path)
     with torch.no_grad(): right = 100 * (teacher(few[:][0]).argmax(1) == few.labels).float().mean().item()
     assert history.teacher == pytest.approx(right) and f"a teacher that is right in {right:.1f} %" in repr(history)
     assert read_log(tmp_path / "log.csv")[0]["teacher"] == pytest.approx(right)
@@ -626,7 +627,7 @@ def test_a_teacher_whose_classes_are_in_another_order_is_told(mixer, teacher, fe
     with torch.no_grad():
         for p in wrong.head.parameters(): p.copy_(p[order])
     with pytest.warns(UserWarning, match="where chance is 10.0 %.*classes are in another order.*mean or std.*its head"):
-        history = distill(wrong, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=20)
+        history = distill(wrong, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=mixer and 20)
     assert history.teacher < 20
     with pytest.warns(UserWarning, match="classes are in another order"): make_mixes(wrong, few, 20)
 
@@ -722,7 +723,8 @@ def test_wrapped_networks_learn_the_same(wrap, method, mixer, teacher, few):
     for laid in (lambda network: network, WRAPPERS[wrap]):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
-        distill(laid(teacher), laid(students[-1]), few, method, mixer, recipe, mixes=20)
+        distill(laid(teacher), laid(students[-1]), few, method, mixer, recipe,
+                mixes=20 if mixer == "supermix" else None)
     one, other = (student.state_dict() for student in students)
     assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
 

@@ -167,7 +167,7 @@ def test_any_callable_and_bad_ones(teacher, digits):
     with pytest.raises(ValueError, match="1 or more slots, got 0"): Engine(teacher, x, QUICK, slots=0)
     with pytest.raises(ValueError, match="Expected the teacher to give logits"):
         list(Engine(lambda i: i, x, QUICK).run([draw_block(digits.train, teacher, QUICK, 0, 0)]))
-    with pytest.raises(ValueError, match="hold between 0 and 0.25"): SuperMix(teacher, hold=0.5)
+    with pytest.raises(ValueError, match="hold above 0 and below 0.25, or None, got 0.5"): SuperMix(teacher, hold=0.5)
     with pytest.raises(ValueError, match="Did you mean 'regions'"): SuperMix(teacher, hold=0.06, start="region")
     with pytest.raises(ValueError, match="sparsity to hold for start='regions'"): SuperMix(teacher, start="regions")
 
