@@ -98,8 +98,8 @@ def check_interrupt() -> None:
 
 @contextmanager
 def interruptible():
-    """Within the block, or the function that it decorates, Ctrl-C cannot get lost: it is raised at once, or else by
-    the next `check_interrupt`, or at the end. A handler that is not Python's own stays, and so do other threads."""
+    """Within the block, or the function that it decorates, Ctrl-C cannot get lost: it is raised at once, or else by the
+    next `check_interrupt`, or at the end. A handler of somebody else stays; in other threads nothing changes."""
     before = signal.getsignal(signal.SIGINT)
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours: signal.signal(signal.SIGINT, Interrupted())
