@@ -653,8 +653,8 @@ BAD = {
     "channels last": (
         lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0].permute(0, 2, 3, 1)),
         r"does not take images \(4, 32, 32, 3\)"),
-    "soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(4)),
-                    r"class indices \(4,\), .* got torch.float32 \(4, 4\)"),
+    "too few soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(3)),
+                            r"class indices \(4,\), .* got torch.float32 \(3, 3\)"),
     "an empty list": (lambda t, s, lam: SuperMix(t)([]), "[Ee]mpty|at least|0 images"),
 }
 
