@@ -2,16 +2,19 @@
 
 import copy
 import threading
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from supermix.checkpoints import checkpoints, load_checkpoint
 from supermix.contrast import TERMS
 from supermix.core import seeded as place
-from supermix.data import Data
-from supermix.distillation import MIXERS, Distillation, distill, make_mixes
+from supermix.data import ArrayImages, Data
+from supermix.distillation import MIXERS, Distillation, Ensemble, OneOf, ask_foreign, distill, make_mixes, mix_batch
+from supermix.logs import read_log
 from supermix.losses import LOGIT_LOSSES, see
 from supermix.masks import areas, soft_labels
 from supermix.mixers import CutMix, MixUp
@@ -22,6 +25,7 @@ from supermix.store import MixedDataset
 from supermix.training import Batch, accuracy, train
 from supermix.zoo import create
 from torch import nn
+from torchvision.transforms import v2
 
 SHORT = Training(epochs=1, batch_size=16, milestones=())
 
@@ -428,3 +432,301 @@ def test_students_of_another_contract_are_told_what_is_missing(teacher, few):
         def forward(self, x): return self.head(self.features(x))
     with pytest.raises(ValueError, match="Expected a student with `features` for 'at', got Sequence: wrap it"):
         distill(teacher, Sequence(), few, "at", None, SHORT)
+
+
+# ---- mixers of other libraries
+
+def timms(**options):
+    timm = pytest.importorskip("timm.data.mixup", reason="timm is not here")
+    return timm.Mixup(num_classes=10, **options)
+
+
+FOREIGN = {
+    "torchvision's MixUp": lambda: v2.MixUp(num_classes=10),
+    "torchvision's CutMix": lambda: v2.CutMix(num_classes=10, alpha=0.5),
+    "one of both": lambda: v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]),
+    "timm's": lambda: timms(mixup_alpha=0.8, cutmix_alpha=1.0),
+    "timm's for each image": lambda: timms(mixup_alpha=0.8, cutmix_alpha=1.0, mode="elem"),
+    "timm's for each pair": lambda: timms(mixup_alpha=0.8, mode="pair", label_smoothing=0.0),
+    "a function": lambda: lambda x, y: ((x + x.roll(1, 0)) / 2, (F.one_hot(y, 10) + F.one_hot(y.roll(1, 0), 10)) / 2),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("method, label", [("kd", "teacher"), ("alone", "teacher"), ("alone", "lam")])
+def test_mixers_of_other_libraries_are_taken_as_they_are(name, method, label, teacher, few, tmp_path):
+    "The loss is that of what they make; their draws follow the batch's generator, and leave the global ones alone."
+    mixer, batch = FOREIGN[name](), batch_of(few, 16, seed=5)
+    kept, noise, numpy_noise = batch.images.clone(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    terms = replace(METHODS[method].mixed(), label=label)
+    torch.manual_seed(0)
+    student = create("resnet8", 10).eval()
+    noise = torch.get_rng_state()
+    loss = Distillation(teacher, terms, mixer)(student, batch)
+    assert torch.equal(batch.images, kept)  # timm mixes in place
+    assert torch.equal(torch.get_rng_state(), noise) and np.array_equal(np.random.get_state()[1], numpy_noise)
+    mixed, soft = ask_foreign(mixer, batch_of(few, 16, seed=5))
+    assert not torch.equal(mixed, kept) and soft.shape == (16, 10)
+    with torch.no_grad(): zs, zt, zs_mixed, zt_mixed = student(kept), teacher(kept), student(mixed), teacher(mixed)
+    if method == "kd": wanted = (0.1 * F.cross_entropy(zs, batch.labels) + 0.9 * LOGIT_LOSSES["kd"](zs, zt, None, 4.0)
+                                 + 0.9 * LOGIT_LOSSES["kd"](zs_mixed, zt_mixed, None, 4.0))
+    else: wanted = (F.cross_entropy(zs, batch.labels)
+                    + F.cross_entropy(zs_mixed, soft if label == "lam" else zt_mixed.argmax(1)))
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torchvision's MixUp", "timm's"])
+def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp_path, monkeypatch):
+    "33 images in batches of 16: the last one is a single image, for timm too few."
+    images, mixer, recipe, calls = digits.train.subset(33), FOREIGN[name](), replace(SHORT, epochs=2), []
+
+    class Stopped(Exception): pass
+
+    def stops(*args):  # in the second epoch
+        calls.append(1)
+        if len(calls) == 5: raise Stopped
+        return ask_foreign(*args)
+
+    def go(folder):
+        torch.manual_seed(0)
+        student = create("resnet8", 10)
+        distill(teacher, student, images, "kd", mixer, recipe, folder=folder)
+        return student.state_dict()
+    whole = go(None)
+    monkeypatch.setattr("supermix.distillation.ask_foreign", stops)
+    with pytest.raises(Stopped): go(tmp_path)
+    monkeypatch.undo()
+    assert len(checkpoints(tmp_path)) == 1
+    resumed = go(tmp_path)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+BAD_MIXERS = {
+    "of fewer classes": (lambda: v2.MixUp(num_classes=3), "does not take images .* RuntimeError"),
+    "of more classes": (lambda: v2.MixUp(num_classes=30), "student of the 30 classes of the mixes' labels, got 10"),
+    "without soft labels": (lambda: lambda x, y: (x, y), r"soft labels \(4, N\) .*got .*and \(4,\)"),
+    "a class": (lambda: MixUp, "a mixer that makes mixed images .*, got MixUp"),
+    "a number": (lambda: 5, "Expected a mixer: a name.* got int"),
+    "our own of fewer classes": (lambda: MixUp(3), "labels from 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MIXERS)
+def test_a_mixer_that_does_not_fit_is_told_before_anything(case, teacher, few, tmp_path):
+    make, message = BAD_MIXERS[case]
+    with pytest.raises(ValueError, match=message):
+        distill(teacher, create("resnet8", 10), few, replace(METHODS["alone"].mixed(), label="lam"), make(), SHORT,
+                folder=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- several mixers, several teachers
+
+def test_a_list_of_mixers_takes_turns(teacher, few, mixes, seeded):
+    named = {"mixup": MixUp(10), "cutmix": CutMix(10)}
+    turns, g = OneOf([*named.values(), mixes], [0.5, 0.2, 0.2]), seeded()
+    drawn = [turns.choose(g) for _ in range(4000)]
+    for mixer, share in zip([*named.values(), mixes, None], [0.5, 0.2, 0.2, 0.1]):
+        assert sum(d is mixer for d in drawn) / 4000 == pytest.approx(share, abs=0.03)
+    assert OneOf(["mixup"]).alone == "mixup" and OneOf(["mixup"], 0.5).shares == [0.5]
+    assert OneOf(["a", "b", "c"]).choose(seeded()) is not None and OneOf(["a", "b"], 0.4).shares == [0.2, 0.2]
+    kinds = set()
+    for seed in range(30):
+        made = mix_batch(turns, batch_of(few, 16, seed), "teacher")
+        kinds.add(None if made is None else tuple(made[0].shape))
+    assert kinds == {None, (16, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("probability", [None, 0.5, [0.2, 0.3, 0.2, 0.1]])
+def test_a_student_of_a_list_of_mixers(probability, teacher, few):
+    mixers = ["mixup", "cutmix_authors", v2.CutMix(num_classes=10), "supermix"]
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(distill(teacher, create("resnet8", 10), few, "kd", mixers, replace(SHORT, epochs=2), mixes=30,
+                              probability=probability).loss)
+    assert losses[0] == losses[1]
+
+
+def test_the_same_mixer_alone_and_in_a_list(teacher, few):
+    students = []
+    for mixer, options in (("mixup", {}), (["mixup"], {}), (["mixup"], {"probability": 1.0}),
+                           ("mixup", {"probability": 1}), (["mixup", "cutmix"], {"probability": [0.0, 0.0001]})):
+        torch.manual_seed(0)
+        students.append(create("resnet8", 10))
+        distill(teacher, students[-1], few, "kd", mixer, SHORT, **options)
+    weights = [student.head.weight for student in students]
+    assert all(torch.equal(weights[0], other) for other in weights[1:4])
+    torch.manual_seed(0)
+    plain = create("resnet8", 10)
+    distill(teacher, plain, few, "kd", None, SHORT)
+    assert torch.equal(weights[4], plain.head.weight)  # no batch had mixes
+
+
+@pytest.mark.parametrize("probability", [0, 1.5, -0.1, float("nan"), [0.5], [0.7, 0.7], [0.5, -0.1], "often",
+                                         [None, 1]])
+def test_probabilities_that_there_are_not(probability, teacher, few):
+    with pytest.raises(ValueError, match="probability above 0 and of 1 at most"):
+        distill(teacher, create("resnet8", 10), few, "kd", ["mixup", "cutmix"], SHORT, probability=probability)
+
+
+def test_a_list_of_teachers_is_the_mean_of_their_logits(teacher, few):
+    torch.manual_seed(3)
+    other = create("resnet8", 10).eval()
+    x, students = few[:8][0], []
+    with torch.no_grad():
+        torch.testing.assert_close(Ensemble([teacher, other])(x), (teacher(x) + other(x)) / 2)
+    for tutor in ([teacher, other], lambda x: (teacher(x) + other(x)) / 2, [teacher, teacher], teacher):
+        torch.manual_seed(0)
+        students.append(create("resnet8", 10))
+        distill(tutor, students[-1], few, "kd", None, SHORT)
+    both, by_hand, twice, once = (student.head.weight for student in students)
+    torch.testing.assert_close(both, by_hand, rtol=1e-3, atol=1e-4)
+    assert torch.equal(twice, once) and not torch.allclose(both, once, atol=1e-3)
+    assert len(make_mixes([teacher, teacher], few, 20)) == 20
+
+
+TEACHERS = {
+    "none": (lambda t: [], "Expected networks in a list of teachers, got none"),
+    "functions": (lambda t: [t, lambda x: t(x)], "networks in a list of teachers, got function: give one function"),
+    "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got logits \(1, 10\), \(1, 12\)"),
+    "the student": (lambda t: "student", "a student beside the teacher"),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_lists_of_teachers_that_cannot_be_one(case, teacher, few):
+    make, message = TEACHERS[case]
+    student = create("resnet8", 10)
+    tutors = make(teacher) if case != "the student" else [teacher, student]
+    with pytest.raises(ValueError, match=message): distill(tutors, student, few, "kd", None, SHORT)
+
+
+def test_maps_of_several_teachers_have_no_mean(teacher, few):
+    with pytest.raises(ValueError, match="Expected one teacher for 'at', which compares maps, got a list of 2"):
+        distill([teacher, teacher], create("resnet8", 10), few, "at", None, SHORT)
+
+
+# ---- what is found out before anything long
+
+@pytest.mark.parametrize("mixer", [None, "supermix"])
+def test_the_teacher_is_compared_with_the_labels(mixer, teacher, digits, few, tmp_path):
+    history = distill(teacher, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=20, folder=tmp_path)
+    with torch.no_grad(): right = 100 * (teacher(few[:][0]).argmax(1) == few.labels).float().mean().item()
+    assert history.teacher == pytest.approx(right) and f"a teacher that is right in {right:.1f} %" in repr(history)
+    assert read_log(tmp_path / "log.csv")[0]["teacher"] == pytest.approx(right)
+    assert distill(None, create("resnet8", 10), few, "alone", None, SHORT).teacher is None
+
+
+@pytest.mark.parametrize("mixer", [None, "supermix"])
+def test_a_teacher_whose_classes_are_in_another_order_is_told(mixer, teacher, few):
+    names = sorted(map(str, range(10)), reverse=True)  # as another program may have sorted the folders
+    order = torch.tensor([int(name) for name in names])
+    wrong = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in wrong.head.parameters(): p.copy_(p[order])
+    with pytest.warns(UserWarning, match="where chance is 10.0 %.*classes are in another order.*mean or std.*its head"):
+        history = distill(wrong, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=20)
+    assert history.teacher < 20
+    with pytest.warns(UserWarning, match="classes are in another order"): make_mixes(wrong, few, 20)
+
+
+OTHERS = {
+    "other images": lambda few, digits: digits.train.subset(40, seed=1),
+    "fewer of them": lambda few, digits: few.subset(30),
+    "another mean": lambda few, digits: ArrayImages(replace(few.info, mean=(0.5,) * 3), few.kept, few.labels),
+    "another std": lambda few, digits: ArrayImages(replace(few.info, std=(0.25,) * 3), few.kept, few.labels),
+    "other labels": lambda few, digits: ArrayImages(few.info, few.kept, few.labels.flip(0)),
+    "another pixel": lambda few, digits: ArrayImages(few.info, few.kept ^ (torch.arange(few.kept.numel()) == 77).byte()
+                                                     .view_as(few.kept), few.labels),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_stock_of_other_images_is_an_error(case, listed, teacher, digits, few, mixes, tmp_path):
+    other = OTHERS[case](few, digits)
+    with pytest.raises(ValueError, match=r"The stock was made from .*, and the student learns from .*make_mixes\("):
+        distill(teacher, create("resnet8", 10), other, "kd", ["mixup", mixes] if listed else mixes, SHORT,
+                folder=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stock_of_the_same_images_is_taken(teacher, few, mixes):
+    twin = ArrayImages(few.info, few.kept.clone(), few.labels.clone())
+    for images in (few, twin, Augmented(twin, load_policy("randaugment"))):
+        distill(teacher, create("resnet8", 10), images, "kd", mixes, SHORT)
+    with pytest.raises(ValueError, match="of which held_out leaves images.split"):
+        distill(teacher, create("resnet8", 10), few, "kd", mixes, replace(SHORT, held_out=10))
+    learned = few.split(10)[1]
+    distill(teacher, create("resnet8", 10), few, "kd", make_mixes(teacher, learned, 20), replace(SHORT, held_out=10))
+
+
+REFUSED = {
+    "masks larger than the images": (dict(mixing=Mixing(mask_size=64)), "mask_size 64"),
+    "more sources than classes": (dict(mixing=Mixing(k=11)), "k|top"),
+    "a mixing in words": (dict(mixing={"k": 2}), "Expected a mixing that is a .*Mixing.*got dict"),
+    "no mixes": (dict(mixes=0), "count .*1 or more"),
+    "half a mix": (dict(mixes=2.5), "count of Generation to be of type int, got 2.5"),
+    "a pad below 0": (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"),
+    "half a pixel": (dict(mixed_pad=1.5), "mixed_pad of 0 or more pixels, got 1.5"),
+    "a method that there is not": (dict(method="attention"), "What the CRD benchmark calls so is 'at' here"),
+    "a mixer that there is not": (dict(mixer=["supermix", "cutmx"]), "Unknown mixer 'cutmx'. Did you mean 'cutmix'"),
+    "more held out than there are": (dict(recipe=replace(SHORT, held_out=40)), "hold out fewer than the 40"),
+    "an option of nobody": (dict(titel="x"), "Unknown option of `train` 'titel'. Did you mean 'title'"),
+    "a probability of 2": (dict(probability=2), "probability above 0"),
+    "no room for a first stage": (dict(method="ab"), "first stage of ab of at least one epoch"),
+    "a student of fewer classes": (dict(student=lambda: create("resnet8", 8)), "at least the 10 classes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_leaves_nothing_behind(case, teacher, few, tmp_path):
+    changes, message = REFUSED[case]
+    settings = dict(method="kd", mixer="supermix", recipe=SHORT, mixes=20, folder=tmp_path / "run",
+                    student=lambda: create("resnet8", 10)) | changes
+    student = settings.pop("student")()
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    with pytest.raises(ValueError, match=message): distill(teacher, student, few, **settings)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+
+
+def test_a_folder_that_is_a_file_is_refused(teacher, few, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, 5):
+        with pytest.raises(ValueError, match="Expected a folder, or a place where one can be made"):
+            distill(teacher, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=20, folder=folder)
+        with pytest.raises(ValueError, match="Expected a folder"): make_mixes(teacher, few, 20, folder=folder)
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_of_another_run_gets_no_mixes(teacher, few, tmp_path):
+    distill(teacher, create("resnet8", 10), few, "kd", None, SHORT, folder=tmp_path)
+    for method in ("dkd", "alone"):
+        with pytest.raises(ValueError, match="holds a run with another recipe: terms"):
+            distill(teacher, create("resnet8", 10), few, method, "supermix", SHORT, mixes=20, folder=tmp_path)
+    assert not (tmp_path / "mixes").exists()
+
+
+# ---- wrapped networks
+
+WRAPPERS = {"DataParallel": nn.DataParallel, "compiled": lambda n: torch.compile(n, backend="eager")}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("method, mixer", [("kd", "mixup"), ("at", None), ("ab", None), ("crd_kd", "supermix")])
+def test_wrapped_networks_learn_the_same(wrap, method, mixer, teacher, few):
+    recipe, students = Training(epochs=2, batch_size=20, lr=0.01, milestones=(), first_stage=1), []
+    for laid in (lambda network: network, WRAPPERS[wrap]):
+        torch.manual_seed(0)
+        students.append(create("resnet8", 10))
+        distill(laid(teacher), laid(students[-1]), few, method, mixer, recipe, mixes=20)
+    one, other = (student.state_dict() for student in students)
+    assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
+
+
+def test_the_teacher_within_a_wrapper_is_no_student(teacher, few):
+    with pytest.raises(ValueError, match="a student beside the teacher"):
+        distill(teacher, nn.DataParallel(teacher), few, "kd", None, SHORT)

@@ -1,5 +1,6 @@
 """Losses of maps against the benchmark's values and plain loops; what their terms learn, need and refuse."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, StageSum, ab_loss, at_loss, attention, flow, fsp_loss,
-                            ft_loss, hint_loss, nst_loss, regressor, same_size, vid_loss)
+from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, ab_loss, at_loss, attention, flow,
+                            fsp_loss, ft_loss, hint_loss, nst_loss, regressor, same_size, vid_loss)
 from supermix.losses import Seen, see
 from supermix.zoo import create
 
@@ -287,3 +288,56 @@ def test_the_papers_pairs(teacher, student):
     if (teacher, student) == ("vgg13", "vgg8"): FSP(s, t, 9)
     else:
         with pytest.raises(ValueError, match="channels of its teacher"): FSP(s, t, 9)
+
+
+def prepare(student, teacher, batches, held):
+    "Two updates of AB's first stage, with the network's own parts: what stands behind the stages is held, or not."
+    student.train()
+    if held: student.neck.eval()
+    own = [student.stem, student.stages] if held else [student]
+    optimiser = torch.optim.SGD([p for part in own for p in part.parameters()], lr=0.05, momentum=0.9)
+    for x in batches:
+        with torch.no_grad(): theirs = teacher.preactivations(x)[1:-1]
+        maps = student.features(x)[1:-1]
+        norms = [stage[0].norm1 for stage in student.stages[1:]]
+        ours = [norm(h) for norm, h in zip(norms, maps)]  # the norms of the next stages, in training mode
+        # the last norm as it was made is the identity
+        ours.append(maps[-1] / (1 + student.neck[0].eps) ** 0.5 if held else student.neck[0](maps[-1]))
+        loss = 3 / 1000 * sum(2.0 ** (i - 2) * ab_loss(s, t) for i, (s, t) in enumerate(zip(ours, theirs)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return {name: p.detach().clone() for name, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("kind, held", [(AB, True), (FreeAB, False)])
+def test_the_last_norm_of_a_wrn_is_held_as_in_the_benchmark(kind, held):
+    torch.manual_seed(0)
+    start, teacher = create("wrn_16_1", 10).double(), create("wrn_40_1", 10).double().eval()
+    batches = [random(seed, 8, 3, 32, 32) for seed in (1, 2)]
+    wanted = prepare(copy.deepcopy(start), teacher, batches, held)
+    student = copy.deepcopy(start).train()
+    term = kind(see(start, batches[0]), see(teacher, batches[0]), 16)
+    optimiser = torch.optim.SGD(term.first_parameters(student), lr=0.05, momentum=0.9)
+    for x in batches:
+        optimiser.zero_grad()
+        term.first_loss(student, teacher, x).backward()
+        optimiser.step()
+    got = dict(student.named_parameters())
+    assert max((got[name] - p).abs().max() for name, p in wanted.items() if not name.startswith("head")) < 1e-11
+    last, moved = student.neck[0], (got["neck.0.weight"] - 1).abs().max()
+    assert student.training and last.training
+    assert (moved == 0 and not last.running_mean.any()) if held else moved > 1e-3
+    assert (got["stem.weight"] - dict(start.named_parameters())["stem.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
+def test_other_networks_are_prepared_the_same_either_way(name):
+    torch.manual_seed(0)
+    x, start = random(1, 4, 3, 32, 32), create(name, 10).double().train()
+    grads = []
+    for kind in (AB, FreeAB):
+        student = copy.deepcopy(start)
+        kind(see(start, x), see(start, x), 4).first_loss(student, copy.deepcopy(start).eval(), x).backward()
+        grads.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])

@@ -284,7 +284,10 @@ BAD = {
             "NaN or infinity in 1 of 4"),
     "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)),
                                       "blocks that divide the maps, got 3×4 for 8×8"),
-    "one image": (lambda: PuzzleMix(linear, blocks=4)(images[:1], labels[:1]), "at least k = 2 images to mix, got 1"),
+    "soft labels of fewer classes": (lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4)[:, :3] + 1 / 3),
+                                     "whose rows sum to 1"),
+    "soft labels of more classes": (lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4, 5)),
+                                    "soft labels of the mixer's 4 classes, got 5"),
 }
 
 
@@ -292,6 +295,19 @@ BAD = {
 def test_bad_input(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_single_image_comes_back_as_it_is():
+    with pytest.warns(UserWarning, match="1 images of 1 classes cannot be mixed in sets of 2.*drop_last=True"):
+        mixed, soft = PuzzleMix(linear, blocks=4)(images[2:3], labels[2:3])
+    assert torch.equal(mixed, images[2:3]) and torch.equal(soft, torch.eye(4)[2:3])
+
+
+def test_one_hot_labels_give_what_class_indices_give():
+    (a, hard), (b, soft) = (PuzzleMix(linear, blocks=4)(images, y, generator=torch.Generator().manual_seed(0))
+                            for y in (labels, torch.eye(4)[labels]))
+    assert torch.equal(a, b)
+    torch.testing.assert_close(hard, soft)
 
 
 def test_where_the_package_is_missing():
