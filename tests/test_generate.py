@@ -273,7 +273,7 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
     (dict(teacher="nobody"), "Unknown teacher 'nobody'"), (dict(data="digit"), "Did you mean 'digits'"),
     (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"),
     (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
-    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "1 or more slots"),
+    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "slots of 1 or more, got 0"),
     (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
 ])
 def test_what_cannot_be_made(changes, message, tmp_path):
