@@ -428,9 +428,9 @@ def load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: bool
     below = {"sources": manifest["data"]["images"], "classes": N, "top_classes": N, "flip": 2}
     if info is not None and shapes["crop"][2] == 2: below["crop"] = 2 * info.pad + 1
     for name, end in below.items():
-        if n and not (tensors[name].min() >= 0 and tensors[name].max() < end):
-            raise changed(path, f"expected {name} from 0 to {end - 1}, got {tensors[name].min()} "
-                                f"to {tensors[name].max()}")
+        least, most = (int(v) for v in tensors[name].aminmax()) if n else (0, 0)  # to torch 256 is a byte's 0
+        if not 0 <= least <= most < end:
+            raise changed(path, f"expected {name} from 0 to {end - 1}, got {least} to {most}")
     return tensors
 
 # %% ../nbs/35_store.ipynb #59052c4c
@@ -559,7 +559,8 @@ def export_images(mixed: MixedDataset,
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose a new folder for the pictures.")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "labels.csv", "w", newline="") as file, ThreadPoolExecutor(workers) as pool:
+    with (open(folder / "labels.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+          ThreadPoolExecutor(workers) as pool):
         table = csv.writer(file)
         k = mixed.small["sources"].shape[1]
         table.writerow(["file", *(f"{what}_{i + 1}" for what in ("class", "lambda", "source") for i in range(k)),
