@@ -92,6 +92,7 @@ def site(tmp_path_factory):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_book(site, page):
     asked, complaints = [], []
     page.on("request", lambda request: asked.append(request.url))

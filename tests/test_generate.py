@@ -80,6 +80,7 @@ def test_killed_twice(whole, tmp_path):
     assert len(there) == 2
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_write(whole, tmp_path):
     "Of the manifest, of the first shard and of the third, and once the disk has it but the name is not there yet."
     die = ("import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\n"
@@ -192,6 +193,7 @@ def test_a_full_disk_keeps_what_was_done(whole, tmp_path):
     finally: subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_threads_do_not_matter(tmp_path):
     before, few = torch.get_num_threads(), replace(RECIPE, count=100)  # a shard: two threads may wait long for a core
     try:

@@ -390,6 +390,7 @@ def ended(process):
 def student(folder): return next((folder / "students").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_distill_killed_and_started_again_ends_with_the_same_bytes(taught, tmp_path):
     for name in ("whole", "killed"): taught(tmp_path / name)
     options = ["distill", *OPTIONS, "--mixer", "supermix", "--training.epochs", "7", "--minutes", "0", "--out"]

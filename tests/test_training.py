@@ -294,6 +294,7 @@ save(network, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     def start(folder):
         return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder,
