@@ -43,17 +43,19 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     return partial(demo, scale, out)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
-            root: Path | None = None) -> Callable:
+            root: Path | None = None, quick: bool = False, compile: bool = False) -> Callable:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
-        data: a data set that has a teacher's recipe: fashion_mnist or digits.
-        out: the folder for the weights and their card.
+        data: a data set that has a teacher's recipe: fashion_mnist, digits or cifar100.
+        out: the folder for the weights, their card and the training's checkpoints: the same command goes on with them.
         network: a network of the zoo.
         root: a folder in which to look for the data first.
+        quick: train by 24 epochs' recipe with a linear decay instead of the data set's.
+        compile: let torch.compile fuse what it can.
     """
     from supermix.training import make_teacher
-    return partial(make_teacher, data, out, network, root)
+    return partial(make_teacher, data, out, network, root, quick, compile)
 
 def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
              out: Path = Path("out/mixes")) -> Callable:

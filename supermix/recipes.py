@@ -6,8 +6,8 @@
 __all__ = ['SEEDS', 'FAST', 'EAGER', 'LABELS', 'FEATURES', 'METHODS', 'BENCHMARK_NAMES', 'BENCHMARK', 'LOW', 'SMOKE', 'CIFAR100',
            'IMAGENET', 'CRD_BENCHMARK', 'PAIRS', 'TITLES', 'METHOD_ROWS', 'MIX_ROWS', 'OTHER_ROWS', 'TINY',
            'CIFAR100_DISTILLATION', 'CRD_DISTILLATION', 'IMAGENET_ROWS', 'IMAGENET_DISTILLATION', 'CLASSIFIERS',
-           'CIFAR100_CLASSIFICATION', 'IMAGENET_CLASSIFICATION', 'DEMO', 'TEACHERS', 'fits', 'Typed', 'within', 'later',
-           'Training', 'check_schedule', 'Mixing', 'Generation', 'Terms', 'featured', 'method_terms', 'Recipe',
+           'CIFAR100_CLASSIFICATION', 'IMAGENET_CLASSIFICATION', 'DEMO', 'TEACHERS', 'QUICK', 'fits', 'Typed', 'within',
+           'later', 'Training', 'check_schedule', 'Mixing', 'Generation', 'Terms', 'featured', 'method_terms', 'Recipe',
            'change', 'differences', 'as_named', 'later_defaults', 'Variant', 'Family', 'scaled', 'title', 'policy_rows']
 
 # %% ../nbs/02_recipes.ipynb #ea3d6a49
@@ -89,7 +89,7 @@ class Training(Typed):
     compile: bool = False   # let torch.compile fuse what it can (ours)
     seed: int = 0           # of weights, order, views and mixes (ours)
     optimizer: str = later("sgd")      # "sgd" (S 1.1) or "adamw" (Loshchilov & Hutter 2019), with torch's β2 and ε
-    schedule: str = later("steps")     # "steps" (S 1.1), or "cosine": half a cosine from `lr` to 0, no milestones
+    schedule: str = later("steps")     # "steps" (S 1.1); "cosine" or "linear": from `lr` to 0, no milestones
     nesterov: bool = later(False)      # for SGD: Nesterov's momentum instead of the plain one
     label_smoothing: float = later(0.0)  # share of a natural image's label that goes to all classes evenly
     clip_grad: float | None = later(None)  # largest norm of the gradient of all weights together; None: any
@@ -110,13 +110,13 @@ class Training(Typed):
         rise = min(1.0, epoch / self.warmup) if self.warmup else 1.0
         if self.schedule == "steps": return self.lr * self.decay ** sum(epoch >= m for m in self.milestones) * rise
         share = max(0.0, epoch - self.warmup) / max(1, self.epochs - self.warmup)
-        return self.lr * (1 + cos(pi * share)) / 2 * rise
+        return self.lr * ((1 + cos(pi * share)) / 2 if self.schedule == "cosine" else 1 - share) * rise
 
 # %% ../nbs/02_recipes.ipynb #71bef327
 def check_schedule(t: Training) -> None:
     "A ValueError where a training's optimiser and schedule do not fit together."
     lookup({"sgd": 0, "adamw": 0}, t.optimizer, "optimizer")
-    lookup({"steps": 0, "cosine": 0}, t.schedule, "schedule")
+    lookup({"steps": 0, "cosine": 0, "linear": 0}, t.schedule, "schedule")
     if list(t.milestones) != sorted(t.milestones) or min(t.milestones, default=1) < 1:
         raise ValueError("Expected milestones in ascending order, each of 1 or more epochs, "
                          f"got {t.milestones} (in {type(t).__name__}).")
@@ -489,4 +489,6 @@ DEMO = Recipe(
 TEACHERS = {
     "fashion_mnist": Training(epochs=10, milestones=(6, 9)),
     "digits": Training(epochs=40, milestones=(24, 36)),
+    "cifar100": BENCHMARK,
 }
+QUICK = Training(epochs=24, milestones=(), warmup=5, schedule="linear", nesterov=True)

@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from .core import (compare_classes, evaluating, file_hash, lookup, progress, see
                            write_atomic)
 from .data import Images, fingerprint, load_data, one_ahead
 from .logs import Log
-from .recipes import TEACHERS, Terms, Training, later_defaults
+from .recipes import QUICK, TEACHERS, Terms, Training, later_defaults
 from .zoo import create, save
 
 # %% ../nbs/22_training.ipynb #faede978
@@ -399,25 +399,31 @@ def train(network: nn.Module,                # is trained in place
 
 # %% ../nbs/22_training.ipynb #7110dbb7
 def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
-                 root: Path | None = None) -> Path:
+                 root: Path | None = None, quick: bool = False, compile: bool = False) -> Path:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
-        data: a data set that has a teacher's recipe: fashion_mnist or digits
-        out: the folder for the weights and their card
+        data: a data set that has a teacher's recipe: fashion_mnist, digits or cifar100
+        out: the folder for the weights, their card and the training's checkpoints: the same command goes on with them
         network: a network of the zoo
         root: a folder in which to look for the data first
+        quick: train by `QUICK`, 24 epochs, instead of the data set's recipe
+        compile: let torch.compile fuse what it can
     """
     recipe, source = lookup(TEACHERS, data, "teacher's data set"), load_data(data, root)
+    recipe = replace(QUICK if quick else recipe, compile=compile)
+    name = data if network == "resnet20" else f"{data}_{network}"
     torch.manual_seed(recipe.seed)
     teacher = create(network, num_classes=len(source.info.classes))
-    history = train(teacher, source.train, recipe, title=f"{network} on {data}", test=source.test)
+    history = train(teacher, source.train, recipe, title=f"{network} on {data}", test=source.test,
+                    folder=Path(out) / f"{name}_training")
     reached = round(history.test, 2)
-    path = save(teacher, Path(out) / f"{data}.safetensors", accuracy=reached)
+    path = save(teacher, Path(out) / f"{name}.safetensors", accuracy=reached)
     card = {"network": network, "parameters": sum(p.numel() for p in teacher.parameters()), "data": data,
             "training_images": len(source.train), "test_images": len(source.test), "test_accuracy": reached,
             "final_loss": round(history.loss[-1], 4), "recipe": asdict(recipe),
-            "command": f"supermix teacher --data {data}", "torch": torch.__version__, "sha256": file_hash(path)}
+            "command": f"supermix teacher --data {data}" + f" --network {network}" * (network != "resnet20")
+            + " --quick" * quick + " --compile" * compile, "torch": torch.__version__, "sha256": file_hash(path)}
     write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1).encode())
     print(f"{data}: {reached:.2f} % on {len(source.test):,} test images after {history}; written to {path}")
     return path
