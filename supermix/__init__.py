@@ -4,30 +4,35 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 from importlib.util import find_spec
+from sys import modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what the names below are, for editors and type checkers
     from supermix.data import load_data, load_folder
-    from supermix.distillation import distill, make_mixes
-    from supermix.mixing import SuperMix
-    from supermix.store import MixedDataset
-    from supermix.training import accuracy
+    from supermix.distillation.distill import distill, make_mixes
+    from supermix.mixing.solver import SuperMix
+    from supermix.mixing.store import MixedDataset
+    from supermix.training.loop import accuracy
     from supermix.zoo import create, load, predict, pretrained, save
 
-MODULES = {  # where each name is defined; a module is imported when the first of its names is asked for
-    "load_data": "data", "load_folder": "data", "create": "zoo", "pretrained": "zoo", "SuperMix": "mixing",
-    "make_mixes": "distillation", "MixedDataset": "store", "distill": "distillation", "accuracy": "training",
-    "save": "zoo", "load": "zoo", "predict": "zoo"}
+
+def lazy(package, names):
+    """The `__getattr__` and `__dir__` of a package (PEP 562): `names` says in which module of the package each name is
+    defined. A module is imported when the first of its names is asked for, so that nothing slow is imported in vain."""
+    def get(name):
+        if name in names: value = getattr(import_module(f"{package}.{names[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}"): value = import_module(f"{package}.{name}")
+        else: raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(modules[package]), *names})
+
+
+MODULES = {
+    "load_data": "data", "load_folder": "data", "create": "zoo", "pretrained": "zoo", "SuperMix": "mixing.solver",
+    "make_mixes": "distillation.distill", "MixedDataset": "mixing.store", "distill": "distillation.distill",
+    "accuracy": "training.loop", "save": "zoo", "load": "zoo", "predict": "zoo"}
 
 __all__ = list(MODULES)
-
-
-def __getattr__(name):  # Python calls this for a name that is not defined above (PEP 562)
-    if name in MODULES: value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
-    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"): value = import_module(f"{__name__}.{name}")
-    else: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__(): return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, MODULES)

@@ -39,7 +39,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
         scale: smoke: the same within seconds, on digits and with hardly any training.
         out: the folder for the picture, the numbers and the students.
     """
-    from supermix.demo import demo
+    from supermix.experiments.demo import demo
     return partial(demo, scale, out)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
@@ -54,7 +54,7 @@ def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet2
         quick: train by 24 epochs' recipe with a linear decay instead of the data set's.
         compile: let torch.compile fuse what it can.
     """
-    from supermix.training import make_teacher
+    from supermix.training.loop import make_teacher
     return partial(make_teacher, data, out, network, root, quick, compile)
 
 def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
@@ -65,7 +65,7 @@ def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(
         recipe: what is mixed, how, and how many.
         out: the folder of the store.
     """
-    from supermix.generate import command
+    from supermix.mixing.generate import command
     return partial(command, recipe, out)
 
 # %% ../nbs/90_cli.ipynb #6d6103bd
@@ -78,7 +78,7 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
         rounds: how often the two are timed in turn.
     """
     from supermix.data import load_data
-    from supermix.engine import races
+    from supermix.experiments.race import races
     from supermix.zoo import pretrained
 
     def work():
@@ -100,7 +100,7 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
             (imagenet_resnet34), whose weights are fetched.
     """
-    from supermix.large import large_teacher, measure, photographs
+    from supermix.experiments.large import large_teacher, measure, photographs
 
     def work():
         network, *wants = large_teacher(teacher)
@@ -123,7 +123,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds, and none is told what it costs a processor.
     """
-    from supermix.study import study
+    from supermix.experiments.study import study
     return partial(study, out, home, groups, seeds, minutes, device)
 
 def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
@@ -137,7 +137,7 @@ def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion
         rounds: how often each way is timed.
         device: cpu or cuda.
     """
-    from supermix.throughput import throughput
+    from supermix.experiments.throughput import throughput
     return partial(throughput, out, data, images, rounds, device)
 
 # %% ../nbs/90_cli.ipynb #cb5feb3a
@@ -178,7 +178,7 @@ def distill(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
         mixer: where mixed images come from.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    from supermix.runs import carry_out
+    from supermix.experiments.runs import carry_out
     variant = Variant(method, None if mixer == "none" else mixer)
     return partial(carry_out, recipe, variant, scale, only_cost, **vars(places))
 
@@ -209,7 +209,7 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["
         label: of mixed images: lam is the soft label ŷ, softmax the teacher's prediction.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    from supermix.runs import carry_out
+    from supermix.experiments.runs import carry_out
     variant = (Variant("alone", None, None, policy, cutout) if mixer == "none" else
                Variant("alone", mixer, label, policy, cutout))
     return partial(carry_out, recipe, variant, scale, only_cost, **vars(places))

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['lookup', 'write_atomic', 'save_tensors', 'load_tensors', 'file_hash', 'commit', 'unwrapped', 'plain_state',
            'tensors_hash', 'weights_hash', 'evaluating', 'fitting', 'compare_classes', 'seeded', 'is_watched', 'Lines',
-           'progress']
+           'progress', 'Interrupted', 'check_interrupt', 'interruptible']
 
 # %% ../nbs/00_core.ipynb #b11ad1ad
 def lookup(table: dict,        # what there is, by name
@@ -259,3 +261,30 @@ def progress(items=None,          # what to go through; optional where `total` i
     kind = bar if is_watched(kwargs.get("file", sys.stderr)) else Lines
     return kind(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True,
                 **{"disable": silent, **kwargs})
+
+# %% ../nbs/00_core.ipynb #9f03c556
+class Interrupted:
+    "A handler of SIGINT that raises KeyboardInterrupt, as Python's does, and remembers it."
+    came = False
+
+    def __call__(self, number, frame):
+        self.came = True
+        raise KeyboardInterrupt
+
+def check_interrupt() -> None:
+    "Within a block of `interruptible`: raise again a KeyboardInterrupt that got lost."
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Interrupted) and handler.came: raise KeyboardInterrupt
+
+@contextmanager
+def interruptible():
+    """Within the block, or the function that it decorates, Ctrl-C cannot get lost: it is raised at once, or else by the
+    next `check_interrupt`, or at the end. A handler of somebody else stays; in other threads nothing changes."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours: signal.signal(signal.SIGINT, Interrupted())
+    try:
+        yield
+        check_interrupt()
+    finally:
+        if ours: signal.signal(signal.SIGINT, before)

@@ -372,7 +372,7 @@ class Variant(Typed):
     mixer: str | None = None   # mixup, cutmix (λ = ½; …_beta: λ ~ Beta(1, 1)), cutmix_authors (its box wholly inside),
                                # puzzlemix, supermix; None: no mixes
     label: str | None = None   # of mixed images: "teacher", "softmax", "lam" or "area"; None: as the method has it
-    policy: str = "none"       # for natural images: a name of `supermix.policies`, or a policy file
+    policy: str = "none"       # for natural images: a name of `supermix.policies.policies`, or a policy file
     cutout: int | None = None  # side of Cutout's square, in pixels; None: as the policy says
     k: int | None = None       # images a mixing set; None: as the recipe has it
 

@@ -105,13 +105,13 @@ def test_the_book(site, page):
     page.goto(f"{site}/index.html")
     assert page.locator("img[src*='demo']").evaluate("image => image.complete && image.naturalWidth > 100")
     page.locator(".bd-sidebar-primary a", has_text="33 SuperMix").first.click(force=True)
-    page.wait_for_url("**/33_mixing.html")
+    page.wait_for_url("**/33_mixing.solver.html")
     assert "SuperMix" in page.locator("article h1").inner_text() and page.locator("article math").count() > 10
     assert (page.locator("article .cell_output img").count() > 2
             and "#| export" not in page.locator("article").inner_text())
     page.screenshot(path=SHOTS / "book_chapter.png")
-    page.get_by_role("link", name="supermix.mixing").first.click()
-    page.wait_for_url("**/api/supermix.mixing.html")
+    page.get_by_role("link", name="supermix.mixing.solver").first.click()
+    page.wait_for_url("**/api/supermix.mixing.solver.html")
     assert "# weight of the sparsity term" in page.locator("article").inner_text()
     page.goto(f"{site}/search.html?q=dirichlet")
     page.locator("#search-results li a").first.wait_for(timeout=20_000)
@@ -223,7 +223,7 @@ def newer_cancels_older(page, large):
 
 
 def test_the_explorer(lab, page):
-    run_all(page, lab, "70_explore")
+    run_all(page, lab, "72_explore.widget")
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / "page.png")
     first = page.locator(".supermix-explorer").first

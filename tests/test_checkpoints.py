@@ -12,8 +12,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from supermix.checkpoints import (NAME, check_interrupt, checkpoints, digest, interruptible, load_checkpoint,
-                                  random_state, restore_random, save_checkpoint)
+from supermix.core import check_interrupt, interruptible
+from supermix.training.checkpoints import (NAME, checkpoints, digest, load_checkpoint, random_state, restore_random,
+                                           save_checkpoint)
 from torch import nn
 
 STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -107,7 +108,7 @@ def test_all_random_states_come_back(tmp_path):
 def test_a_process_that_is_killed_while_it_writes_leaves_whole_checkpoints(tmp_path):
     program = f"""
 import torch
-from supermix.checkpoints import save_checkpoint
+from supermix.training.checkpoints import save_checkpoint
 step, state = 0, {{"big": torch.zeros(2_000_000)}}
 while True:
     step += 1
@@ -125,7 +126,7 @@ while True:
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path):
-    die = ("import os, signal, sys, torch; from supermix.checkpoints import save_checkpoint; "
+    die = ("import os, signal, sys, torch; from supermix.training.checkpoints import save_checkpoint; "
            "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
            "save_checkpoint(sys.argv[1], 1, {'a': torch.ones(3)})")
     assert subprocess.run([sys.executable, "-c", die, str(tmp_path)]).returncode == -9

@@ -78,10 +78,10 @@ def test_the_command_itself_waits_for_no_more():
 
 
 def test_the_names_of_the_package():
-    from supermix.distillation import distill
-    from supermix.mixing import SuperMix
+    from supermix.distillation.distill import distill
+    from supermix.mixing.solver import SuperMix
     assert supermix.distill is distill and supermix.SuperMix is SuperMix
-    assert supermix.models.wrn.WRN and supermix.losses.student_loss  # modules, without having been imported by name
+    assert supermix.models.wrn.WRN and supermix.distillation.losses.student_loss  # modules, without imports by name
     assert set(supermix.__all__) <= set(dir(supermix))
     assert not hasattr(supermix, "distil") and not hasattr(supermix, "__wrapped__")
     with pytest.raises(ImportError, match="distil"): from supermix import distil  # noqa: F401
@@ -104,7 +104,7 @@ def test_every_mixer_can_be_named(): assert set(MIXERS) == set(runs.MIXES) - {""
 def test_all_ways_to_start_it():
     said = f"supermix {supermix.__version__}\n"
     script = Path(sys.executable).with_name("supermix")
-    for launcher in (("-m", "supermix"), ("-m", "supermix.cli"), ("-m", "supermix.runs"), (script,)):
+    for launcher in (("-m", "supermix"), ("-m", "supermix.cli"), ("-m", "supermix.experiments.runs"), (script,)):
         assert ended(start("--version", launcher=launcher)) == (0, said, ""), launcher
     code, out, err = ended(start("generate", "--count", "0", launcher=("-m", "supermix.cli")))
     assert code == 1 and err.startswith("supermix: Expected a count of 1 or more") and len(err.splitlines()) == 1

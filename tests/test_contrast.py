@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.contrast import CRD, draw_negatives, estimate_log_z, gather_ranks, nce_loss, remember, similarities
-from supermix.losses import Seen
+from supermix.distillation.contrast import (CRD, draw_negatives, estimate_log_z, gather_ranks, nce_loss, remember,
+                                            similarities)
+from supermix.distillation.losses import Seen
 
 
 def random(seed, *shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from supermix.losses import LOGIT_LOSSES
-from supermix.mixers import Draw
+from supermix.distillation.losses import LOGIT_LOSSES
+from supermix.mixing.mixers import Draw
 from supermix.zoo import NETWORKS
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
@@ -18,7 +18,7 @@ def test_there_is_one_for_each_kind(): assert set(EXAMPLES) == {"mixer", "loss",
 
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_an_example_runs(kind, monkeypatch):
-    monkeypatch.setattr("supermix.losses.LOGIT_LOSSES", dict(LOGIT_LOSSES))
+    monkeypatch.setattr("supermix.distillation.losses.LOGIT_LOSSES", dict(LOGIT_LOSSES))
     made = {}
     exec(EXAMPLES[kind], made)
     assert len([line for line in EXAMPLES[kind].splitlines() if line.strip()]) <= 20

@@ -9,18 +9,8 @@ from itertools import count
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
-from supermix.core import (
-    evaluating,
-    file_hash,
-    fitting,
-    load_tensors,
-    lookup,
-    plain_state,
-    save_tensors,
-    unwrapped,
-    weights_hash,
-    write_atomic,
-)
+from supermix.core import (evaluating, file_hash, fitting, load_tensors, lookup, plain_state, save_tensors, unwrapped,
+                           weights_hash, write_atomic)
 from torch import nn
 from torchvision.transforms import v2
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from supermix import MixedDataset, SuperMix, accuracy, create, distill, predict, pretrained
-from supermix.checkpoints import checkpoints
 from supermix.data import Data
-from supermix.distillation import MIXERS, make_mixes
-from supermix.engine import race
-from supermix.generate import generate
-from supermix.policies import Augmented, load_policy
-from supermix.quality import quality
+from supermix.distillation.distill import MIXERS, make_mixes
+from supermix.experiments.race import race
+from supermix.experiments.study import core, run_trial
+from supermix.mixing.generate import generate
+from supermix.mixing.quality import quality
+from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Generation, Mixing, Training
-from supermix.study import core, run_trial
-from supermix.training import train
+from supermix.training.checkpoints import checkpoints
+from supermix.training.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHORT = Training(epochs=2, batch_size=32, lr=0.02, milestones=(1,), first_stage=1)

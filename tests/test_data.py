@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, features
 from supermix.data import (ArrayImages, FolderImages, Info, PlainUnpickler, Views, centred, evenly, find_fashion,
                            fingerprint, image_size, load_cifar100, load_data, load_fashion_mnist, load_folder,
                            load_imagenet, open_image, read_idx, to_rgb)
-from supermix.runs import write_cifar100
+from supermix.experiments.runs import write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder

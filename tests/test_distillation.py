@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.checkpoints import checkpoints, load_checkpoint
-from supermix.contrast import TERMS
 from supermix.core import seeded as place
 from supermix.data import ArrayImages, Data
-from supermix.distillation import MIXERS, Distillation, Ensemble, OneOf, ask_foreign, distill, make_mixes, mix_batch
-from supermix.logs import read_log
-from supermix.losses import LOGIT_LOSSES, see
-from supermix.masks import areas, soft_labels
-from supermix.mixers import CutMix, MixUp
-from supermix.mixing import SuperMix, is_solved
-from supermix.policies import Augmented, load_policy
+from supermix.distillation.contrast import TERMS
+from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, OneOf, ask_foreign, distill, make_mixes,
+                                           mix_batch)
+from supermix.distillation.losses import LOGIT_LOSSES, see
+from supermix.mixing.masks import areas, soft_labels
+from supermix.mixing.mixers import CutMix, MixUp
+from supermix.mixing.solver import SuperMix, is_solved
+from supermix.mixing.store import MixedDataset
+from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
-from supermix.store import MixedDataset
-from supermix.training import Batch, accuracy, train
+from supermix.training.checkpoints import checkpoints, load_checkpoint
+from supermix.training.logs import read_log
+from supermix.training.loop import Batch, accuracy, train
 from supermix.zoo import create
 from torch import nn
 from torchvision.transforms import v2
@@ -493,7 +494,7 @@ def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp
         distill(teacher, student, images, "kd", mixer, recipe, folder=folder)
         return student.state_dict()
     whole = go(None)
-    monkeypatch.setattr("supermix.distillation.ask_foreign", stops)
+    monkeypatch.setattr("supermix.distillation.distill.ask_foreign", stops)
     with pytest.raises(Stopped): go(tmp_path)
     monkeypatch.undo()
     assert len(checkpoints(tmp_path)) == 1

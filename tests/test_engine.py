@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from supermix.data import load_data
-from supermix.engine import (BLOCK, PASSES, RACES, Engine, Found, decode, draw_block, encode, fold_norms, joined,
-                             plain_way, processes_of, race, rounded, shared, solve_blocks)
-from supermix.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
-from supermix.mixing import SuperMix, is_solved
+from supermix.experiments.race import RACES, plain_way, processes_of, race, shared
+from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, decode, draw_block, encode, joined, rounded,
+                                    solve_blocks)
+from supermix.mixing.folding import fold_norms
+from supermix.mixing.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
+from supermix.mixing.solver import SuperMix, is_solved
 from supermix.recipes import FAST, Mixing
 from supermix.zoo import create, names, pretrained
 from torch import nn

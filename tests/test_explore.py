@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from supermix.explore import (Explorer, Newest, Session, Setting, boxes_in_turn, explore, share_out, steps, stop_all,
-                              trace)
-from supermix.masks import areas
-from supermix.mixers import box_masks
-from supermix.mixing import SuperMix
+from supermix.explore.trace import Setting, boxes_in_turn, share_out, steps, trace
+from supermix.explore.widget import Explorer, Newest, Session, explore, stop_all
+from supermix.mixing.masks import areas
+from supermix.mixing.mixers import box_masks
+from supermix.mixing.solver import SuperMix
 from supermix.recipes import FAST
-from supermix.training import accuracy
+from supermix.training.loop import accuracy
 
 pytest.importorskip("ipywidgets")
 
@@ -199,7 +199,7 @@ def test_telling_of_an_error_may_fail_too():
 def test_a_program_may_end_while_a_solve_runs():
     code = """
 from supermix import load_data, pretrained
-from supermix.explore import Session
+from supermix.explore.widget import Session
 digits = load_data("digits")
 Session(digits, pretrained("digits"), max_iter=100_000, stop=False).change()
 """

@@ -15,9 +15,9 @@ import pytest
 import torch
 from supermix.core import file_hash
 from supermix.data import ArrayImages, Info, load_data
-from supermix.generate import check_solved, claimed, generate, missing_shards
+from supermix.mixing.generate import check_solved, claimed, generate, missing_shards
+from supermix.mixing.store import MixedDataset, Store, load_card
 from supermix.recipes import FAST, Generation, Mixing
-from supermix.store import MixedDataset, Store, load_card
 from supermix.zoo import save
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ OPTIONS = ["--data", "digits", "--count", "500", "--shard", "128"]
 
 
 def start(folder, *options, launcher=(), **kwargs):
-    command = [sys.executable, "-m", *launcher, "supermix.generate", *OPTIONS, "--out", str(folder), *options]
+    command = [sys.executable, "-m", *launcher, "supermix.mixing.generate", *OPTIONS, "--out", str(folder), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
@@ -87,7 +87,7 @@ def test_killed_in_the_middle_of_a_write(whole, tmp_path):
            "def fsync(file):\n"
            "    calls.append(sync(file))\n"
            "    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
-           "os.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)")
+           "os.fsync = fsync; runpy.run_module('supermix.mixing.generate', run_name='__main__', alter_sys=True)")
     for at in (1, 2, 2):
         process = subprocess.run(
             [sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")],
@@ -248,7 +248,7 @@ def test_a_disk_that_is_full_from_the_beginning(size, tmp_path):
 
 def test_claims(tmp_path):
     with claimed(tmp_path / "a") as first:
-        code = ("import sys; from pathlib import Path; from supermix.generate import claimed\n"
+        code = ("import sys; from pathlib import Path; from supermix.mixing.generate import claimed\n"
                 "with claimed(Path(sys.argv[1])) as mine: print(mine)")
         assert first and subprocess.run([sys.executable, "-c", code, tmp_path / "a"],
                                         capture_output=True, text=True).stdout == "False\n"
@@ -416,7 +416,7 @@ def test_a_teacher_from_a_file(teacher, digits, tmp_path):
 def test_python_has_nothing_to_say_of_the_module(tmp_path):
     "`python -m supermix.generate` runs a module that nobody has imported before."
     done = subprocess.run([sys.executable, "-W", "error", "-c", "import sys, supermix; "
-                           "assert 'supermix.generate' not in sys.modules; "
+                           "assert 'supermix.mixing.generate' not in sys.modules; "
                            "assert supermix.distill and supermix.make_mixes"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "RuntimeWarning" not in subprocess.run([sys.executable, "-m", "supermix.generate", "--help"],

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, ab_loss, at_loss, attention, flow,
-                            fsp_loss, ft_loss, hint_loss, nst_loss, regressor, same_size, vid_loss)
-from supermix.losses import Seen, see
+from supermix.distillation.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, ab_loss, at_loss,
+                                         attention, flow, fsp_loss, ft_loss, hint_loss, nst_loss, regressor, same_size,
+                                         vid_loss)
+from supermix.distillation.losses import Seen, see
 from supermix.zoo import create
 
 

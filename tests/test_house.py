@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-ALL = ["00_core", "31_mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing"]
+ALL = ["00_core", "31_mixing.mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing.solver"]
 
 
 def uses_of(house, path): return house.dependencies(house.House(house.ROOT), path)
@@ -27,9 +27,9 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "nbs" / "runs").mkdir(parents=True)
     (tmp_path / "solutions").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for name in ("index", "00_core", "31_mixers", "runs/01_cifar100_distillation"):
+    for name in ("index", "00_core", "31_mixing.mixers", "runs/01_cifar100_distillation"):
         shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
-    shutil.copy(ROOT / "nbs" / "33_mixing.ipynb", tmp_path / "solutions")
+    shutil.copy(ROOT / "nbs" / "33_mixing.solver.ipynb", tmp_path / "solutions")
     monkeypatch.syspath_prepend(tmp_path / "tools")
     monkeypatch.delitem(sys.modules, "freshness", raising=False)
     spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
@@ -59,8 +59,9 @@ def write_notebook(path, code):
 
 
 def test_a_code_cell_makes_its_notebook_stale(house):
-    edit(house.ROOT / "nbs" / "31_mixers.ipynb", lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"))
-    assert house.stale() == ({"31_mixers": ["its cells"]}, [])
+    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
+         lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"))
+    assert house.stale() == ({"31_mixing.mixers": ["its cells"]}, [])
 
 
 def test_prose_and_outputs_do_not(house):
@@ -78,17 +79,18 @@ def change_code(house, module, old, new):
 
 
 @pytest.mark.parametrize("module, old, new, name, changed", [
-    ("masks", "def areas(", "@no_grad\ndef areas(", "areas", {"31_mixers", "runs/01_cifar100_distillation", "index"}),
+    ("mixing/masks", "def areas(", "@no_grad\ndef areas(", "areas",
+     {"31_mixing.mixers", "runs/01_cifar100_distillation", "index"}),
     # through create, a registry and a class: no cell names it
     ("models/blocks", "class Block(nn.Module)", "class Block(nn.Module, object)", "Block",
      {"index", "runs/01_cifar100_distillation"}),
-    ("explore", "def share_out(", "def share_out(more, ", "share_out", set()),
+    ("explore/trace", "def share_out(", "def share_out(more, ", "share_out", set()),
     # in a module that every notebook imports, but reached by few
     ("core", "def commit(", "def commit(more, ", "commit", {"runs/01_cifar100_distillation"})])
 def test_a_definition_makes_those_stale_that_reach_it(house, module, old, new, name, changed):
     change_code(house, module, old, new)
     found, gone = house.stale()
-    assert set(found) - {"solutions/33_mixing"} == changed and not gone
+    assert set(found) - {"solutions/33_mixing.solver"} == changed and not gone
     assert all(why == [name] for why in found.values())
 
 
@@ -96,7 +98,7 @@ def test_words_layout_and_moves_do_not(house):
     "Comments, docstrings, line breaks, and the module that a definition lives in."
     change_code(house, "core", "def commit() -> str:\n    \"",
                 "def commit(\n) -> str:  # a comment\n\n    \"In other words: ")
-    package = house.ROOT / "supermix"
+    package = house.ROOT / "supermix" / "mixing"
     text = (package / "masks.py").read_text()
     start = text.index("def areas(")
     stop = text.index("\n# %%", start)
@@ -136,8 +138,8 @@ def test_a_notebook_that_there_is_not(house):
 
 
 def test_new_notebooks_and_those_that_are_gone(house):
-    (house.ROOT / "nbs" / "31_mixers.ipynb").rename(house.ROOT / "nbs" / "32_mixers.ipynb")
-    assert house.stale() == ({"32_mixers": ["never executed"]}, ["31_mixers"])
+    (house.ROOT / "nbs" / "31_mixing.mixers.ipynb").rename(house.ROOT / "nbs" / "32_mixers.ipynb")
+    assert house.stale() == ({"32_mixers": ["never executed"]}, ["31_mixing.mixers"])
 
 
 def test_executing_what_is_stale(house):

@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 import pytest
-from supermix.logs import Log, draw_log, read_log, write_log
+from supermix.training.logs import Log, draw_log, read_log, write_log
 
 ROWS = [{"epoch": e, "step": 10 * e, "lr": 0.1, "loss": 1 / e} for e in range(1, 6)]
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
-from supermix.contrast import TERMS
-from supermix.losses import (LOGIT_LOSSES, Seen, Term, correlation, dist_loss, dkd_loss, kd_loss, see, stage_pairs,
-                             standardize, std_loss, student_loss, vectors)
+from supermix.distillation.contrast import TERMS
+from supermix.distillation.losses import (LOGIT_LOSSES, Seen, Term, correlation, dist_loss, dkd_loss, kd_loss, see,
+                                          stage_pairs, standardize, std_loss, student_loss, vectors)
 from supermix.recipes import FEATURES, METHODS, Terms
 from supermix.zoo import create
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
-from supermix.masks import areas, masks_from_theta, mix, show_mixes, soft_labels, sparsity
+from supermix.mixing.masks import areas, masks_from_theta, mix, show_mixes, soft_labels, sparsity
 
 extremes = st.sampled_from([0.0, 1e-30, 1.0, 30.0, 1e4, 1e30])
 

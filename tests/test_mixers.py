@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from supermix.masks import areas, mix, soft_labels
-from supermix.mixers import CutMix, CutMixInside, Draw, MixUp, box_masks, constant_masks, draw_lam, draw_partners
-from supermix.mixing import SuperMix
+from supermix.mixing.masks import areas, mix, soft_labels
+from supermix.mixing.mixers import CutMix, CutMixInside, Draw, MixUp, box_masks, constant_masks, draw_lam, draw_partners
+from supermix.mixing.solver import SuperMix
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 

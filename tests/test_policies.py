@@ -8,9 +8,9 @@ import timm.data.auto_augment as timms
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from supermix.data import ArrayImages, FolderImages, Info
-from supermix.policies import (LEVELLED, OPS, PBA_OPS, POLICIES, SIGNED, Augmented, AugmentedViews, Ops, Policy,
-                               apply_ops, check_subpolicies, cutout, draw_places, load_policy, magnitude_at, magnitudes,
-                               randaugment, save_policy)
+from supermix.policies.policies import (LEVELLED, OPS, PBA_OPS, POLICIES, SIGNED, Augmented, AugmentedViews, Ops,
+                                        Policy, apply_ops, check_subpolicies, cutout, draw_places, load_policy,
+                                        magnitude_at, magnitudes, randaugment, save_policy)
 from supermix.recipes import CIFAR100_CLASSIFICATION
 from torchvision.transforms import v2
 

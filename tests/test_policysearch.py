@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.policies import OPS, POLICIES, Augmented, Policy, load_policy
-from supermix.policysearch import (SEARCHED, DensityFound, DensityRecipe, PopulationFound, PopulationRecipe,
-                                   compare_policies, exploit, explore, judge_policy, make_density, make_population,
-                                   parameter_lines, random_policy, search_density, search_population, split_images)
+from supermix.policies.policies import OPS, POLICIES, Augmented, Policy, load_policy
+from supermix.policies.search import (SEARCHED, DensityFound, DensityRecipe, PopulationFound, PopulationRecipe,
+                                      compare_policies, exploit, explore, judge_policy, make_density, make_population,
+                                      parameter_lines, random_policy, search_density, search_population, split_images)
 from supermix.recipes import Training
 from supermix.zoo import create
 

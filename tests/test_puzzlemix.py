@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
-from supermix.masks import areas, mix, soft_labels
-from supermix.puzzlemix import (Energy, PuzzleMix, block_shares, border_gaps, distances, energy_terms, graph_cuts,
-                                min_cut, minimise, move_blocks, puzzle_masks, saliency, transport, transport_plans)
+from supermix.mixing.masks import areas, mix, soft_labels
+from supermix.mixing.puzzlemix import (Energy, PuzzleMix, block_shares, border_gaps, distances, energy_terms,
+                                       graph_cuts, min_cut, minimise, move_blocks, puzzle_masks, saliency, transport,
+                                       transport_plans)
 
 
 def pairs(seed, B, H, W, C=3):
@@ -319,7 +320,7 @@ class Refuse:
         if name.split(".")[0] == "gco": raise ModuleNotFoundError("No module named 'gco'")
 sys.meta_path.insert(0, Refuse())
 import supermix
-from supermix.puzzlemix import PuzzleMix
+from supermix.mixing.puzzlemix import PuzzleMix
 try: PuzzleMix(lambda x: x)
 except ImportError as error: print(error)
 """

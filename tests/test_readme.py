@@ -14,9 +14,9 @@ import torch
 import torchvision
 from PIL import Image
 from supermix import accuracy, distill, load, load_folder, make_mixes
-from supermix.demo import Row, as_table
+from supermix.experiments.demo import Row, as_table
+from supermix.experiments.study import priced, results, table
 from supermix.recipes import Training
-from supermix.study import priced, results, table
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent

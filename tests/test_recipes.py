@@ -4,15 +4,15 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 from inspect import signature
 
 import pytest
-from supermix.contrast import TERMS
 from supermix.data import DATA_SETS
-from supermix.mixers import CutMix, MixUp
-from supermix.mixing import SuperMix
+from supermix.distillation.contrast import TERMS
+from supermix.experiments.runs import result_path
+from supermix.mixing.mixers import CutMix, MixUp
+from supermix.mixing.solver import SuperMix
 from supermix.recipes import (CIFAR100, CIFAR100_DISTILLATION, CRD_BENCHMARK, DEMO, FAST, FEATURES, IMAGENET, METHODS,
                               TEACHERS, Generation, Mixing, Recipe, Terms, Training, Variant, as_named, change,
                               differences, later_defaults)
-from supermix.runs import result_path
-from supermix.training import short_hash
+from supermix.training.loop import short_hash
 from supermix.zoo import create, names
 
 RECIPES = {"CIFAR100": CIFAR100, "CRD_BENCHMARK": CRD_BENCHMARK, "IMAGENET": IMAGENET, "DEMO": DEMO}

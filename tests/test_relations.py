@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.contrast import TERMS
-from supermix.losses import Seen, Term, see
-from supermix.relations import CC, PKT, RKD, SP, cc_loss, figure, picks, pkt_loss, rkd_loss, similarity, sp_loss
+from supermix.distillation.contrast import TERMS
+from supermix.distillation.losses import Seen, Term, see
+from supermix.distillation.relations import (CC, PKT, RKD, SP, cc_loss, figure, picks, pkt_loss, rkd_loss, similarity,
+                                             sp_loss)
 from supermix.zoo import create
 
 

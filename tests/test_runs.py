@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from supermix import runs
-from supermix.checkpoints import checkpoints
+from supermix.experiments import runs
 from supermix.cli import BASES, CLASSIFIER_BASES, parse
 from supermix.core import file_hash
-from supermix.policies import Augmented, load_policy, save_policy
-from supermix.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
+from supermix.experiments.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
+from supermix.experiments.runs import (MIXES, Impossible, asks_teacher, bytes_a_mix, carry_out, check_row, cost,
+                                       find_result, measured, miniature, open_data, open_teacher, result_path,
+                                       run_classification, run_distillation, run_family, table, write_cifar100)
+from supermix.policies.policies import Augmented, load_policy, save_policy
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
-                              IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHOD_ROWS, METHODS, PAIRS,
+                              IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHODS, METHOD_ROWS, PAIRS,
                               Variant, change, differences)
-from supermix.runs import (MIXES, Impossible, asks_teacher, bytes_a_mix, carry_out, check_row, cost, find_result,
-                           measured, miniature, open_data, open_teacher, result_path, run_family,
-                           run_classification, run_distillation, table, write_cifar100)
-from supermix.training import accuracy
-from supermix.zoo import CRD_KEYS, create, crd_keys, load, pretrained, save
+from supermix.training.checkpoints import checkpoints
+from supermix.training.loop import accuracy
+from supermix.zoo import CRD_KEYS, crd_keys, create, load, pretrained, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
             IMAGENET_CLASSIFICATION]
@@ -376,7 +376,7 @@ def taught(tmp_path_factory):
     return lambda out: shutil.copytree(folder / "teachers", out / "teachers")
 
 
-def start(*args, launcher=("-m", "supermix.runs")):
+def start(*args, launcher=("-m", "supermix.experiments.runs")):
     return subprocess.Popen([sys.executable, *launcher, *map(str, args)], env=THREAD, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
@@ -412,7 +412,7 @@ def test_two_processes_distil_one_student(taught, tmp_path):
     taught(tmp_path)
     out = ended(start("distill", *OPTIONS, "--mixer", "supermix", "--method", "kd", "--out", tmp_path,
                       launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                "-m", "supermix.runs")))
+                                "-m", "supermix.experiments.runs")))
     result = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
     assert out.count("% of the test images") == 1 and result["processes"] == 2 and result["figures"]["images"] == 2 * 96
     assert load(student(tmp_path)).card["accuracy"] == result["figures"]["test_accuracy"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import ndimage
-from supermix.smoothing import gaussian_kernel, smooth
+from supermix.mixing.smoothing import gaussian_kernel, smooth
 from torchvision.transforms.v2 import functional as VF
 
 sigmas = st.floats(0, 6, allow_subnormal=False)

@@ -17,19 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from supermix.core import compare_classes
 from supermix.data import load_data
-from supermix.engine import Engine, decode, solve_blocks
-from supermix.masks import masks_from_theta, mix, regions, soft_labels, sparsity
-from supermix.mixing import (
-    SuperMix,
-    check_teacher,
-    hidden_networks,
-    hinge,
-    is_solved,
-    newton_step,
-    objective,
-)
+from supermix.mixing.engine import Engine, decode, solve_blocks
+from supermix.mixing.masks import masks_from_theta, mix, regions, soft_labels, sparsity
+from supermix.mixing.solver import SuperMix, check_teacher, hidden_networks, hinge, is_solved, newton_step, objective
 from supermix.recipes import FAST, Mixing
-from supermix.training import accuracy, check_teacher_labels
+from supermix.training.loop import accuracy, check_teacher_labels
 from supermix.zoo import create, pretrained
 from torch import nn
 from torch.utils.data import DataLoader

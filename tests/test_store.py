@@ -16,17 +16,17 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 from supermix.core import file_hash, load_tensors, weights_hash
 from supermix.data import ArrayImages, FolderImages, Info, fingerprint
-from supermix.distillation import distill
-from supermix.engine import Engine, Found, draw_block, joined
-from supermix.generate import generate
-from supermix.masks import sparsity
-from supermix.mixing import is_solved
-from supermix.policies import POLICIES, Augmented
-from supermix.quality import plot_quality, quality, show_extremes, total_variation
+from supermix.distillation.distill import distill
+from supermix.mixing.engine import Engine, Found, draw_block, joined
+from supermix.mixing.generate import generate
+from supermix.mixing.masks import sparsity
+from supermix.mixing.quality import plot_quality, quality, show_extremes, total_variation
+from supermix.mixing.solver import is_solved
+from supermix.mixing.store import (MixedDataset, Store, as_json, begin, export_images, finish, folder_names, hash_of,
+                                   load_card, pack, run_of, same_logits, teacher_identity, unpack_logits)
+from supermix.policies.policies import POLICIES, Augmented
 from supermix.recipes import FAST, Generation, Mixing, Training
-from supermix.store import (MixedDataset, Store, as_json, begin, export_images, finish, folder_names, hash_of,
-                            load_card, pack, run_of, same_logits, teacher_identity, unpack_logits)
-from supermix.training import accuracy
+from supermix.training.loop import accuracy
 from supermix.zoo import create
 from torch import nn
 from torch.utils.data import DataLoader

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy import stats
 from supermix.data import ArrayImages, load_data
-from supermix.distillation import MIXERS
+from supermix.distillation.distill import MIXERS
+from supermix.experiments.study import (T95, Trial, clutter, core, cost, grid, interval, priced, prices, results,
+                                        run_trial, study, table)
 from supermix.recipes import METHODS, Mixing
-from supermix.study import (T95, Trial, clutter, core, cost, grid, interval, priced, prices, results, run_trial, study,
-                            table)
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,15 +15,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from supermix.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
-from supermix.distillation import distill
-from supermix.logs import read_log
-from supermix.mixers import CutMix
-from supermix.policies import Augmented, load_policy
+from supermix.distillation.distill import distill
+from supermix.mixing.mixers import CutMix
+from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
-from supermix.training import accuracy, label_objective, run_identity, train
+from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from supermix.training.logs import read_log
+from supermix.training.loop import accuracy, label_objective, run_identity, train
 from supermix.zoo import create
 from torch import nn
 
@@ -132,7 +132,7 @@ def test_the_loop_is_torchs_sgd(digits):
 SCRIPT = """
 import sys, torch
 from supermix.data import load_digits
-from supermix.distillation import distill, make_mixes
+from supermix.distillation.distill import distill, make_mixes
 from supermix.recipes import Training
 from supermix.zoo import create, pretrained, save
 torch.set_num_threads(1)
@@ -283,7 +283,7 @@ SCRIPT_OF_A_RUN = """
 import sys, torch
 from supermix.data import load_digits
 from supermix.recipes import Training
-from supermix.training import train
+from supermix.training.loop import train
 from supermix.zoo import create, save
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -478,8 +478,8 @@ DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
 from supermix.data import load_digits
 from supermix.recipes import Training
-from supermix.distillation import distill
-from supermix.training import join, world
+from supermix.distillation.distill import distill
+from supermix.training.loop import join, world
 from supermix.zoo import create, pretrained, save
 join("cpu")
 for method in sys.argv[2:]:
@@ -577,8 +577,8 @@ NOT_JOINED = """
 import os, sys, torch
 from supermix.data import load_digits
 from supermix.recipes import Training
-from supermix.distillation import distill
-from supermix.training import train
+from supermix.distillation.distill import distill
+from supermix.training.loop import train
 from supermix.zoo import create, pretrained
 images, recipe = load_digits().train.subset(64), Training(epochs=1, batch_size=16, milestones=())
 for call in (lambda: train(create("resnet8", 10), images, recipe, folder=sys.argv[1]),
@@ -677,7 +677,7 @@ def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, re
 
 @pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forked processes, and no GPU's")
 def test_ctrl_c_ends_the_mixing_whenever_it_comes(digits, teacher, tmp_path, request):
-    from supermix.distillation import make_mixes
+    from supermix.distillation.distill import make_mixes
     chance = random.Random(0)
     times = [chance.uniform(0, 1.0) for _ in range(100 if request.config.getoption("--slow") else 4)]
     for number, delay in enumerate(times):

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from supermix.core import weights_hash
 from supermix.data import FolderImages, Info
 from supermix.models.shakeshake import ShakeShake
-from supermix.training import accuracy
+from supermix.training.loop import accuracy
 from supermix.zoo import as_batch, crd_keys, create, load, load_crd, predict, pretrained, save, shipped, table
 from torch import nn
 
