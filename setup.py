@@ -22,7 +22,7 @@ setup(
     keywords=facts["keywords"],
     python_requires=f">={facts['min_python']}",
     packages=find_packages(include=["supermix", "supermix.*"]),
-    package_data={"supermix": ["teachers/*"]},
+    package_data={"supermix": ["py.typed", "teachers/*"]},
     install_requires=facts["requirements"].split(),
     extras_require={"dev": (facts["dev_requirements"] + " " + facts["book_requirements"]).split(),
                     "book": facts["book_requirements"].split(), "puzzle": facts["puzzle_requirements"].split(),

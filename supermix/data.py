@@ -25,6 +25,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,12 +55,12 @@ class Info:
     interpolation: str = "bilinear"    # how images are resized: one of `INTERPOLATIONS`
     crop_mode: str = "center"          # "center": the middle of an image; "squash": all of it, made square first
 
-    def normalize(self, pixels):       # uint8 (..., 3, H, W)
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:      # uint8 (..., 3, H, W)
         "Bytes to float32 with mean 0 and standard deviation 1 a channel, over the data set."
         mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
-    def denormalize(self, images):     # floats (..., 3, H, W), normalised
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:    # floats (..., 3, H, W), normalised
         "Back to floats in 0 … 1, for pictures."
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (images.float() * std + mean).clamp(0, 1)
@@ -113,7 +114,7 @@ class Batches:
                 epoch: int = 0,           # each has an order and views of its own
                 start: int = 0,           # number of the first batch that is given
                 share: tuple[int, int] = (0, 1),  # (which, of how many) part of each batch; one of fewer goes to all
-                ):                        # yields images (B, 3, H, W), labels (B,), indices (B,)
+                ) -> Iterator[tuple[torch.Tensor, ...]]:  # images (B, 3, H, W), labels (B,), indices (B,)
         "Once through all images."
         order = (torch.arange(len(self)) if seed is None
                  else torch.randperm(len(self), generator=seeded(seed, "order", epoch)))
@@ -143,19 +144,19 @@ class Images(Batches, torch.utils.data.Dataset):
         images, labels = self.info.normalize(self.fetch(indices.reshape(-1))), self.labels[indices.reshape(-1)]
         return (images, labels) if indices.ndim else (images[0], int(labels[0]))
 
-    def fetch(self, indices, views=None):
+    def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         "The pixels, uint8 (B, 3, H, W), under `views`, or plain without."
         raise NotImplementedError
 
-    def draw(self, indices, generator):
+    def draw(self, indices: torch.Tensor, generator: torch.Generator) -> Views:
         "Random `Views` of the images at `indices`."
         raise NotImplementedError
 
-    def subset(self, n: int, seed: int = 0):
+    def subset(self, n: int, seed: int = 0) -> "Images":
         "A random `n` of the images, as evenly over the classes as it goes; the same for the same seed."
         return self._take(evenly(self.labels, n, seed)[:n].sort().values)
 
-    def split(self, n: int, seed: int = 0):  # two `Images`
+    def split(self, n: int, seed: int = 0) -> tuple["Images", "Images"]:
         "A random `n` of the images, of each class the same share, and all others."
         order = evenly(self.labels, n, seed, share=True)
         return self._take(order[:n].sort().values), self._take(order[n:].sort().values)
@@ -177,13 +178,13 @@ class ArrayImages(Images):
             raise ValueError(f"Expected a label for each of {len(pixels)} images, got labels {tuple(labels.shape)}.")
         self.info, self.pixels, self.labels = info, pixels.expand(-1, 3, -1, -1), labels.long()
 
-    def fetch(self, indices, views=None):
+    def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         device = self.pixels.device
         pixels = self.pixels[indices.to(device)]
         if views is None: return pixels
         return crop_flip(pixels, Views(views.crop.to(device), views.flip.to(device)), self.info.pad)
 
-    def draw(self, indices, generator):
+    def draw(self, indices: torch.Tensor, generator: torch.Generator) -> Views:
         n, where = len(indices), generator.device
         crop = torch.randint(0, 2 * self.info.pad + 1, (n, 2), generator=generator, device=where)
         flip = torch.rand(n, generator=generator, device=where) < 0.5
@@ -194,7 +195,7 @@ class ArrayImages(Images):
         "The pixels as they are in memory: one channel where all three are the same."
         return self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3]
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "ArrayImages":
         "The same images on another device."
         return ArrayImages(self.info, self.kept.to(device), self.labels.to(device))
 
@@ -230,7 +231,7 @@ class FolderImages(Images):
                  ):
         self.info, self.files, self.labels, self.workers = info, list(files), labels.long(), workers
 
-    def fetch(self, indices, views=None):
+    def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         boxes = [None] * len(indices) if views is None else views.crop.tolist()
         with ThreadPoolExecutor(self.workers) as pool:
             pixels = torch.stack(list(pool.map(self._decode, indices.tolist(), boxes)))
@@ -248,13 +249,13 @@ class FolderImages(Images):
         size, how = [info.size, info.size], InterpolationMode(info.interpolation)
         return VF.pil_to_tensor(VF.resized_crop(image, *box, size, how))
 
-    def draw(self, indices, generator):
+    def draw(self, indices: torch.Tensor, generator: torch.Generator) -> Views:
         with ThreadPoolExecutor(self.workers) as pool:
             sizes = torch.tensor(list(pool.map(lambda i: image_size(self.files[i]), indices.tolist())))
         flip = torch.rand(len(indices), generator=generator) < 0.5
         return Views(sample_boxes(sizes, generator), flip & self.info.flip)
 
-    def batches(self, *args, **kwargs): return one_ahead(super().batches(*args, **kwargs))
+    def batches(self, *args, **kwargs) -> Iterator: return one_ahead(super().batches(*args, **kwargs))
 
     def _take(self, indices):
         return FolderImages(self.info, [self.files[i] for i in indices], self.labels[indices], self.workers)
@@ -366,12 +367,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     rgb.info = {}  # what it says of the orientation is no longer true
     return rgb
 
-def open_image(path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     "The image in a file, as `to_rgb` makes it."
     with opened(path) as image: return to_rgb(image)
 
 # %% ../nbs/01_data.ipynb #2b5df212
-def image_size(path) -> tuple[int, int]:  # height, width
+def image_size(path: str | Path) -> tuple[int, int]:  # height, width
     "The size of an image as `open_image` gives it, from its header alone."
     with opened(path) as image:
         turned = orientation(image) >= 5
@@ -501,7 +502,7 @@ def download_to(target: Path, folder: str, dataset) -> None:  # dataset: one of 
             os.replace(Path(place) / folder, target / folder)
 
 # %% ../nbs/01_data.ipynb #fd865d6b
-def load_fashion_mnist(root=None, download: bool = True) -> Data:
+def load_fashion_mnist(root: str | Path | None = None, download: bool = True) -> Data:
     "Fashion-MNIST, 60,000 training and 10,000 test images, padded from 28×28 to 32×32."
     files = find_fashion(root)
     if files is None and download:
@@ -577,7 +578,7 @@ def read_cifar_split(path: Path, classes: int) -> tuple[torch.Tensor, torch.Tens
     return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels)
 
 # %% ../nbs/01_data.ipynb #10895221
-def load_cifar100(root=None, download: bool = True) -> Data:
+def load_cifar100(root: str | Path | None = None, download: bool = True) -> Data:
     "CIFAR-100, 50,000 training and 10,000 test images of 32×32, from the folder cifar-100-python."
     folders = [folder / "cifar-100-python" for folder in data_folders(root)]
     folder = next((f for f in folders if f.is_dir()), None)
@@ -754,17 +755,17 @@ def set_aside(root: Path, images: Images, share: float) -> tuple[Images, Images]
 
 # %% ../nbs/01_data.ipynb #6a27c19d
 def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/*.jpg (or test); or just <class>/*.jpg
-                size=224,                    # pixels of height and width at which networks get the images
-                mean=(0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as the teacher was trained; ImageNet's
-                std=(0.229, 0.224, 0.225),   # the same
+                size: int | tuple[int, ...] = 224,  # pixels of height and width at which networks get the images
+                mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as in the teacher's training
+                std: tuple[float, ...] = (0.229, 0.224, 0.225),   # per channel; both defaults are ImageNet's
                 flip: bool = True,           # whether a mirror image still shows the same class
                 held_out: float = 0.2,       # share of the images for testing, where they have no folder of their own
                 name: str | None = None,     # what the data are called; None: as the folder
-                classes=None,                # names of all folders, in the order of the teacher's classes; None: sorted
+                classes: list[str] | tuple[str, ...] | None = None,  # names of all folders, in the order of the teacher's classes; None: sorted
                 crop_pct: float = 224 / 256, # the share of an image's shorter side that a test sees
                 interpolation: str = "bilinear",  # how images are resized: one of `INTERPOLATIONS`
                 crop_mode: str = "center",   # as in `Info`
-                input_size=None,             # timm's name of `size`
+                input_size: int | tuple[int, ...] | None = None,     # timm's name of `size`
                 ) -> Data:
     "Pictures of yours: files in one folder per class."
     size = checked_size(size if input_size is None else input_size)
@@ -790,7 +791,7 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
     return Data(info, train, test, f"{root}, {held_out:.0%} of it for testing")
 
 # %% ../nbs/01_data.ipynb #90a9be58
-def load_imagenet(root=None, download: bool = False) -> Data:
+def load_imagenet(root: str | Path | None = None, download: bool = False) -> Data:
     """An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, seen at 224×224.
     There is no download."""
     candidates = [folder / sub for folder in data_folders(root) for sub in ("imagenet", "") if sub or root]
@@ -806,7 +807,7 @@ DATA_SETS = {"digits": load_digits, "fashion_mnist": load_fashion_mnist, "cifar1
              "imagenet": load_imagenet}
 
 def load_data(name: str = "auto",      # one of `DATA_SETS`; "auto": Fashion-MNIST where it can be had, else digits
-              root=None,               # a folder to look in first; where data are downloaded to
+              root: str | Path | None = None,  # a folder to look in first; where data are downloaded to
               download: bool = True,   # whether a data set that is not found may be downloaded
               ) -> Data:
     "Load a data set by name."

@@ -11,6 +11,7 @@ __all__ = ['SEEDS', 'FAST', 'EAGER', 'LABELS', 'FEATURES', 'METHODS', 'BENCHMARK
            'change', 'differences', 'as_named', 'later_defaults', 'Variant', 'Family', 'scaled', 'title', 'policy_rows']
 
 # %% ../nbs/02_recipes.ipynb #ea3d6a49
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import cos, inf, isfinite, pi
 from types import UnionType
@@ -94,7 +95,7 @@ class Training(Typed):
     label_smoothing: float = later(0.0)  # share of a natural image's label that goes to all classes evenly
     clip_grad: float | None = later(None)  # largest norm of the gradient of all weights together; None: any
 
-    def check(self):
+    def check(self) -> None:
         within(self, "epochs batch_size", least=1)
         within(self, "lr first_lr", above=0)
         within(self, "momentum label_smoothing", least=0, below=1)
@@ -142,7 +143,7 @@ class Mixing(Typed):
     start: str = "flat"      # where θ starts: "flat" (main: 0), or "regions", a partition at a random angle (ours)
     give_up: float | None = None  # hinge above which a set is given up, from update 2 on; None as in the paper (ours)
 
-    def check(self):
+    def check(self) -> None:
         within(self, "k", least=2, unit=" images a set")
         within(self, "mask_size max_iter give_up", least=1)
         within(self, "sigma lambda_s margin", least=0)
@@ -173,7 +174,7 @@ class Generation(Typed):
     train_images: int | None = None  # sources: a class-balanced part of the training images; None: all (ours)
     seed: int = 0           # of all draws (ours)
 
-    def check(self):
+    def check(self) -> None:
         if self.count < 1 or self.shard < 128 or self.shard % 128:
             raise ValueError("Expected a count of 1 or more and shards of a multiple of 128 sets, "
                              f"got count {self.count} and shard {self.shard}.")
@@ -201,7 +202,7 @@ class Terms(Typed):
     label: str = "teacher" # of mixes: the "teacher"'s top class, its "softmax", "lam" (drawn shares), the masks' "area"
     dkd_beta: float = later(8.0)  # for logits="dkd": weight of the other classes (authors' code; tuned for each pair)
 
-    def check(self):
+    def check(self) -> None:
         within(self, "ce kd mixed_ce mixed_kd dkd_beta", least=0)
         within(self, "tau", above=0)
         lookup(dict.fromkeys(LABELS), self.label, "label of mixed images")
@@ -275,7 +276,7 @@ class Recipe(Typed):
     scales: tyro.conf.Suppress[dict] = field(  # what `at` changes: {scale: {"training.epochs": 1, …}}; not an option
         default_factory=dict, repr=False)
 
-    def check(self):
+    def check(self) -> None:
         within(self, "low_lr", above=0)
         within(self, "mixes train_images size", least=1)
         within(self, "mixed_pad", least=0)
@@ -291,7 +292,7 @@ class Recipe(Typed):
                        training=replace(self.training, lr=self.low_lr) if low else self.training)
 
 # %% ../nbs/02_recipes.ipynb #aa9c4767
-def change(recipe, changes: dict):  # {"training.epochs": 1, "mixes": 64}
+def change(recipe: Typed, changes: dict) -> Typed:  # {"training.epochs": 1, "mixes": 64}
     "A copy of a recipe with some fields changed, named with dots; an unknown field is an error."
     own, inner = {}, {}
     for name, value in changes.items():
@@ -305,7 +306,7 @@ def change(recipe, changes: dict):  # {"training.epochs": 1, "mixes": 64}
     return replace(recipe, **own)  # all at once: some values fit together only so
 
 # %% ../nbs/02_recipes.ipynb #ee8b0143
-def differences(old, new, prefix: str = "") -> dict:  # {"training.epochs": (600, 1), …}
+def differences(old: Typed, new: Typed, prefix: str = "") -> dict:  # {"training.epochs": (600, 1), …}
     "The fields in which two recipes differ, with both values."
     found = {}
     for f in fields(old):
@@ -376,7 +377,7 @@ class Variant(Typed):
     cutout: int | None = None  # side of Cutout's square, in pixels; None: as the policy says
     k: int | None = None       # images a mixing set; None: as the recipe has it
 
-    def check(self):
+    def check(self) -> None:
         within(self, "k", least=2, unit=" images a set")
         within(self, "cutout", least=0)
         lookup({None: 0, **dict.fromkeys(LABELS)}, self.label, "label of mixed images")
@@ -402,7 +403,7 @@ class Family(Typed):
         "The family at another scale: its recipe's changes, and its own."
         return change(self, lookup(self.scales, scale, "scale"))
 
-    def runs(self):  # yields Recipe, the row's name, Variant
+    def runs(self) -> Iterator[tuple[Recipe, str, Variant]]:  # with the row's name
         "Every run of the table, pair by pair."
         for teacher, student in self.pairs:
             for name, variant in self.rows.items(): yield self.recipe.pair(teacher, student), name, variant

@@ -275,7 +275,7 @@ def image_files(folder: Path) -> list[str]:
 # %% ../nbs/19_zoo.ipynb #7e91324c
 @torch.no_grad()
 def predict(network: nn.Module,  # with an `info`: trained or loaded by this package
-            images,              # anything that `as_batch` takes, or a folder of image files
+            images: torch.Tensor | Image.Image | str | Path | list,  # what `as_batch` takes, or a folder of images
             ) -> Prediction:
     "The classes that `network` sees in `images`."
     if (info := info_of(network)) is None:

@@ -11,6 +11,7 @@ __all__ = ['INK', 'BLUE', 'TEAL', 'ORANGE', 'GREY', 'TILE', 'SIZE', 'LEFT', 'RIG
 import io
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -116,9 +117,13 @@ class Scene:
     picture: object        # images (B, 3, H, W) -> numpy (B, H, W, 3), in 0 … 1
 
 def make_scene(setting: Setting,
-               images,  # all that can be picked (n, C, H, W)
-               teacher, names, picture, seed=0) -> Scene:
-    "Ask the teacher about the sources and about the rivals of a set."
+               images: torch.Tensor,  # all that can be picked (n, C, H, W)
+               teacher: Callable,     # images (B, C, H, W) -> logits (B, N)
+               names: Callable,       # the number of a class -> text
+               picture: Callable,     # images (B, 3, H, W) -> numpy (B, H, W, 3), in 0 … 1
+               seed: int = 0,         # of CutMix's boxes
+               ) -> Scene:
+    "The teacher's classes of the sources, and what it says of the rivals' mixes of the same set."
     sets, lam = images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)
     classes, N = classes_of(teacher, sets)
     target, rivals = soft_labels(classes, lam, N), []

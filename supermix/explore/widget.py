@@ -15,6 +15,7 @@ import io
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from ..core import evaluating, seeded, write_atomic
 from ..data import Data, Images, Info, evenly
@@ -166,7 +168,8 @@ def solve_job(setting, images, teacher, names, picture, seed, publish, cancelled
 # %% ../../nbs/72_explore.widget.ipynb #2c64483b
 class Session:
     "An explorer's state: set from Python, solved in a thread, drawn when asked."
-    def __init__(self, images, teacher, info=None, names=None, count=16, seed=0, **setting):
+    def __init__(self, images: Images | Data | torch.Tensor, teacher: Callable, info: Info | None = None,
+                 names: list[str] | tuple[str, ...] | None = None, count: int = 16, seed: int = 0, **setting):
         self.images, info = take_images(images, info, count)
         self.teacher, self.images = alone(teacher, self.images)
         self.seed, self.picture = seed, painter(self.images, info)
@@ -176,7 +179,7 @@ class Session:
         self.worker, self.board, self.n = Newest(self.failed), None, 0
         self.setting = self.check(Setting(**setting))
 
-    def check(self, setting):
+    def check(self, setting: Setting) -> Setting:
         "The setting, or a ValueError that says why it cannot be solved."
         setting = setting.checked(len(self.images))
         if setting.mask_size > min(self.images.shape[-2:]):
@@ -185,7 +188,7 @@ class Session:
         setting.mixer(self.teacher)
         return setting
 
-    def change(self, **changes):
+    def change(self, **changes) -> "Session":
         "Set fields of the setting, and solve anew; equal shares where the set changes and none are given."
         if "pick" in changes: changes = {"lam": (), **changes}
         self.setting = self.check(replace(self.setting, **changes))
@@ -193,20 +196,20 @@ class Session:
                                    self.seed, self.publish))
         return self
 
-    def wait(self, timeout: float | None = 60.0):
+    def wait(self, timeout: float | None = 60.0) -> "Session":
         "Until the newest setting is solved."
         self.worker.wait(timeout)
         return self
 
-    def publish(self, board):
+    def publish(self, board: Board) -> None:
         self.board = board
         self.show(len(board) - 1)
 
-    def show(self, n): self.n = n
-    def failed(self, error): "What a solve raised, which `wait` raises again."
+    def show(self, n: int) -> None: self.n = n
+    def failed(self, error: Exception) -> None: "What a solve raised, which `wait` raises again."
 
-    def save_png(self, path) -> Path: return write_atomic(path, drawn(self).frame(self.n))
-    def save_gif(self, path, ms: int = 250) -> Path: return write_atomic(path, drawn(self).gif(ms))
+    def save_png(self, path: str | Path) -> Path: return write_atomic(path, drawn(self).frame(self.n))
+    def save_gif(self, path: str | Path, ms: int = 250) -> Path: return write_atomic(path, drawn(self).gif(ms))
 
 # %% ../../nbs/72_explore.widget.ipynb #b418621d
 def widgets():
@@ -378,22 +381,22 @@ class Panel(Mirror):
 # %% ../../nbs/72_explore.widget.ipynb #2a189252
 class Explorer(Panel):
     "A session with a page: `.widget` is the whole, `.controls` its parts by name, `.thumbs` the thumbnails."
-    def __init__(self, images, teacher, *args, **kwargs):
+    def __init__(self, images: Images | Data | torch.Tensor, teacher: Callable, *args, **kwargs):
         super().__init__(images, teacher, *args, **kwargs)
         labels = [shorten(self.names(c), 12) for c in self.classes]
         self.controls = make_controls(self.setting, min(self.images.shape[-2:]))
         self.thumbs, gallery = thumbnails(self.picture(self.images), labels)
         self.widget, self.chosen = arrange(self.controls, gallery), list(self.setting.pick)
-        for i, thumb in enumerate(self.thumbs): thumb.observe(partial(self.on_thumb, i), "value")
-        for i, slider in enumerate(self.controls["lam"]): slider.observe(partial(self.on_share, i), "value")
+        for i, thumb in enumerate(self.thumbs): thumb.observe(partial(self._on_thumb, i), "value")
+        for i, slider in enumerate(self.controls["lam"]): slider.observe(partial(self._on_share, i), "value")
         for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"):
-            self.controls[name].observe(partial(self.on_setting, name), "value")
+            self.controls[name].observe(partial(self._on_setting, name), "value")
         self.controls["n"].observe(lambda event: None if self.quiet.on else self.scrub(event["new"]), "value")
-        self.controls["png"].on_click(lambda _: self.on_save("supermix.png", self.save_png))
-        self.controls["gif"].on_click(lambda _: self.on_save("supermix.gif", self.save_gif))
+        self.controls["png"].on_click(lambda _: self._on_save("supermix.png", self.save_png))
+        self.controls["gif"].on_click(lambda _: self._on_save("supermix.gif", self.save_gif))
         self.change()
 
-    def on_thumb(self, i, event):
+    def _on_thumb(self, i, event):
         if self.quiet.on: return
         self.chosen = [*self.chosen, i] if event["new"] else [c for c in self.chosen if c != i]
         if 2 <= len(self.chosen) <= 5: return self.change(pick=tuple(self.chosen))
@@ -402,24 +405,24 @@ class Explorer(Panel):
             self.mirror()
         self.say("Pick two to five images.")
 
-    def on_share(self, i, event):
+    def _on_share(self, i, event):
         if self.quiet.on or i >= len(self.setting.lam): return
         if round(event["new"] - round(self.setting.lam[i], 2), 2):
             self.change(lam=share_out(self.setting.lam, i, event["new"]))
 
-    def on_setting(self, name, event):
+    def _on_setting(self, name, event):
         if not self.quiet.on: self.change(**{name: event["new"]})
 
-    def on_save(self, name, save):
+    def _on_save(self, name, save):
         self.say(f"Saving {name} …")  # a film of many frames takes its time
         try: self.say(f"Saved {save(Path(self.controls['folder'].value) / name)}.")
         except (OSError, ValueError, AttributeError) as error: self.say(f"Not saved: {error}")
 
 # %% ../../nbs/72_explore.widget.ipynb #fcf870ea
 def explore(images: Images | Data | torch.Tensor,  # what can be picked; a tensor (n, 3, H, W) is normalised
-            teacher,                 # any callable from images (B, 3, H, W) to logits (B, N)
+            teacher: Callable,       # images (B, 3, H, W) -> logits (B, N)
             info: Info | None = None,# of a tensor: how it was normalised, and the names of the classes
-            names=None,              # of the teacher's classes, where `info` has others
+            names: list[str] | tuple[str, ...] | None = None,  # of the teacher's classes, where `info` has others
             count: int = 16,         # thumbnails, of a data set
             seed: int = 0,           # of CutMix's boxes and of the fast search's first partition
             **setting,               # first values of the fields of `Setting`: pick, lam, lambda_s, sigma, …
@@ -439,7 +442,7 @@ def draw_sigma(gradient: torch.Tensor, sigma: float):  # (h, w) -> a figure
     axes[2].set(title="taps", xlabel="cells", ylabel="weight")
     plt.show()
 
-def explore_sigma(gradient: torch.Tensor):  # (h, w)
+def explore_sigma(gradient: torch.Tensor) -> Callable:  # (h, w)
     "`draw_sigma` with a slider."
     return widgets().interact(lambda σ: draw_sigma(gradient, σ), σ=(0.0, 3.0, 0.25))
 
@@ -456,7 +459,7 @@ def draw_tau(logits: torch.Tensor, tau: float, names=None):  # (N,) -> a figure
     ax.legend()
     plt.show()
 
-def explore_tau(logits: torch.Tensor, names=None):  # (N,)
+def explore_tau(logits: torch.Tensor, names: list[str] | None = None) -> Callable:  # (N,)
     "`draw_tau` with a slider."
     return widgets().interact(lambda τ: draw_tau(logits, τ, names), τ=(0.5, 10.0, 0.5))
 
@@ -486,7 +489,7 @@ def draw_newton(mixer: SuperMix, sets, lam, rate: float):
     ax.legend()
     plt.show()
 
-def explore_newton(mixer: SuperMix, sets, lam):
+def explore_newton(mixer: SuperMix, sets: torch.Tensor, lam: torch.Tensor) -> Callable:
     "`draw_newton` with a menu of rates."
     return widgets().interact(lambda rate: draw_newton(mixer, sets, lam, rate), rate=[0.3, 1, 3, 10, 30, 100, 300])
 
@@ -502,7 +505,7 @@ def draw_stages(network, image: torch.Tensor, info: Info, stage: int):  # with `
         ax.set(title=title, xlabel="column", ylabel="row")
     plt.show()
 
-def explore_stages(network, image: torch.Tensor, info: Info):
+def explore_stages(network: nn.Module, image: torch.Tensor, info: Info) -> Callable:
     "`draw_stages` with a slider."
     with evaluating(network), torch.no_grad(): count = sum(f.ndim == 4 for f in network.features(image[None]))
     return widgets().interact(lambda stage: draw_stages(network, image, info, stage), stage=(0, count - 1))

@@ -6,8 +6,14 @@
 __all__ = ['REST', 'mix', 'soft_labels', 'areas', 'masks_from_theta', 'sparsity', 'hold_sparsity', 'regions', 'show_mixes']
 
 # %% ../../nbs/30_mixing.masks.ipynb #df0fe090
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+
+from ..data import Info
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/30_mixing.masks.ipynb #2cd6b472
 def mix(sets: torch.Tensor,   # mixing sets (B, k, C, H, W)
@@ -77,12 +83,12 @@ def regions(lam: torch.Tensor,      # (B, k): the wanted areas, rows summing to 
     return hold_sparsity(4 * (ramps + offset[:, :, None, None]), target, size, rounds=3)
 
 # %% ../../nbs/30_mixing.masks.ipynb #7dd70930
-def show_mixes(info,                   # of the data set (`supermix.data.Info`)
+def show_mixes(info: Info,             # of the data set
                sets: torch.Tensor,     # mixing sets (B, k, C, H, W), normalised
                masks: torch.Tensor,    # masks (B, k, H, W)
-               titles=None,            # a text for each mixed image
+               titles: list[str] | None = None,  # a text for each mixed image
                name: str = "",         # of the mixer, for the title
-               ):                      # a matplotlib figure
+               ) -> "Figure":          # of matplotlib
     "A figure with a row for each set: its sources, their masks, and the mixed image."
     import matplotlib.pyplot as plt
     B, k = sets.shape[:2]

@@ -71,23 +71,24 @@ class Mixer:
     alpha: float | None = 1.0 # of the Dirichlet distribution of the weights; None: equal weights, always
     by_teacher: bool = False  # whether a label tells the classes that a teacher sees, and not those that were given
 
-    def choose_masks(self, sets, draw, generator):  # (B, k, C, H, W), Draw -> (B, k, H, W)
+    def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None,
+                     ) -> torch.Tensor:  # (B, k, C, H, W), Draw -> (B, k, H, W)
         raise NotImplementedError
 
-    def draw(self, images, labels, generator=None) -> Draw:
+    def draw(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None) -> Draw:
         "Partners and weights for each image of a batch."
         raise NotImplementedError
 
-    def draw_lam(self, n, generator=None):  # float32 (n, k)
+    def draw_lam(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:  # float32 (n, k)
         "The weights of n sets."
         if self.alpha is None: return torch.full((n, self.k), 1 / self.k)
         return draw_lam(n, self.k, self.alpha, generator)
 
-    def move(self, sets, masks, draw):  # (B, k, C, H, W), (B, k, H, W), Draw -> (B, k, C, H, W)
+    def move(self, sets: torch.Tensor, masks: torch.Tensor, draw: Draw) -> torch.Tensor:  # (B, k, C, H, W), (B, k, H, W), Draw -> (B, k, C, H, W)
         "The sources as they are mixed: as they are, or rearranged to suit the masks."
         return sets
 
-    def weights(self, masks, draw):  # (B, k, H, W), Draw -> (B, k)
+    def weights(self, masks: torch.Tensor, draw: Draw) -> torch.Tensor:  # (B, k, H, W), Draw -> (B, k)
         "The weights of the sources in the label: the areas that they hold."
         return areas(masks)
 
@@ -214,9 +215,10 @@ class MixUp(Mixer):
             raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha!r}.")
         self.num_classes, self.alpha = num_classes, alpha
 
-    def choose_masks(self, sets, draw, generator=None): return constant_masks(draw.lam, sets.shape[-2:])
+    def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
+        return constant_masks(draw.lam, sets.shape[-2:])
 
-    def draw(self, images, labels, generator=None):
+    def draw(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None) -> Draw:
         if labels is None:
             raise ValueError("Expected labels as class indices: this mixer has no teacher that could tell the classes.")
         check_labels(labels, self.num_classes)
@@ -242,7 +244,7 @@ def box_masks(lam: torch.Tensor,      # (B, 2), rows summing to 1
 # %% ../../nbs/31_mixing.mixers.ipynb #f7f5f2a8
 class CutMix(MixUp):
     "CutMix (Yun et al. 2019): a box of one source in the other."
-    def choose_masks(self, sets, draw, generator=None):
+    def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
         device, size = generator.device if generator is not None else "cpu", sets.shape[-2:]
         centre = [torch.randint(length, (len(sets),), generator=generator, device=device) for length in size]
         return box_masks(draw.lam, size, torch.stack(centre, 1).to(sets.device))
@@ -250,7 +252,7 @@ class CutMix(MixUp):
 # %% ../../nbs/31_mixing.mixers.ipynb #3a1380d2
 class CutMixInside(CutMix):
     "CutMix whose boxes lie wholly inside the image, as in the SuperMix authors' comparison."
-    def choose_masks(self, sets, draw, generator=None):
+    def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
         device, size = generator.device if generator is not None else "cpu", torch.tensor(sets.shape[-2:])
         half = (torch.sqrt(1 - draw.lam[:, :1].double().cpu()) / 2 * size).long()  # (B, 2), as in `box_masks`
         place = torch.rand(len(sets), 2, generator=generator, device=device, dtype=torch.float64).cpu()

@@ -9,6 +9,7 @@ __all__ = ['UNIT', 'CUTTING', 'graph_cuts', 'saliency', 'block_shares', 'gaps_be
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #1f14ab79
 import math
+from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
 
@@ -277,9 +278,9 @@ class PuzzleMix(Mixer):
     """PuzzleMix (Kim et al. 2020): masks of least energy by a graph cut,
     and sources whose salient blocks move into view."""
     def __init__(self,
-                 teacher,                       # any differentiable callable from images (B, C, H, W) to logits (B, N)
+                 teacher: Callable,             # any differentiable one from images (B, C, H, W) to logits (B, N)
                  alpha: float | None = 1.0,     # λ ~ Beta(alpha, alpha) (authors' command); None: always ½
-                 blocks=(2, 4, 8, 16),          # blocks down and across, one a set (authors' code); they divide H and W
+                 blocks: tuple[int, ...] = (2, 4, 8, 16),  # blocks down and across, one a set (authors' code); they divide H and W
                  labels: int = 3,               # values of a mask: 0, ½, 1 (authors' command)
                  beta: float = 1.2,             # smoothness of the mask (authors' command)
                  gamma: float = 0.5,            # smoothness of the picture, 0 to 1 (authors' command)
@@ -298,16 +299,19 @@ class PuzzleMix(Mixer):
             teacher, alpha, blocks, transport, xi, size)
         self.energy = {"labels": labels, "beta": beta, "gamma": gamma, "eta": eta, "border": border, "std": std}
 
-    def draw(self, images, labels=None, generator=None): return draw_puzzle(self, images, labels, generator)
+    def draw(self, images: torch.Tensor, labels: torch.Tensor | None = None,
+             generator: torch.Generator | None = None) -> PuzzleDraw:
+        return draw_puzzle(self, images, labels, generator)
 
-    def choose_masks(self, sets, draw, generator=None):
+    def choose_masks(self, sets: torch.Tensor, draw: PuzzleDraw, generator: torch.Generator | None = None,
+                     ) -> torch.Tensor:
         masks = torch.empty_like(sets[:, :, 0], dtype=draw.lam.dtype)
         for n in draw.blocks.unique().tolist():
             of = draw.blocks == n
             masks[of] = puzzle_masks(sets[of], draw.saliency[of], draw.lam[of], n, **self.energy)
         return masks
 
-    def move(self, sets, masks, draw):
+    def move(self, sets: torch.Tensor, masks: torch.Tensor, draw: PuzzleDraw) -> torch.Tensor:
         if not self.transport: return sets
         moved = torch.empty_like(sets)
         for n in draw.blocks.unique().tolist():

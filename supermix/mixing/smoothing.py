@@ -10,7 +10,7 @@ import torch
 
 # %% ../../nbs/32_mixing.smoothing.ipynb #1d909b1c
 def gaussian_kernel(sigma: float,  # standard deviation, in cells; 0 gives the single tap 1
-                    dtype=torch.float32, device=None,
+                    dtype: torch.dtype = torch.float32, device: str | torch.device | None = None,
                     ) -> torch.Tensor:  # (2⌊5σ/2⌋ + 1,), summing to 1
     "The taps of a Gaussian filter of size 5σ."
     if not 0 <= sigma < float("inf"): raise ValueError(f"Expected sigma of 0 or more, got {sigma}.")

@@ -10,10 +10,13 @@ __all__ = ['conv', 'ConvNorm', 'shortcut', 'Block', 'stack', 'InvertedResidual',
 from collections import Counter
 from copy import deepcopy
 from math import log2
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/10_models.blocks.ipynb #efd656f2
 def conv(c_in: int,           # channels that come in
@@ -29,12 +32,13 @@ def conv(c_in: int,           # channels that come in
 # %% ../../nbs/10_models.blocks.ipynb #a3740679
 class ConvNorm(nn.Sequential):
     "Convolution, batch norm and, where `act` is set, ReLU. The parameters are those of `conv`."
-    def __init__(self, c_in, c_out, kernel=3, stride=1, groups=1, bias=False, act=True):
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False,
+                 act: bool = True):
         layers = [conv(c_in, c_out, kernel, stride, groups, bias), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
     # what the ReLU gets; some distillation methods want it (below)
-    def before_relu(self, x): return self[1](self[0](x))
+    def before_relu(self, x: torch.Tensor) -> torch.Tensor: return self[1](self[0](x))
 
 # %% ../../nbs/10_models.blocks.ipynb #4ece2548
 def shortcut(c_in: int, c_out: int, stride: int = 1, norm: bool = True, bias: bool = False) -> nn.Module:
@@ -81,7 +85,7 @@ class InvertedResidual(nn.Module):
         self.project = ConvNorm(wide, c_out, 1, act=False)
         self.keeps = stride == 1 and c_in == c_out
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.keeps else y
 
@@ -154,7 +158,7 @@ def contents(part: nn.Module) -> str:
 
 def draw_network(network: nn.Module,  # a `Network`, or any that has `features`, `parts` and `size`
                  title: str = "",     # what stands above the drawing
-                 ):                   # a matplotlib figure
+                 ) -> "Figure":         # of matplotlib
     "Draw a network's parts: blocks, shapes of their outputs, parameters."
     import matplotlib.pyplot as plt
     twin = deepcopy(network).to("meta").eval()

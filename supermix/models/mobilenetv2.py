@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'NETWORKS', 'MobileNetV2']
 
 # %% ../../nbs/14_models.mobilenetv2.ipynb #2bc78d81
+import torch
 from torch import nn
 
 from .blocks import ConvNorm, InvertedResidual, Network, global_pool, stack
@@ -37,7 +38,7 @@ class MobileNetV2(Network):
             stages.append(nn.Sequential(*stage))
         super().__init__(stem, stages, nn.Sequential(ConvNorm(c_in, last, 1), *global_pool()), last, num_classes)
 
-    def preactivations(self, x):
+    def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
         "`features(x)`: the stages are linear at their ends, no ReLU stands behind them."
         return self.features(x)
 

@@ -8,6 +8,8 @@ __all__ = ['WIDE', 'NETWORKS', 'BasicBlock', 'ResNet', 'Bottleneck', 'Bottleneck
 # %% ../../nbs/11_models.resnet.ipynb #41d5d857
 from functools import partial
 
+import torch
+
 from .blocks import Block, ConvNorm, Network, global_pool, shortcut, stack
 
 # %% ../../nbs/11_models.resnet.ipynb #c99e816a
@@ -23,7 +25,7 @@ class BasicBlock(Block):
         self.b = ConvNorm(c_out, c_out, act=False)
         self.shortcut = shortcut(c_in, c_out, stride)
 
-    def before_relu(self, x): return self.b(self.a(x)) + self.shortcut(x)
+    def before_relu(self, x: torch.Tensor) -> torch.Tensor: return self.b(self.a(x)) + self.shortcut(x)
 
 # %% ../../nbs/11_models.resnet.ipynb #750e1a78
 class ResNet(Network):
@@ -56,7 +58,7 @@ class Bottleneck(Block):
         self.c = ConvNorm(c_out // 4, c_out, 1, act=False)
         self.shortcut = shortcut(c_in, c_out, stride)
 
-    def before_relu(self, x): return self.c(self.b(self.a(x))) + self.shortcut(x)
+    def before_relu(self, x: torch.Tensor) -> torch.Tensor: return self.c(self.b(self.a(x))) + self.shortcut(x)
 
 # %% ../../nbs/11_models.resnet.ipynb #5fea9a09
 class BottleneckResNet(Network):

@@ -32,7 +32,7 @@ class ShiftedShortcut(nn.Module):
         self.even, self.odd = conv(c_in, c_out // 2, 1), conv(c_in, c_out // 2, 1)
         self.norm = nn.BatchNorm2d(c_out)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, s = F.relu(x), self.stride
         shifted = F.pad(x, (-1, 1, -1, 1))
         return self.norm(torch.cat([self.even(x[:, :, ::s, ::s]), self.odd(shifted[:, :, ::s, ::s])], 1))
@@ -51,7 +51,7 @@ class ShakeBlock(nn.Module):
             nn.ReLU(), conv(c_out, c_out), nn.BatchNorm2d(c_out)) for _ in range(2))
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else ShiftedShortcut(c_in, c_out, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b, kept = self.first(x), self.second(x), self.shortcut(x)
         if not self.training: return kept + (a + b) / 2
         alpha, beta = torch.rand(2, len(x), 1, 1, 1, device=a.device, dtype=a.dtype)
@@ -75,7 +75,7 @@ class ShakeShake(Network):
             [stack(ShakeBlock, c_in, c, n, stride) for c_in, c, stride in zip(widths, widths[1:], (1, 2, 2))],
             nn.Sequential(nn.ReLU(), *global_pool()), widths[-1], num_classes)
 
-    def preactivations(self, x):
+    def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
         "`features(x)`: the stages end in sums, and the next ReLU stands right behind them."
         return self.features(x)
 

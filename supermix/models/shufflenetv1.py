@@ -29,7 +29,7 @@ class ShuffleUnit(Block):
         self.c = ConvNorm(inner, made, 1, groups=groups, act=False)
         self.shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
 
-    def before_relu(self, x):
+    def before_relu(self, x: torch.Tensor) -> torch.Tensor:
         y = self.c(self.b(F.channel_shuffle(self.a(x), self.groups)))
         return torch.cat([y, self.shortcut(x)], 1) if isinstance(self.shortcut, nn.AvgPool2d) else y + self.shortcut(x)
 

@@ -31,7 +31,7 @@ class SplitUnit(Block):
             ConvNorm(seen, half, 1), ConvNorm(half, half, stride=stride, groups=half, act=False),
             ConvNorm(half, half, 1, act=False))
 
-    def before_relu(self, x):
+    def before_relu(self, x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, 1) if isinstance(self.left, nn.Identity) else (x, x)
         return F.channel_shuffle(torch.cat([self.left(a), self.right(b)], 1), 2)
 

@@ -28,7 +28,7 @@ class PreActBlock(nn.Module):
         self.norm2, self.conv2 = nn.BatchNorm2d(c_out), conv(c_out, c_out, bias=bias)
         self.shortcut = shortcut(c_in, c_out, stride, norm=False, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = F.relu(self.norm1(x))
         kept = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(a)
         return kept + self.conv2(F.relu(self.norm2(self.conv1(a))))
@@ -58,7 +58,7 @@ class WRN(Network):
              for c_in, c, stride in zip([16, *stages], stages, (1, 2, 2))],
             nn.Sequential(nn.BatchNorm2d(stages[-1]), nn.ReLU(inplace=False), *global_pool()), stages[-1], num_classes)
 
-    def preactivations(self, x):
+    def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
         "`features(x)`, shape by shape, but each stage's map as the norm behind it hands it to the next ReLU."
         stem, *maps, vector = self.features(x)
         norms = [*(stage[0].norm1 for stage in self.stages[1:]), self.neck[0]]

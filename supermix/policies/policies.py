@@ -12,6 +12,7 @@ __all__ = ['OPS', 'SIGNED', 'LEVELLED', 'SPACES', 'OPERATIONS', 'POLICIES', 'PBA
 # %% ../../nbs/03_policies.policies.ipynb #91ca62cd
 import ast
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -171,8 +172,8 @@ class Ops:
 
     def __getitem__(self, rows): return self._each(lambda t: t[rows])
 
-    def to(self, device):
-        "The same on another device."
+    def to(self, device: str | torch.device) -> "Ops":
+        "A copy on another device."
         return self._each(lambda t: t.to(device))
 
 # %% ../../nbs/03_policies.policies.ipynb #bfdc726f
@@ -365,7 +366,7 @@ class Policy:
         hole = torch.randint(size, (n, 2), generator=generator, device=generator.device) if self.cutout else None
         return replace(ops, hole=hole)
 
-    def apply(self, images: torch.Tensor, ops: Ops, colour=0) -> torch.Tensor:
+    def apply(self, images: torch.Tensor, ops: Ops, colour: int | torch.Tensor = 0) -> torch.Tensor:
         "The images (uint8) under what was drawn; `colour` (3,) is Cutout's."
         images = apply_ops(images, ops, colour if self.fill is None else self.fill, colour)
         return images if ops.hole is None else cutout(images, ops.hole, self.cutout, colour)
@@ -507,22 +508,22 @@ class Augmented(Images):
         self.images, self.policy, self.epochs, self.share = images, policy, epochs or 1, 0.0
         self.info, self.labels = images.info, images.labels
 
-    def fetch(self, indices, views=None):
+    def fetch(self, indices: torch.Tensor, views: AugmentedViews | None = None) -> torch.Tensor:
         pixels, ops = self.images.fetch(indices, views), getattr(views, "ops", None)
         return pixels if ops is None else self.policy.apply(pixels, ops.to(pixels.device), mean_colour(self.info))
 
-    def draw(self, indices, generator):
+    def draw(self, indices: torch.Tensor, generator: torch.Generator) -> AugmentedViews:
         views, policy = self.images.draw(indices, generator), self.policy.at(self.share)
         if not policy.subpolicies and not policy.cutout: return views
         return AugmentedViews(views.crop, views.flip, policy.draw(len(indices), self.info.size, generator))
 
-    def batches(self, batch_size, seed=None, epoch=0, *args, **kwargs):
+    def batches(self, batch_size: int, seed: int | None = None, epoch: int = 0, *args, **kwargs) -> Iterator:
         if seed is not None: self.share = epoch / self.epochs
         batches = super().batches(batch_size, seed, epoch, *args, **kwargs)
         return one_ahead(batches) if isinstance(self.images, FolderImages) else batches
 
-    def to(self, device):
-        "The same images and policy on another device."
+    def to(self, device: str | torch.device) -> "Augmented":
+        "These images and this policy on another device."
         return Augmented(self.images.to(device), self.policy, self.epochs)
 
     def _take(self, indices): return Augmented(self.images._take(indices), self.policy, self.epochs)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..core import evaluating, progress
 from ..data import Images, load_data
@@ -102,7 +103,7 @@ class DensityFound:
                 f"{self.best[-1]:.3f} for the worst, {self.plain:.3f} without a policy")
 
 # %% ../../nbs/47_policies.search.ipynb #174addfc
-def search_density(judge,               # a trained network
+def search_density(judge: nn.Module,    # a trained network
                    images: Images,      # that it was not trained on
                    recipe: DensityRecipe = DensityRecipe(),
                    ) -> DensityFound:

@@ -9,8 +9,11 @@ __all__ = ['write_log', 'read_log', 'draw_log', 'Log']
 import csv
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core import write_atomic
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/21_training.logs.ipynb #2f6124aa
 def write_log(path: str | Path, rows: list[dict]) -> Path:
@@ -30,8 +33,8 @@ def read_log(path: str | Path) -> list[dict]:
 # %% ../../nbs/21_training.logs.ipynb #c076816c
 def draw_log(rows: list[dict],  # as `read_log` gives them
              title: str = "",
-             figure=None,       # is drawn anew, or a new one
-             ):                 # a matplotlib figure
+             figure: "Figure | None" = None,  # is drawn anew, or a new one
+             ) -> "Figure":
     "The curves of a training: loss, accuracy on held-out images, learning rate."
     import matplotlib.pyplot as plt
     figure = figure or plt.figure(figsize=(6, 3.6), layout="constrained")
