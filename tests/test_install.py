@@ -35,7 +35,8 @@ def test_the_wheel_holds_the_package_and_the_teachers(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel = ZipFile(next((tmp_path / "wheels").glob("*.whl")))
     names = wheel.namelist()
-    assert {"supermix/py.typed", "supermix/mixing/solver.py", "supermix/models/wrn.py", "supermix/teachers/digits.safetensors",
+    assert {"supermix/py.typed", "supermix/mixing/solver.py", "supermix/models/wrn.py",
+            "supermix/teachers/digits.safetensors",
             "supermix/teachers/fashion_mnist.json"} <= set(names)
     metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
