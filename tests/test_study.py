@@ -22,13 +22,15 @@ def test_the_grid_is_the_studys():
     assert len({t.file for t in trials}) == len(trials)
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
-    assert len({seen(t) for t in trials if "double" in t.name or t.name == "SuperMix + KD"}) == 1
+    same = [t for t in trials if "double" in t.name or t.name == "SuperMix + KD"]
+    assert len({(t.data == "cifar100", seen(t)) for t in same}) == 2
     assert {t.seed for t in trials if t.group == "ablation"} == {0, 1}
     for group in ("n=500", "n=5000", "WRN-16-1", "harder", "schedule", "further"):
         assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
     assert {t.seed for t in trials if t.name.startswith("KD, rate")} == {0}
     assert {t.data for t in trials if t.group == "harder"} == {"cluttered"}
-    assert {t.data for t in trials if t.group != "harder"} == {"fashion_mnist"}
+    assert {t.data for t in trials if t.group == "cifar100"} == {"cifar100"}
+    assert {t.data for t in trials if t.group not in ("harder", "cifar100")} == {"fashion_mnist"}
     for t in trials:
         assert t.method in METHODS and (t.mixer is None or t.mixer in MIXERS)
         assert t.training.epochs * ceil(t.images / t.batch_size) == t.updates

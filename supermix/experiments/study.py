@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ROWS', 'T95', 'Trial', 'made', 'stock', 'run_trial', 'backgrounds', 'windows', 'clutter', 'cluttered',
            'kept', 'portrait', 'setting', 'core', 'doubles', 'half_batches', 'budget', 'around', 'ablations', 'probes',
-           'schedule', 'further', 'repeats', 'fresh', 'harder', 'grid', 'study', 'prices', 'priced', 'interval',
-           'results', 'cost', 'table', 'plot_costs', 'compare']
+           'schedule', 'further', 'repeats', 'fresh', 'harder', 'hundred_classes', 'grid', 'study', 'prices', 'priced',
+           'interval', 'results', 'cost', 'table', 'plot_costs', 'compare']
 
 # %% ../../nbs/60_experiments.study.ipynb #ceb3047e
 import base64
@@ -178,8 +178,8 @@ def portrait(teacher, images: ArrayImages, cover: torch.Tensor, shown: int = 10)
 # %% ../../nbs/60_experiments.study.ipynb #60bb0009
 def setting(name: str, home: Path, out: Path):  # Data, teacher
     "The images of trials, and their teacher: the shipped one, or one that is trained here once, in `home`."
+    if name != "cluttered": return load_data(name), pretrained(name)
     plain = load_data("fashion_mnist")
-    if name == plain.info.name: return plain, pretrained(name)
     data, path, recipe = cluttered(plain), home / f"{name}.safetensors", TEACHERS[plain.info.name]
 
     def make():
@@ -269,6 +269,12 @@ def harder() -> list[Trial]:
     "Harder images: small items on photographs, for seed 0."
     return around("harder", data="cluttered") + doubles(("KD",), "updates", "harder", data="cluttered")
 
+def hundred_classes() -> list[Trial]:
+    "The main rows on 10,000 images of CIFAR-100, twenty epochs, for seed 0."
+    options = dict(data="cifar100", images=10_000, updates=1580, mixes=1)
+    return [*around("cifar100", **options), *doubles(("KD",), "updates", "cifar100", **options),
+            Trial("cifar100", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3), **options)]
+
 def grid() -> list[Trial]:
     "All trials, in the order in which they are run: seed by seed, so that there is something to see early."
     others = around("n=500", images=500) + around("WRN-16-1", student="wrn_16_1") + around("n=5000", images=5000)
@@ -276,7 +282,7 @@ def grid() -> list[Trial]:
     parts = [(main, range(2)), (others, range(1)), (ablations(), range(1)), (main, range(2, 5)),
              (others, range(1, 3)), (ablations(), range(1, 2)), (half_batches(), range(3)), (harder(), range(3)),
              (probes(), range(1)), (schedule(), range(3)), (further(), range(3)), (repeats(), range(7)),
-             ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3))]
+             ([fresh("further")], range(1, 3)), ([fresh("seeds")], range(3)), (hundred_classes(), range(3))]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f15
@@ -288,7 +294,8 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         out: the folder of the results, one file a run.
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
-            (for a GPU), prices (a processor's; measured last, and best with nothing else at work); none: all.
+            (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing
+            else at work); none: all.
         seeds: none: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds, and none is told what it costs a processor.
