@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from supermix.core import check_interrupt, interruptible
-from supermix.training.checkpoints import (NAME, checkpoints, digest, load_checkpoint, random_state, restore_random,
-                                           save_checkpoint)
+from supermix.training.checkpoints import (CHECKPOINT_NAME, _digest, checkpoints, load_checkpoint, random_state,
+                                           restore_random, save_checkpoint)
 from torch import nn
 
 STATE = {"weights": {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -26,7 +26,7 @@ def test_what_is_kept_comes_back(tmp_path):
     back = load_checkpoint(path)
     assert back["weights"]["half"].dtype == torch.bfloat16 and torch.equal(back["weights"]["a"], STATE["weights"]["a"])
     assert {k: v for k, v in back.items() if k != "weights"} == {k: v for k, v in STATE.items() if k != "weights"}
-    assert NAME.fullmatch(path.name)[1] == "000000007"
+    assert CHECKPOINT_NAME.fullmatch(path.name)[1] == "000000007"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -78,7 +78,7 @@ class Trap:
                                    lambda trap, path: torch.save({"network": trap}, path)])
 def test_code_in_a_checkpoint_never_runs(write, tmp_path):
     write(Trap(tmp_path / "ran"), tmp_path / "evil")
-    path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{digest(1, (tmp_path / 'evil').read_bytes())}.pt")
+    path = (tmp_path / "evil").rename(tmp_path / f"step-000000001-{_digest(1, (tmp_path / 'evil').read_bytes())}.pt")
     with pytest.raises(ValueError, match="holds more than plain values"): load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match="holds more than plain values"):

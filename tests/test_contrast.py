@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.distillation.contrast import (CRD, draw_negatives, estimate_log_z, gather_ranks, nce_loss, remember,
-                                            similarities)
-from supermix.distillation.losses import Seen
+from supermix.distillation.contrast import (CRD, _gather_ranks, _similarities, _update_memory, draw_negatives,
+                                            estimate_log_z, nce_loss)
+from supermix.distillation.losses import Outputs
 
 
 def random(seed, *shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_negatives_are_uniform_and_repeatable(seeded):
 def test_similarities_in_plain_loops_and_their_gradient(n, K):
     u, memory = random(0, 3, 5).requires_grad_(), random(1, n, 5)
     chosen = torch.randint(n, (3, K), generator=torch.Generator().manual_seed(2))
-    ours = similarities(u, memory, chosen)
+    ours = _similarities(u, memory, chosen)
     expected = torch.stack([torch.stack([(u[i] * memory[j]).sum() for j in chosen[i]]) for i in range(3)])
     torch.testing.assert_close(ours, expected)
     weights = random(3, 3, K)
@@ -83,12 +83,12 @@ def test_remembering_in_plain_loops(seed, momentum):
         first = indices.tolist().index(at)
         row = momentum * memory[at] + (1 - momentum) * new[first]
         expected[at] = row / math.sqrt(sum(v * v for v in row.tolist()))
-    remember(memory, indices, new, momentum)
+    _update_memory(memory, indices, new, momentum)
     torch.testing.assert_close(memory, expected)
 
 
 def seen(seed, B=6, width=8, graph=False):
-    return Seen([random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2),
+    return Outputs([random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2),
                  random(seed + 2, B, width).requires_grad_(graph)], random(seed + 3, B, 3))
 
 
@@ -167,7 +167,7 @@ def test_small_sets_and_mistakes():
 def test_lower_precision_of_what_is_seen():
     torch.manual_seed(0)
     crd = CRD(seen(0), seen(10, width=5), 20, dim=4)
-    s, t = (Seen([f.float() for f in x.features], x.logits) for x in (seen(1), seen(11, width=5)))
+    s, t = (Outputs([f.float() for f in x.features], x.logits) for x in (seen(1), seen(11, width=5)))
     loss = crd(s, t, LABELS, INDICES, torch.Generator().manual_seed(0))
     assert loss.dtype == torch.float32 and loss.isfinite()
 
@@ -180,9 +180,9 @@ def work(rank, port, folder):
     crd, losses = term(negatives=7), []
     for i in range(3):
         s, t = ([f[part] for f in x.features] for x in (seen(i), seen(10 + i, width=5)))
-        losses.append(crd(Seen(s, None), Seen(t, None), LABELS[part], INDICES[part],
+        losses.append(crd(Outputs(s, None), Outputs(t, None), LABELS[part], INDICES[part],
                           torch.Generator().manual_seed(rank)).item())
-    torch.save((crd.state_dict(), losses, gather_ranks(torch.arange(3)[part.start // 2:] + 10 * rank)),
+    torch.save((crd.state_dict(), losses, _gather_ranks(torch.arange(3)[part.start // 2:] + 10 * rank)),
                f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -213,7 +213,7 @@ def test_z_is_n_times_the_mean():
 def test_compiled_it_has_the_same_gradient():
     def gradients(wrap):
         torch.manual_seed(0)
-        student, teacher = (Seen([torch.randn(32, 64)], torch.randn(32, 10)) for _ in range(2))
+        student, teacher = (Outputs([torch.randn(32, 64)], torch.randn(32, 10)) for _ in range(2))
         term, indices = CRD(student, teacher, 80).train(), torch.randperm(80)[:32]
         wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices,
                                    torch.Generator().manual_seed(1)))(student, teacher).backward()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from supermix.core import seeded as place
 from supermix.data import ArrayImages, Data
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, OneOf, ask_foreign, distill, make_mixes,
-                                           mix_batch)
-from supermix.distillation.losses import LOGIT_LOSSES, see
+from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, OneOf, _foreign_mixes, distill,
+                                           make_mixes, mix_batch)
+from supermix.distillation.losses import LOGIT_LOSSES, outputs_of
 from supermix.mixing.masks import areas, soft_labels
 from supermix.mixing.mixers import CutMix, MixUp
 from supermix.mixing.solver import SuperMix, is_solved
@@ -92,8 +92,8 @@ def test_the_teacher_sees_no_image_twice(method, mixer, passes, teacher, few):
     counted, shown = counting(teacher)
     student, terms = create("resnet8", 10), METHODS[method] if mixer is None else METHODS[method].mixed()
     objective = Distillation(counted, terms, mixer and MixUp(10), student, few, first_stage=1)
-    if terms.features: objective.begin(student, 1)  # behind the first stage, where there is one
-    else: objective.asked = [counted]               # no copy with folded norms
+    if terms.features: objective.begin_epoch(student, 1)  # behind the first stage, where there is one
+    else: objective._outside = [counted]                # no copy with folded norms
     shown.clear()
     objective(student, batch_of(few))
     assert sum(shown) == passes
@@ -116,7 +116,7 @@ def test_what_was_frozen_stays_frozen(teacher, few):
     student.stem.requires_grad_(False)
     objective = Distillation(teacher, METHODS["ab"], None, student, few, first_stage=1)
     for epoch in (0, 1):
-        objective.begin(student, epoch)
+        objective.begin_epoch(student, epoch)
         assert not any(p.requires_grad for p in student.stem.parameters())
         assert all(p.requires_grad for p in student.stages.parameters())
 
@@ -210,8 +210,8 @@ def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few)
     g = place(0)
     if mixer: MixUp(10)(batch.images, batch.labels, generator=g)  # what is drawn for the mixes comes first
     with torch.no_grad():
-        term = objective.features[name](see(student, batch.images), see(teacher, batch.images), batch.labels,
-                                        batch.indices, g)
+        natural = outputs_of(student, batch.images), outputs_of(teacher, batch.images)
+        term = objective.features[name](*natural, batch.labels, batch.indices, g)
     torch.testing.assert_close(ours, without + dict(terms.features)[name] * term, rtol=1e-3, atol=1e-4)
 
 
@@ -254,11 +254,11 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
     student, seen = create("resnet8", 10), []
 
     class Watched(Distillation):
-        def begin(self, network, epoch):
-            super().begin(network, epoch)
+        def begin_epoch(self, network, epoch):
+            super().begin_epoch(network, epoch)
             own = {id(p) for p in self.features[name].first_parameters(network)}
             everything = [*network.parameters(), *self.features.parameters()]
-            seen.append((self.first, all(p.requires_grad == (id(p) in own) for p in everything),
+            seen.append((self.in_first_stage, all(p.requires_grad == (id(p) in own) for p in everything),
                          all(p.requires_grad for p in network.parameters())))
 
     recipe = Training(epochs=3, batch_size=20, lr=0.01, milestones=())
@@ -289,7 +289,7 @@ def test_the_weight_is_for_the_later_stage(name, teacher, few):
     torch.manual_seed(0)
     student, batch = create("resnet8", 10).eval(), batch_of(few)
     objective = Distillation(teacher, alone(name), None, student, few, first_stage=1).eval()
-    objective.begin(student, 0)
+    objective.begin_epoch(student, 0)
     torch.testing.assert_close(objective(student, batch),
                                objective.features[name].first_loss(student, teacher, batch.images))
 
@@ -332,6 +332,8 @@ MISFITS = {
         "needs a teacher, got None"),
     "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m),
                "'fitnets'. Did you mean 'fitnet'"),
+    "another method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "crb", m),
+                       "Unknown method 'crb'. Did you mean 'crd'"),
     "mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"),
               "Unknown mixer 'mixupp'. Did you mean 'mixup'"),
     "label": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m),
@@ -367,6 +369,9 @@ MISFITS = {
     "no features": (
         lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"),
         "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),
+    "a function, which has no features": (
+        lambda t, few, m: distill(lambda x: t(x), create("resnet8", 10), few, "crd"),
+        "teacher with `features` for 'crd', got function: wrap it, as in Hooked"),
 }
 
 
@@ -394,7 +399,7 @@ def test_a_stock_is_mixed_ahead_and_changes_nothing(method, epochs, teacher, few
         return student.state_dict(), by
     ahead, by = go()
     assert by and not any(by)
-    monkeypatch.setattr(Distillation, "prepare", None)
+    monkeypatch.setattr(Distillation, "prepares", lambda self, epoch: False)
     plain, by = go()
     assert all(by) and all(torch.equal(ahead[name], plain[name]) for name in plain)
 
@@ -466,7 +471,7 @@ def test_mixers_of_other_libraries_are_taken_as_they_are(name, method, label, te
     loss = Distillation(teacher, terms, mixer)(student, batch)
     assert torch.equal(batch.images, kept)  # timm mixes in place
     assert torch.equal(torch.get_rng_state(), noise) and np.array_equal(np.random.get_state()[1], numpy_noise)
-    mixed, soft = ask_foreign(mixer, batch_of(few, 16, seed=5))
+    mixed, soft = _foreign_mixes(mixer, batch_of(few, 16, seed=5))
     assert not torch.equal(mixed, kept) and soft.shape == (16, 10)
     with torch.no_grad(): zs, zt, zs_mixed, zt_mixed = student(kept), teacher(kept), student(mixed), teacher(mixed)
     if method == "kd": wanted = (0.1 * F.cross_entropy(zs, batch.labels) + 0.9 * LOGIT_LOSSES["kd"](zs, zt, None, 4.0)
@@ -486,7 +491,7 @@ def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp
     def stops(*args):  # in the second epoch
         calls.append(1)
         if len(calls) == 5: raise Stopped
-        return ask_foreign(*args)
+        return _foreign_mixes(*args)
 
     def go(folder):
         torch.manual_seed(0)
@@ -494,7 +499,7 @@ def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp
         distill(teacher, student, images, "kd", mixer, recipe, folder=folder)
         return student.state_dict()
     whole = go(None)
-    monkeypatch.setattr("supermix.distillation.distill.ask_foreign", stops)
+    monkeypatch.setattr("supermix.distillation.distill._foreign_mixes", stops)
     with pytest.raises(Stopped): go(tmp_path)
     monkeypatch.undo()
     assert len(checkpoints(tmp_path)) == 1

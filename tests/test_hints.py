@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.distillation.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, ab_loss, at_loss,
-                                         attention, flow, fsp_loss, ft_loss, hint_loss, nst_loss, regressor, same_size,
-                                         vid_loss)
-from supermix.distillation.losses import Seen, see
+from supermix.distillation.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, _regressor, ab_loss,
+                                         at_loss, attention, flow_matrix, fsp_loss, ft_loss, hint_loss, nst_loss,
+                                         same_size, vid_loss)
+from supermix.distillation.losses import Outputs, outputs_of
 from supermix.zoo import create
 
 
@@ -89,8 +89,8 @@ def test_fsp_in_plain_loops():
         for c in range(3):
             for d in range(5):
                 mean = sum(small[b][c][y][x] * upper[b, d, y, x].item() for y in range(2) for x in range(2)) / 4
-                assert flow(lower, upper)[b, c, d].item() == pytest.approx(mean, rel=1e-10)
-    torch.testing.assert_close(fsp_loss(lower, upper, 2 * lower, upper), flow(lower, upper).square().mean())
+                assert flow_matrix(lower, upper)[b, c, d].item() == pytest.approx(mean, rel=1e-10)
+    torch.testing.assert_close(fsp_loss(lower, upper, 2 * lower, upper), flow_matrix(lower, upper).square().mean())
 
 
 @given(margin=st.sampled_from([0.5, 1.0, 2.0]), seed=st.integers(0, 1000))
@@ -143,16 +143,16 @@ def test_sizes_are_matched_axis_by_axis():
 @pytest.mark.parametrize("act", [True, False])
 def test_regressors(size, wanted, act):
     torch.manual_seed(0)
-    out = regressor(torch.Size((2, 3, *size)), torch.Size((2, 5, *wanted)), act)(torch.randn(2, 3, *size))
+    out = _regressor(torch.Size((2, 3, *size)), torch.Size((2, 5, *wanted)), act)(torch.randn(2, 3, *size))
     assert out.shape == (2, 5, *wanted) and bool((out < 0).any()) != act
     with pytest.raises(ValueError, match=r"teacher's \(9, 9\), as large or larger, got \(4, 4\)"):
-        regressor(torch.Size((2, 3, 4, 4)), torch.Size((2, 5, 9, 9)))
+        _regressor(torch.Size((2, 3, 4, 4)), torch.Size((2, 5, 9, 9)))
 
 
 def seen(seed, channels=(4, 4, 6), sizes=(8, 8, 4), graph=False):
     features = [random(seed + i, 3, c, h, h).relu().requires_grad_(graph)
                 for i, (c, h) in enumerate(zip(channels, sizes))]
-    return Seen([*features, random(seed + 9, 3, 5)], random(seed + 10, 3, 2))
+    return Outputs([*features, random(seed + 9, 3, 5)], random(seed + 10, 3, 2))
 
 
 def call(term, s, t): return term(s, t, torch.zeros(3).long(), torch.arange(3), None)
@@ -209,7 +209,7 @@ def test_a_first_stage_computes_in_float32(term, digits):
     torch.manual_seed(0)
     student, teacher = (create(name, num_classes=10).eval() for name in NETWORKS)
     images = digits.train[:8][0]
-    made, heard = term(see(student, images), see(teacher, images), 9).eval(), []
+    made, heard = term(outputs_of(student, images), outputs_of(teacher, images), 9).eval(), []
     for part in made.modules():
         if not list(part.children()): part.register_forward_hook(lambda m, args, output: heard.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16): loss = made.first_loss(student, teacher, images)
@@ -223,7 +223,7 @@ def test_first_stages(term, digits):
     student, teacher = (create(name, num_classes=10) for name in NETWORKS)
     teacher.eval()
     images = digits.train[:8][0]
-    made = term(see(student, images), see(teacher, images), 9)
+    made = term(outputs_of(student, images), outputs_of(teacher, images), 9)
     assert made.first and made.later == (term is FT)
     parameters = made.first_parameters(student)
     optimiser = torch.optim.Adam(parameters, lr=1e-3)
@@ -245,7 +245,7 @@ def test_abs_first_loss_is_the_benchmarks_sum(digits):
     torch.manual_seed(0)
     student, teacher = (create(name, num_classes=10).double().eval() for name in NETWORKS)
     images = digits.train[:4][0].double()
-    made = AB(see(student, images), see(teacher, images), 9)
+    made = AB(outputs_of(student, images), outputs_of(teacher, images), 9)
     s, t = student.preactivations(images)[1:-1], teacher.preactivations(images)[1:-1]
     expected = 3 / 1000 * (ab_loss(s[0], t[0]) / 4 + ab_loss(s[1], t[1]) / 2 + ab_loss(s[2], t[2]))
     torch.testing.assert_close(made.first_loss(student, teacher, images), expected)
@@ -256,7 +256,7 @@ def test_ab_connects_other_shapes(digits):
     torch.manual_seed(0)
     student, teacher = create("resnet8", num_classes=10), create("wrn_16_2", num_classes=10).eval()
     images = digits.train[:4][0]
-    made = AB(see(student, images), see(teacher, images), 9)
+    made = AB(outputs_of(student, images), outputs_of(teacher, images), 9)
     made.first_loss(student, teacher, images).backward()
     assert (made.connectors[0][0].weight.shape == (32, 16, 1, 1)
             and all(p.grad.abs().sum() > 0 for p in made.connectors.parameters()))
@@ -282,7 +282,7 @@ PAIRS = [("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"), 
 def test_the_papers_pairs(teacher, student):
     "Every term but FSP can be made for every pair, and FSP for those alone that have equal channels."
     with torch.device("meta"):
-        s, t = (see(create(name).eval(), torch.empty(2, 3, 32, 32)) for name in (student, teacher))
+        s, t = (outputs_of(create(name).eval(), torch.empty(2, 3, 32, 32)) for name in (student, teacher))
     with torch.device("meta"): made = [term(s, t, 9) for term in (FitNet, AT, NST, AB, FT, VID)]
     for term in made:
         if term.later: assert call(term, s, t).shape == ()
@@ -318,7 +318,7 @@ def test_the_last_norm_of_a_wrn_is_held_as_in_the_benchmark(kind, held):
     batches = [random(seed, 8, 3, 32, 32) for seed in (1, 2)]
     wanted = prepare(copy.deepcopy(start), teacher, batches, held)
     student = copy.deepcopy(start).train()
-    term = kind(see(start, batches[0]), see(teacher, batches[0]), 16)
+    term = kind(outputs_of(start, batches[0]), outputs_of(teacher, batches[0]), 16)
     optimiser = torch.optim.SGD(term.first_parameters(student), lr=0.05, momentum=0.9)
     for x in batches:
         optimiser.zero_grad()
@@ -339,6 +339,6 @@ def test_other_networks_are_prepared_the_same_either_way(name):
     tutor, grads = copy.deepcopy(start).eval(), []
     for kind in (AB, FreeAB):
         student = copy.deepcopy(start)
-        kind(see(tutor, x), see(tutor, x), 4).first_loss(student, tutor, x).backward()
+        kind(outputs_of(tutor, x), outputs_of(tutor, x), 4).first_loss(student, tutor, x).backward()
         grads.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.losses import (LOGIT_LOSSES, Seen, Term, correlation, dist_loss, dkd_loss, kd_loss, see,
-                                          stage_pairs, standardize, std_loss, student_loss, vectors)
+from supermix.distillation.losses import (LOGIT_LOSSES, Outputs, Term, _correlation, dist_loss, dkd_loss, kd_loss,
+                                          outputs_of, stage_pairs, standardize, std_loss, student_loss, vector_pair)
 from supermix.recipes import FEATURES, METHODS, Terms
 from supermix.zoo import create
 
@@ -30,7 +30,7 @@ def test_a_constant_row_has_no_correlation_and_no_gradient():
     b = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     b[1] = 0.3
     a.requires_grad_()
-    r = correlation(a, b)
+    r = _correlation(a, b)
     assert r[:2].tolist() == [0, 0]
     assert r[2].item() == pytest.approx(torch.corrcoef(torch.stack([a[2], b[2]])).detach()[0, 1].item())
     gradient, = torch.autograd.grad(r.sum(), a)
@@ -203,7 +203,7 @@ def test_seeing_costs_one_pass_and_gives_the_networks_logits(name, digits):
     network, images = create(name, num_classes=10).eval(), digits.test[:3][0]
     passes = []
     network.stem.register_forward_hook(lambda *_: passes.append(1))
-    seen = see(network, images)
+    seen = outputs_of(network, images)
     assert len(passes) == 1
     torch.testing.assert_close(seen.logits, network(images))
     assert [f.shape for f in seen.features] == [f.shape for f in network.features(images)]
@@ -214,24 +214,24 @@ def test_a_network_of_torchvision_is_seen_too():
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     passes = []
     network.network.conv1.register_forward_hook(lambda *_: passes.append(1))
-    seen = see(network, images)
+    seen = outputs_of(network, images)
     assert len(passes) == 1 and len(seen.features) == 6 and torch.equal(seen.logits, network(images))
 
 
 def test_pairs_and_vectors_cut_the_teachers_graph():
-    student, teacher = (Seen([random(i, 2, 4, 3, 3).requires_grad_() for i in range(3)]
+    student, teacher = (Outputs([random(i, 2, 4, 3, 3).requires_grad_() for i in range(3)]
                              + [random(9, 2, 4).requires_grad_()], zs) for _ in range(2))
     assert len(stage_pairs(student, teacher)) == 2
-    for s, t in [*stage_pairs(student, teacher), vectors(student, teacher)]:
+    for s, t in [*stage_pairs(student, teacher), vector_pair(student, teacher)]:
         assert s.requires_grad and not t.requires_grad
     with pytest.raises(ValueError, match="as many stages as its teacher, got 2 and 1"):
-        stage_pairs(student, Seen(teacher.features[1:], zs))
+        stage_pairs(student, Outputs(teacher.features[1:], zs))
     with pytest.raises(ValueError, match="got 0 and 0"):
-        stage_pairs(Seen(teacher.features[2:], zs), Seen(teacher.features[2:], zs))
+        stage_pairs(Outputs(teacher.features[2:], zs), Outputs(teacher.features[2:], zs))
 
 
 def test_a_bare_term_says_what_it_lacks():
-    seen = Seen([zs, zs, zs], zs)
+    seen = Outputs([zs, zs, zs], zs)
     term = Term(seen, seen, 10)
     assert (term.first, term.later) == (False, True)
     with pytest.raises(NotImplementedError): term(seen, seen, torch.arange(8), torch.arange(8))

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.losses import Seen, Term, see
-from supermix.distillation.relations import (CC, PKT, RKD, SP, cc_loss, figure, picks, pkt_loss, rkd_loss, similarity,
-                                             sp_loss)
+from supermix.distillation.losses import Outputs, Term, outputs_of
+from supermix.distillation.relations import (CC, PKT, RKD, SP, cc_loss, distances_and_angles, pick_probabilities,
+                                             pkt_loss, rkd_loss, similarity_matrix, sp_loss)
 from supermix.zoo import create
 
 
@@ -94,9 +94,9 @@ def test_what_may_be_done_to_the_students_vectors():
     assert sp_loss(2 * PS @ turn, PS) < 1e-20 < sp_loss(PS + 1, PS)
     assert rkd_loss(2 * PS @ turn + 1, PS) < 1e-20
     assert pkt_loss(2 * PS @ turn, PS).abs() < 1e-9 < pkt_loss(PS + 1, PS)
-    torch.testing.assert_close(similarity(PS).norm(dim=1), torch.ones(8).double())
-    torch.testing.assert_close(picks(PS).sum(1), torch.ones(8).double())
-    distance, angles = figure(PS)
+    torch.testing.assert_close(similarity_matrix(PS).norm(dim=1), torch.ones(8).double())
+    torch.testing.assert_close(pick_probabilities(PS).sum(1), torch.ones(8).double())
+    distance, angles = distances_and_angles(PS)
     assert distance.sum().item() == pytest.approx(56) and angles.abs().max() < 1 + 1e-12
 
 
@@ -124,7 +124,7 @@ def test_poor_batches_stay_finite(loss, case):
 
 def seen(seed, width=6, graph=False):
     features = [random(seed + i, 5, 4 + i, 4, 4).requires_grad_(graph) for i in range(3)]
-    return Seen([*features, random(seed + 9, 5, width).requires_grad_(graph)], random(seed + 10, 5, 2))
+    return Outputs([*features, random(seed + 9, 5, width).requires_grad_(graph)], random(seed + 10, 5, 2))
 
 
 @pytest.mark.parametrize("term", [SP, CC, RKD, PKT])
@@ -148,7 +148,7 @@ def test_what_the_terms_look_at():
     cc = CC(s, t, 9, dim=3).double()
     assert cc(s, t, None, None) == cc_loss(cc.embed_student(vectors[0]), cc.embed_teacher(vectors[1]))
     with pytest.raises(ValueError, match="as many stages as its teacher, got 1 and 2"):
-        SP(Seen(s.features[1:], None), t, 9, all_stages=True)
+        SP(Outputs(s.features[1:], None), t, 9, all_stages=True)
 
 
 def test_the_table_of_all_methods():
@@ -162,9 +162,9 @@ def test_terms_compute_in_full_precision_under_autocast(name, digits):
     torch.manual_seed(0)
     student, teacher = (create(network, num_classes=10).eval() for network in ("resnet8", "resnet14"))
     images, labels = digits.train[:8]
-    with torch.autocast("cpu", torch.bfloat16): half = see(student, images), see(teacher, images)
+    with torch.autocast("cpu", torch.bfloat16): half = outputs_of(student, images), outputs_of(teacher, images)
     assert half[0].features[1].dtype == torch.bfloat16
-    whole = [Seen([f.float() for f in seen.features], seen.logits) for seen in half]
+    whole = [Outputs([f.float() for f in seen.features], seen.logits) for seen in half]
     term = TERMS[name](*whole, 20).eval()
     rest = labels, torch.arange(8)
     wanted = term(*whole, *rest, torch.Generator().manual_seed(0))

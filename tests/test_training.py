@@ -23,7 +23,7 @@ from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
-from supermix.training.loop import accuracy, label_objective, run_identity, train
+from supermix.training.loop import Objective, accuracy, label_objective, run_identity, train
 from supermix.zoo import create
 from torch import nn
 
@@ -206,7 +206,7 @@ def test_weights_that_a_gradient_spoils_are_in_no_checkpoint(at, digits, tmp_pat
     assert len(checkpoints(tmp_path)) == {2: 0, 3: 1, 6: 2}[at]
 
 
-class Learning(nn.Module):
+class Learning(Objective):
     "An objective with a weight, a memory and draws of its own; its memory counts how often each image was seen."
     def __init__(self, n):
         super().__init__()
@@ -221,9 +221,9 @@ class Learning(nn.Module):
 
 
 def test_an_objective_may_have_a_rate_of_its_own(digits):
-    class Slow(nn.Module):
+    class Slow(Objective):
         def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
-        def lr_at(self, recipe, epoch): return 0.001 if epoch < 1 else recipe.lr_at(epoch)
+        def learning_rate(self, recipe, epoch): return 0.001 if epoch < 1 else recipe.lr_at(epoch)
 
     recipe, nets = Training(epochs=1, batch_size=16, lr=0.05, milestones=()), []
     for objective, lr in ((Slow(), 0.05), (label_objective, 0.001)):
@@ -556,7 +556,7 @@ def test_a_last_batch_that_batch_norm_cannot_learn_from_names_the_batch_size(dig
 
 
 def test_seconds_count_all_sittings(digits, tmp_path):
-    class Slow(nn.Module):
+    class Slow(Objective):
         asked = 0
         def forward(self, network, batch):
             time.sleep(0.1)
@@ -605,7 +605,7 @@ def test_processes_that_did_not_join_are_told_how(tmp_path):
 
 # ---- Ctrl-C
 
-class Lossy(nn.Module):
+class Lossy(Objective):
     "At one update Ctrl-C falls into a weak reference's callback, where Python drops it."
     def __init__(self, at): super().__init__(); self.left = at
 
@@ -656,8 +656,10 @@ def interrupted(work, delay: float) -> int:
 def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, request):
     images, recipe = digits.train.subset(64), Training(epochs=10_000, batch_size=4, lr=0.001, milestones=())
 
-    class Ahead(nn.Module):
+    class Ahead(Objective):
         "Work for another thread, and threads that come and go: where Python has the callbacks that drop interrupts."
+        def prepares(self, epoch): return True
+
         def prepare(self, batch): return threading.Thread(target=len, args=([],))
 
         def forward(self, network, batch):

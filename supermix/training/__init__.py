@@ -3,5 +3,5 @@
 from supermix import lazy
 
 __getattr__, __dir__ = lazy(__name__, {
-    "train": "loop", "accuracy": "loop", "join": "loop", "History": "loop", "save_checkpoint": "checkpoints",
-    "load_checkpoint": "checkpoints", "read_log": "logs"})
+    "train": "loop", "Objective": "loop", "Batch": "loop", "accuracy": "loop", "join": "loop", "History": "loop",
+    "save_checkpoint": "checkpoints", "load_checkpoint": "checkpoints", "read_log": "logs"})
