@@ -279,6 +279,162 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(at, uninterrupted, digit
     assert same(again, expected)
 
 
+# ---- what `train` asks of an objective
+
+class Telling(Objective):
+    "An objective that tells which of its methods is called, with what."
+    def __init__(self):
+        super().__init__()
+        self.calls, self.networks = [], set()
+
+    def called(self, name, *what, network=None):
+        self.calls.append((name, *what))
+        if network is not None: self.networks.add(id(network))
+
+    def forward(self, network, batch):
+        self.called("forward", batch.prepared, network=network)
+        return F.cross_entropy(network(batch.images), batch.labels)
+
+    def begin_epoch(self, network, epoch):
+        assert network.training
+        self.called("begin_epoch", epoch, network=network)
+
+    def resets_optimiser(self, epoch): self.called("resets_optimiser", epoch)
+
+    def reaches_all(self, epoch):
+        self.called("reaches_all", epoch)
+        return True
+
+    def learning_rate(self, recipe, epoch):
+        self.called("learning_rate", epoch)
+        return recipe.lr_at(epoch)
+
+    def prepares(self, epoch):
+        self.called("prepares", epoch)
+        return epoch == 1
+
+    def prepare(self, batch): return len(batch.images)  # in another thread: its turn is not fixed
+
+    def after_step(self, network):
+        assert not torch.is_grad_enabled()
+        self.called("after_step", network=network)
+
+    def log_entries(self):
+        self.called("log_entries")
+        return {"entry": len(self.calls)}
+
+
+def test_the_order_in_which_an_objective_is_asked(digits):
+    objective, network = Telling(), create("resnet8", 10)
+    recipe = Training(epochs=2, batch_size=16, lr=0.01, milestones=())
+    history = train(network, digits.train.subset(20), recipe, objective)
+
+    def epoch_of(epoch, *prepared):
+        begin = [(name, epoch) for name in ("begin_epoch", "resets_optimiser", "reaches_all", "prepares")]
+        updates = [call for i in (0, 1)
+                   for call in (("learning_rate", epoch + i / 2), ("forward", prepared[i]), ("after_step",))]
+        return [*begin, *updates, ("log_entries",)]
+    assert objective.calls == [*epoch_of(0, None, None), *epoch_of(1, 16, 4)]
+    assert objective.networks == {id(network)} and [row["entry"] for row in history.rows] == [11, 22]
+
+
+def test_an_objective_with_defaults_only_is_the_function(digits):
+    class Labels(Objective):
+        def forward(self, network, batch): return label_objective(network, batch)
+    networks = []
+    for objective in (label_objective, Labels()):
+        torch.manual_seed(0)
+        networks.append(create("resnet8", 10))
+        train(networks[-1], digits.train.subset(40), RECIPE, objective)
+    assert same(*(network.state_dict() for network in networks))
+
+
+class MovingAverage(Objective):
+    "The labels, and a moving average of the network's weights that nobody looks at but the checkpoint."
+    def __init__(self, network):
+        super().__init__()
+        self.average = copy.deepcopy(network).requires_grad_(False)
+
+    def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
+
+    def after_step(self, network):
+        for mean, new in zip(self.average.parameters(), network.parameters()): mean.lerp_(new, 0.1)
+
+
+def test_what_an_objective_does_after_a_step_is_in_the_checkpoint(digits, tmp_path):
+    def go(folder=None, steps=None):
+        class Stopping(MovingAverage):
+            left = steps
+            def after_step(self, network):
+                super().after_step(network)
+                if self.left is not None: self.left -= 1
+                if self.left == -1: raise Stopped
+        torch.manual_seed(0)
+        network = create("resnet8", 10)
+        objective = Stopping(network)
+        train(network, digits.train.subset(40), RECIPE, objective, folder=folder, minutes=0)
+        return objective.state_dict()
+    expected = go()
+    with pytest.raises(Stopped): go(tmp_path, 5)
+    assert load_checkpoint(checkpoints(tmp_path)[-1])["position"] == [1, 2, 5]
+    assert same(go(tmp_path), expected)
+
+
+def test_an_optimiser_that_is_reset_has_no_momentum(digits):
+    class Anew(Objective):
+        def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
+        def resets_optimiser(self, epoch): return epoch == 1
+    torch.manual_seed(0)
+    ours, images = create("resnet8", 10), digits.train.subset(32)
+    theirs = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+    train(ours, images, Training(epochs=2, batch_size=16, lr=0.05, milestones=()), Anew())
+    for epoch in (0, 1):
+        optimiser = torch.optim.SGD(theirs.parameters(), 0.05, 0.9, weight_decay=5e-4)
+        for x, y, _ in images.batches(16, 0, epoch):
+            optimiser.zero_grad()
+            F.cross_entropy(theirs(x.to(memory_format=torch.channels_last)), y).backward()
+            optimiser.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_objectives_of_another_identity_do_not_go_on(digits, tmp_path):
+    class Weighted(Objective):
+        def __init__(self, weight): super().__init__(); self.weight = weight
+        def forward(self, network, batch): return self.weight * F.cross_entropy(network(batch.images), batch.labels)
+        def identity(self): return {"weight": self.weight}
+    def go(weight):
+        recipe = replace(RECIPE, epochs=1, milestones=())
+        train(create("resnet8", 10), digits.train.subset(16), recipe, Weighted(weight), folder=tmp_path)
+    go(0.5)
+    with pytest.raises(ValueError, match=r"another recipe: weight \(0.5 there, 0.25 now\)"): go(0.25)
+
+
+@pytest.mark.parametrize("objective, message", [
+    (nn.CrossEntropyLoss(), "derived from supermix.training.Objective, got CrossEntropyLoss: derive its class"),
+    ("labels", r"Expected a function \(network, batch\) -> loss, .*got str")])
+def test_what_is_no_objective_is_told_before_anything(objective, message, digits, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(create("resnet8", 10), digits.train.subset(16), RECIPE, objective, folder=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_objective_without_a_loss_is_told(digits):
+    with pytest.raises(NotImplementedError, match="Expected Objective to define forward"):
+        train(create("resnet8", 10), digits.train.subset(16), RECIPE, Objective())
+
+
+@pytest.mark.parametrize("objective", [None, Learning])
+def test_the_entries_of_a_checkpoint_stay(objective, digits, tmp_path):
+    "Runs that an earlier version has begun go on: what they wrote, and what stands there, is the same."
+    images = digits.train.subset(16)
+    train(create("resnet8", 10), images, replace(RECIPE, epochs=1, milestones=()),
+          objective(16) if objective else label_objective, folder=tmp_path)
+    state = load_checkpoint(checkpoints(tmp_path)[-1])
+    assert set(state) == {"network", "optimiser", "objective", "random", "position", "losses", "history", "recipe"}
+    assert set(state["objective"]) == ({"scale", "seen"} if objective else set())
+    assert {"rows", "images", "seconds", "test"} == set(state["history"])
+
+
 SCRIPT_OF_A_RUN = """
 import sys, torch
 from supermix.data import load_digits

@@ -70,7 +70,7 @@ class CC(Term):
 def distances_and_angles(vectors: torch.Tensor,  # (B, d)
                          ) -> tuple[torch.Tensor, torch.Tensor]:
     """The shape of a set of points, which stays when it is moved, turned or scaled (Park et al. 2019): distances
-    (B, B), whose mean over different points is 1, and cosines of angles (B, B, B), with the corner as the first index."""
+    (B, B), whose mean over different points is 1, and cosines of angles (B, B, B), the corner's index first."""
     apart = vectors[None] - vectors[:, None]
     distance = apart.norm(dim=2)
     mean = distance.sum() / (distance > 0).sum().clamp(min=1)

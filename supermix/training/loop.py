@@ -91,7 +91,7 @@ class Objective(nn.Module):
     for each update `prepare` (where `prepares` said so), `learning_rate`, `forward` and `after_step`; after the last
     update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from. Parameters are trained
     together with the network's, on its device. A checkpoint keeps the `state_dict`: what a resumed run has to know
-    belongs in parameters and buffers. With several processes, each makes all these calls, and gradients are averaged."""
+    belongs in parameters and buffers. Each of several processes makes all these calls; gradients are averaged."""
 
     def forward(self,
                 network: nn.Module,  # in training mode; images (B, 3, H, W) to logits (B, N)
@@ -112,8 +112,8 @@ class Objective(nn.Module):
         return False
 
     def reaches_all(self, epoch: int) -> bool:
-        """Called after `begin_epoch`: whether the loss of this epoch depends on every parameter that learns. Return False
-        where it does not: several processes then look in each update for parameters without a gradient."""
+        """Called after `begin_epoch`: whether the loss of this epoch depends on every parameter that learns. Return
+        False where it does not: several processes then look in each update for parameters without a gradient."""
         return True
 
     def learning_rate(self,
