@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 from ..core import write_atomic
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/21_training.logs.ipynb #2f6124aa
-def write_log(path: str | Path, rows: list[dict]) -> Path:
+def write_log(path: str | Path,   # of the file; its folder is made if need be
+              rows: list[dict],   # numbers by name, one row per epoch
+              ) -> Path:          # the file
     "Write rows of numbers as CSV, atomically; a value that is missing stays empty."
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -26,16 +29,16 @@ def write_log(path: str | Path, rows: list[dict]) -> Path:
     return write_atomic(path, text.getvalue().encode())
 
 def read_log(path: str | Path) -> list[dict]:
-    "The rows of a log as numbers; what was empty is missing."
+    "The rows of a log, numbers by name; what is empty in the file is missing in its row."
     with open(path, newline="") as file:
         return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
 # %% ../../nbs/21_training.logs.ipynb #c076816c
-def draw_log(rows: list[dict],  # as `read_log` gives them
-             title: str = "",
-             figure: "Figure | None" = None,  # is drawn anew, or a new one
+def draw_log(rows: list[dict],                  # as `read_log` returns them
+             title: str = "",                   # above the curves
+             figure: "Figure | None" = None,    # of matplotlib, cleared and drawn anew; None: a new one
              ) -> "Figure":
-    "The curves of a training: loss, accuracy on held-out images, learning rate."
+    "The curves of a training over its epochs: loss, accuracy on held-out images (%), learning rate."
     import matplotlib.pyplot as plt
     figure = figure or plt.figure(figsize=(6, 3.6), layout="constrained")
     figure.clear()
@@ -55,23 +58,27 @@ def draw_log(rows: list[dict],  # as `read_log` gives them
 
 # %% ../../nbs/21_training.logs.ipynb #2d310e92
 class Log:
-    "The rows of a run, and whoever wants to see them."
+    "The rows of a run, which go to `log.csv`, to TensorBoard (where it is installed) and to a live picture."
     def __init__(self,
                  folder: str | Path | None = None,  # for log.csv and TensorBoard's files; None: nothing is written
                  rows: list[dict] = (),             # of a run that is resumed
                  title: str = "",                   # above the picture
                  live: bool = False,                # whether a notebook shows the picture while it grows
                  ):
-        self.folder, self.rows, self.title, self.live, self.display, self.board = (
-            folder and Path(folder), list(rows), title, live, None, None)
+        self.folder = folder and Path(folder)
+        self.rows = list(rows)
+        self.title = title
+        self.live = live
+        self.display = None  # the picture's place in the notebook
+        self.board = None    # TensorBoard's writer
         if self.folder:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: return
             self.board = SummaryWriter(str(self.folder),
                                        purge_step=int(self.rows[-1]["epoch"]) + 1 if self.rows else None)
 
-    def add(self, **row) -> None:
-        "One epoch."
+    def add(self, **row: float) -> None:
+        "Append the row of one epoch: `epoch`, `step`, `loss`, `lr` and any other numbers by name."
         self.rows.append(row)
         if self.folder: write_log(self.folder / "log.csv", self.rows)
         if self.board:
@@ -81,7 +88,7 @@ class Log:
         if self.live: self.show()
 
     def show(self) -> None:
-        "Draw the picture in its place."
+        "Draw the picture in its place in the notebook, in which it grows."
         import matplotlib.pyplot as plt
         from IPython.display import display
         figure = draw_log(self.rows, self.title)
@@ -90,4 +97,5 @@ class Log:
         else: self.display.update(figure)
 
     def close(self) -> None:
+        "End TensorBoard's file."
         if self.board: self.board.close()
