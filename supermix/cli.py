@@ -78,12 +78,12 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
         rounds: how often the two are timed in turn.
     """
     from supermix.data import load_data
-    from supermix.experiments.race import races
+    from supermix.experiments.race import run_races
     from supermix.zoo import pretrained
 
     def work():
         images = load_data(data).train
-        for k, result in races(pretrained(images.info.name), images, out, rounds)["races"].items():
+        for k, result in run_races(pretrained(images.info.name), images, out, rounds)["races"].items():
             for way, values in result.items():
                 if way != "plain":
                     print(f"k = {k}, {way}: {values['ratio']:.1f} times the plain way, "
@@ -100,12 +100,12 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
             (imagenet_resnet34), whose weights are fetched.
     """
-    from supermix.experiments.large import large_teacher, measure, photographs
+    from supermix.experiments.large import large_teacher, measure_large, photographs
 
     def work():
         network, *wants = large_teacher(teacher)
         with tempfile.TemporaryDirectory() as folder:
-            result = measure(network, photographs(folder, *wants), out, blocks=blocks)
+            result = measure_large(network, photographs(folder, *wants), out, blocks=blocks)
         print(f"{result['ratio']:.1f} times the plain way")
     return work
 
