@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 from supermix import accuracy, distill, load, load_folder, make_mixes
-from supermix.experiments.demo import Row, as_table
+from supermix.experiments.demo import DemoRow, demo_table
 from supermix.experiments.study import priced, results, table
 from supermix.recipes import Training
 from torch.nn import functional as F
@@ -125,7 +125,7 @@ def test_every_picture_says_what_is_to_be_seen():
 
 def test_the_table_is_the_one_that_was_measured():
     rows = json.loads((ROOT / "results" / "demo.json").read_text())["rows"]
-    assert as_table([Row(**row) for row in rows]) in README
+    assert demo_table([DemoRow(**row) for row in rows]) in README
 
 
 def test_the_studys_table_is_the_one_that_was_measured():
