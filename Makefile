@@ -35,14 +35,16 @@ test-browser: $(VENV)/.dev data browser  ## run every chapter in a real browser
 
 notebooks: $(VENV)/.dev data  ## run every notebook from a clean kernel and save its outputs
 	$(BIN)/python tools/house.py execute
+	$(BIN)/python tools/house.py readme
 
 stale: $(VENV)/.dev data  ## the same for those whose code has changed since they were run
 	$(BIN)/python tools/house.py execute --stale
+	$(BIN)/python tools/house.py readme
 
 export: $(VENV)/.dev  ## notebooks to package
 	$(BIN)/nbdev_export
 
-readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
+readme: $(VENV)/.dev  ## the table of chapters in nbs/index.ipynb, and README.md from it
 	$(BIN)/python tools/house.py readme
 
 book: $(VENV)/.dev  ## all of it as a web site that needs no network (out/book/index.html)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Base', 'Scale', 'MIXERS', 'BASES', 'CLASSIFIER_BASES', 'COMMANDS', 'RULES', 'AGAIN', 'demo', 'teacher', 'generate',
-           'race', 'large', 'study', 'throughput', 'one_of', 'Places', 'distill', 'train', 'for_base', 'spell_none',
-           'parse', 'leave', 'Stop', 'on_ctrl_c', 'check_reader', 'main']
+           'race', 'large', 'study', 'throughput', 'one_of', 'PlaceOptions', 'distill', 'train', 'for_base',
+           'spell_none', 'parse', 'leave', 'Stop', 'on_ctrl_c', 'check_reader', 'main']
 
 # %% ../nbs/90_cli.ipynb #06eac2e2
 import os
@@ -78,12 +78,12 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
         rounds: how often the two are timed in turn.
     """
     from supermix.data import load_data
-    from supermix.experiments.race import races
+    from supermix.experiments.race import run_races
     from supermix.zoo import pretrained
 
     def work():
         images = load_data(data).train
-        for k, result in races(pretrained(images.info.name), images, out, rounds)["races"].items():
+        for k, result in run_races(pretrained(images.info.name), images, out, rounds)["races"].items():
             for way, values in result.items():
                 if way != "plain":
                     print(f"k = {k}, {way}: {values['ratio']:.1f} times the plain way, "
@@ -100,12 +100,12 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
             (imagenet_resnet34), whose weights are fetched.
     """
-    from supermix.experiments.large import large_teacher, measure, photographs
+    from supermix.experiments.large import large_teacher, measure_large, photographs
 
     def work():
         network, *wants = large_teacher(teacher)
         with tempfile.TemporaryDirectory() as folder:
-            result = measure(network, photographs(folder, *wants), out, blocks=blocks)
+            result = measure_large(network, photographs(folder, *wants), out, blocks=blocks)
         print(f"{result['ratio']:.1f} times the plain way")
     return work
 
@@ -149,7 +149,7 @@ def one_of(*names: str):
     return Annotated[str, tyro.conf.arg(metavar="{" + ",".join(names) + "}")]
 
 @dataclass(frozen=True)
-class Places:
+class PlaceOptions:
     "Where things are."
     out: Path = Path("out/runs")      # for teachers, mixes, checkpoints and students
     results: Path | None = None       # for the result's file; none: results/runs at the scale paper, else OUT/results
@@ -158,9 +158,17 @@ class Places:
     device: str | None = None         # such as cpu or cuda:1; none: a GPU where there is one
     minutes: float = 10.0             # between checkpoints within an epoch, of one process; else one after each epoch
 
+def _run_command(recipe: Recipe, variant: Variant, options: PlaceOptions, scale: str, only_cost: bool) -> Callable:
+    "The work of `distill` and `train`: chapter 62's `run_command` with these places."
+    from supermix.experiments.runs import Places, run_command
+    results = options.results or (Path("results/runs") if scale == "paper" else options.out / "results")
+    places = Places(options.out, results, options.data_root, options.teacher_file, device=options.device,
+                    minutes=options.minutes)
+    return partial(run_command, recipe, variant, places, scale, only_cost)
+
 # %% ../nbs/90_cli.ipynb #bb8778e5
 def distill(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
-            places: Annotated[Places, tyro.conf.arg(name="")] = Places(),
+            places: Annotated[PlaceOptions, tyro.conf.arg(name="")] = PlaceOptions(),
             base: Base = "cifar100", scale: Scale = "paper", method: one_of(*METHODS) = "kd",
             mixer: one_of("none", *MIXERS) = "none", only_cost: bool = False) -> Callable:
     """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command
@@ -178,9 +186,8 @@ def distill(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
         mixer: where mixed images come from.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    from supermix.experiments.runs import carry_out
     variant = Variant(method, None if mixer == "none" else mixer)
-    return partial(carry_out, recipe, variant, scale, only_cost, **vars(places))
+    return _run_command(recipe, variant, places, scale, only_cost)
 
 # %% ../nbs/90_cli.ipynb #7f5478c0
 BASES = {"cifar100": CIFAR100, "crd_benchmark": CRD_BENCHMARK, "imagenet": IMAGENET}
@@ -188,7 +195,7 @@ CLASSIFIER_BASES = {name: replace(base, teacher=network, student=network)
                     for (name, base), network in zip(BASES.items(), ("wrn_40_2a", "wrn_40_2", "imagenet_resnet50"))}
 
 def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["cifar100"],
-          places: Annotated[Places, tyro.conf.arg(name="")] = Places(),
+          places: Annotated[PlaceOptions, tyro.conf.arg(name="")] = PlaceOptions(),
           base: Base = "cifar100", scale: Scale = "paper", policy: str = "none", cutout: int | None = None,
           mixer: one_of("none", *MIXERS) = "none",
           label: Literal["lam", "softmax", "teacher", "area"] = "lam", only_cost: bool = False) -> Callable:
@@ -209,10 +216,9 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["
         label: of mixed images: lam is the soft label ŷ, softmax the teacher's prediction.
         only_cost: say what the run would cost here, from a few steps, and stop.
     """
-    from supermix.experiments.runs import carry_out
     variant = (Variant("alone", None, None, policy, cutout) if mixer == "none" else
                Variant("alone", mixer, label, policy, cutout))
-    return partial(carry_out, recipe, variant, scale, only_cost, **vars(places))
+    return _run_command(recipe, variant, places, scale, only_cost)
 
 # %% ../nbs/90_cli.ipynb #b4acb83d
 def for_base(command, bases: dict[str, Recipe], args: list[str]):

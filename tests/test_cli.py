@@ -15,8 +15,11 @@ from termios import TIOCSWINSZ
 
 import pytest
 import supermix
-from supermix import cli, demo, generate, runs, study, throughput, training
+from supermix import cli
 from supermix.cli import COMMANDS, MIXERS, parse
+from supermix.experiments import demo, runs, study, throughput
+from supermix.mixing.generate import command
+from supermix.training.loop import make_teacher
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "matplotlib", "sklearn", "scipy", "skimage", "sympy", "pandas")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -90,7 +93,7 @@ def test_the_names_of_the_package():
 # ---- what it says
 
 @pytest.mark.parametrize("command, function", [
-    ("demo", demo.demo), ("teacher", training.make_teacher), ("generate", generate.command), ("study", study.study),
+    ("demo", demo.demo), ("teacher", make_teacher), ("generate", command), ("study", study.study),
     ("throughput", throughput.throughput)])
 def test_a_command_has_the_options_of_its_function(command, function):
     told, of = ({p.name: p.default for p in inspect.signature(f).parameters.values()}
@@ -98,7 +101,7 @@ def test_a_command_has_the_options_of_its_function(command, function):
     assert told == of
 
 
-def test_every_mixer_can_be_named(): assert set(MIXERS) == set(runs.MIXES) - {""}
+def test_every_mixer_can_be_named(): assert set(MIXERS) == set(runs.ROW_MIXERS) - {""}
 
 
 def test_all_ways_to_start_it():

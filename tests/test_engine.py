@@ -1,15 +1,14 @@
-"""The engine: folded norms, draws by number, slots, and the race against the plain way."""
+"""The engine: folded norms, draws by number, slots, and the race against the baseline."""
 
 import copy
 import gc
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from supermix.data import load_data
-from supermix.experiments.race import RACES, plain_way, processes_of, race, shared
+from supermix.experiments.race import RACES, open_pool, race, read_report, solve_baseline, solve_in_pool
 from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, decode, draw_block, encode, joined, rounded,
                                     solve_blocks)
 from supermix.mixing.folding import fold_norms
@@ -216,7 +215,7 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
 def test_more_processes_than_blocks(teacher, digits):
     engine = Engine(teacher, digits.train[:2][0], QUICK, 32)
     alone = solve_blocks(engine, digits.train, 0, range(1))
-    with processes_of(2) as pool: found = shared(engine, digits.train, 0, range(1), pool, 2)
+    with open_pool(2) as pool: found = solve_in_pool(engine, digits.train, 0, range(1), pool, 2)
     assert found.index.tolist() == alone.index.tolist()
 
 
@@ -239,10 +238,10 @@ def test_memory_does_not_grow_with_the_images(teacher, digits):
     finally: gc.unfreeze()
 
 
-def test_the_plain_way_solves_what_chapter_33_solves(teacher, digits):
+def test_the_baseline_solves_what_chapter_33_solves(teacher, digits):
     mixing = Mixing(max_iter=4)
     sets = draw_block(digits.train, teacher.eval(), mixing, 0, 0)
-    theta, logits, solved = plain_way(teacher, sets.images, sets.lam, sets.classes, mixing)
+    theta, logits, solved = solve_baseline(teacher, sets.images, sets.lam, sets.classes, mixing)
     mixed = SuperMix(teacher, max_iter=4).solve(sets.images, sets.lam)
     assert (solved == mixed.solved).float().mean() > 0.95
     same = solved & mixed.solved
@@ -256,14 +255,14 @@ def test_the_plain_way_solves_what_chapter_33_solves(teacher, digits):
 @pytest.mark.parametrize("name", ["races", "races in one process"])
 def test_the_kept_race(name):
     "What `supermix race` measured is what the chapter claims."
-    report = json.loads((Path(__file__).parent.parent / "results" / "engine.json").read_text())
+    report = read_report(Path(__file__).parent.parent / "results" / "engine.json")
     for k, least in (("2", 15), ("3", 10)):
-        plain, *ways = report[name][k].values()
-        assert list(report[name][k]) == ["plain", *RACES[k]]
+        baseline, *ways = report[name][k].values()
+        assert list(report[name][k]) == ["baseline", *RACES[k]]
         for ours in ways:
-            assert (ours["ratio"] >= least and ours["solved"] >= plain["solved"] and ours["m(1-m)"] <= 0.065
+            assert (ours["ratio"] >= least and ours["solved"] >= baseline["solved"] and ours["m(1-m)"] <= 0.065
                     and ours["share of time in passes"] >= 0.9)
-            assert ours["KL, where both solve"] <= ours["the plain way's KL there"]
+            assert ours["KL on sets that both solve"] <= ours["baseline's KL on the same sets"]
 
 
 @pytest.mark.slow
@@ -276,9 +275,9 @@ def test_the_race(k, least):
     finally: torch.set_num_threads(before)
     for name in RACES[str(k)]:
         ours = result[name]
-        assert ours["ratio"] >= least and ours["solved"] >= result["plain"]["solved"]
+        assert ours["ratio"] >= least and ours["solved"] >= result["baseline"]["solved"]
         assert ours["m(1-m)"] <= 0.065 and ours["share of time in passes"] >= 0.9
-        assert ours["KL, where both solve"] <= ours["the plain way's KL there"]
+        assert ours["KL on sets that both solve"] <= ours["baseline's KL on the same sets"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

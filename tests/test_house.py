@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +33,7 @@ def house(tmp_path, monkeypatch):
         shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
     shutil.copy(ROOT / "nbs" / "33_mixing.solver.ipynb", tmp_path / "solutions")
     monkeypatch.syspath_prepend(tmp_path / "tools")
-    monkeypatch.delitem(sys.modules, "freshness", raising=False)
+    for name in ("freshness", "course"): monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -162,6 +164,51 @@ def test_executing_what_is_stale(house):
     outputs = json.loads(good.read_text())["cells"][0]["outputs"]
     assert "".join(outputs[0]["text"]).strip() == str(house.ROOT / "supermix" / "core.py")  # of its own tree's package
     assert house.stamps()["01_good"]["seconds"] > 0 and not list((house.ROOT / "nbs").glob(".*"))
+
+
+# ---- the table of chapters
+
+def test_the_table_of_chapters_is_written_from_the_chapters(house):
+    table = course_of(house)
+    rows = {re.match(r"\| \[(?:run )?(\d\d) ", line)[1]: line for line in table.splitlines() if line.startswith("| [")}
+    assert list(rows) == ["00", "31", "01"] and "runs/01_cifar100_distillation.ipynb) |" in rows["01"]
+    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb", lambda cells: [
+        cell.update(source=["## Exercises\n\n1. One.\n2. Two."]) for cell in cells if "## Exercises\n" in cell["source"]])
+    edit(house.ROOT / "nbs" / "00_core.ipynb", lambda cells: cells_of("markdown", cells)[0].update(
+        source=["# Another title\n", "\n", "> Another | line.\n", "\n", "word " * 1500]))
+    house.write_stamps(house.stamps() | {"00_core": house.stamps()["00_core"] | {"seconds": 21.0}})
+    changed = {line for line in course_of(house).splitlines() if line not in table.splitlines()}
+    core = next(line for line in changed if "00_core" in line)
+    assert core.startswith("| [00 Another title](00_core.ipynb) | Another \\| line. | – |") and core.endswith("| 30 |")
+    assert int(core.split(" | ")[-3]) >= 10  # minutes for 1,500 words and the code
+    assert any("31_mixing.mixers" in line and line.endswith("| 24 | 5 |") for line in changed)  # twelve for each
+
+
+def course_of(house):
+    text = "".join("".join(cell["source"]) for cell in house.index_with_course()["cells"])
+    return text.partition(house.course.BEGIN)[2].partition(house.course.END)[0].strip()
+
+
+def test_check_says_when_the_table_or_the_readme_is_old(house):
+    house.write_readme()
+    house.check_readme()
+    (house.ROOT / "README.md").write_text("")
+    with pytest.raises(SystemExit, match="README.md is not what nbs/index.ipynb says: run `make readme`"):
+        house.check_readme()
+    edit(house.ROOT / "nbs" / "00_core.ipynb",
+         lambda cells: cells_of("markdown", cells)[0]["source"].insert(0, "# Another title\n"))
+    with pytest.raises(SystemExit, match="The table of chapters .* is not what the chapters say: run `make readme`"):
+        house.check_readme()
+    edit(house.ROOT / "nbs" / "index.ipynb", lambda cells: [cell.update(source=["nothing"]) for cell in cells])
+    with pytest.raises(SystemExit, match="Expected a cell of nbs/index.ipynb with the lines"): house.write_readme()
+
+
+def test_needs_leave_out_what_others_build_on(house):
+    imports = {"00_core": set(), "03_a": {"core"}, "04_b": {"core"}, "05_c": {"a", "b"}, "06_d": {"a", "c", "torch"}}
+    chapters = [SimpleNamespace(name=name, number=name[:2], modules=modules) for name, modules in imports.items()]
+    assert house.course.needs(chapters) == {"00": [], "03": [], "04": [], "05": ["03", "04"], "06": ["05"]}
+    assert house.course.ranges(["03", "11", "12", "13", "20", "21"]) == "03, 11–13, 20, 21"
+    assert house.course.ranges([]) == "–"
 
 
 def test_no_line_of_code_has_more_than_120_columns():

@@ -16,9 +16,10 @@ from supermix.experiments import runs
 from supermix.cli import BASES, CLASSIFIER_BASES, parse
 from supermix.core import file_hash
 from supermix.experiments.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
-from supermix.experiments.runs import (MIXES, Impossible, asks_teacher, bytes_a_mix, carry_out, check_row, cost,
-                                       find_result, measured, miniature, open_data, open_teacher, result_path,
-                                       run_classification, run_distillation, run_family, table, write_cifar100)
+from supermix.experiments.runs import (ROW_MIXERS, Impossible, bytes_per_mix, check_row, estimate_cost, family_table,
+                                       find_result, load_accuracies, make_miniature, needs_teacher, open_data,
+                                       open_teacher, result_path, run_classification, run_command, run_distillation,
+                                       run_family, write_cifar100)
 from supermix.policies.policies import Augmented, load_policy, save_policy
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
                               IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHODS, METHOD_ROWS, PAIRS,
@@ -102,7 +103,7 @@ def runs_same(family, name, value):
 def test_rows_are_methods_and_mixers():
     for family in FAMILIES:
         for name, variant in family.rows.items():
-            assert variant.method in METHODS and (variant.mixer or "") in runs.MIXES, name
+            assert variant.method in METHODS and (variant.mixer or "") in runs.ROW_MIXERS, name
     assert {v.method for v in CIFAR100_DISTILLATION.rows.values()} == set(METHODS)
 
 
@@ -125,7 +126,7 @@ def test_published_results_are_those_of_the_copy():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    places = {"folder": folder, "results": folder / "results", "root": miniature("cifar100", folder / "data")}
+    places = {"folder": folder, "results": folder / "results", "root": make_miniature("cifar100", folder / "data")}
     data = open_data(TINY, places["root"])
     assert accuracy(open_teacher(TINY, data, folder), data.train) > 60, "whoever asks this teacher for mixes asks luck"
     return places
@@ -180,7 +181,7 @@ def test_every_method_with_mixes(method, places):
     assert json.loads(result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
 
 
-@pytest.mark.parametrize("mixer", [mixer for mixer in runs.MIXES if mixer not in ("", "cutmix", "puzzlemix")])
+@pytest.mark.parametrize("mixer", [mixer for mixer in runs.ROW_MIXERS if mixer not in ("", "cutmix", "puzzlemix")])
 def test_every_mixer(mixer, places): assert run_distillation(TINY, "kd", mixer, **places)["variant"]["mixer"] == mixer
 
 
@@ -238,7 +239,7 @@ def test_imagenet_in_small(tmp_path):
     recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (),
                                            "teacher_training.epochs": 1, "teacher_training.milestones": ()})
     result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path,
-                              root=miniature("imagenet", tmp_path))
+                              root=make_miniature("imagenet", tmp_path))
     assert result["figures"]["images"] == 96 and open_data(recipe, tmp_path).train[0][0].shape == (3, 32, 32)
 
 
@@ -249,10 +250,10 @@ def test_a_table_lays_ours_beside_theirs(tmp_path):
     for seed, reached, epochs in ((0, 74.0, 240), (1, 75.0, 240), (2, 10.0, 1)):
         recipe = change(CRD_BENCHMARK.pair("vgg13", "vgg8"), {"training.seed": seed, "training.epochs": epochs})
         path = result_path(recipe, Variant("kd"), tmp_path)
-        path.write_text(json.dumps({"recipe": runs.plain(recipe), "figures": {"test_accuracy": reached}}))
+        path.write_text(json.dumps({"recipe": runs._recipe_record(recipe), "figures": {"test_accuracy": reached}}))
     # one epoch is another recipe
-    assert measured(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]
-    lines = table(family, tmp_path, (("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"))).splitlines()
+    assert load_accuracies(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]
+    lines = family_table(family, tmp_path, (("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"))).splitlines()
     assert lines[2:5] == ["| KD | 74.50 of 2 seeds (72.98) | not run (73.54) |",
                           "| FSP | not run (70.23) | not run |", ""]
     assert len(lines) == 6 and lines[5].endswith("(KD, FSP).")  # where the published values are from
@@ -260,7 +261,7 @@ def test_a_table_lays_ours_beside_theirs(tmp_path):
 
 def least_cost(*args, **options):
     "The least of five: what else the machine does, or a first call, makes any of them larger and none smaller."
-    tried = [cost(*args, probe=4, **options) for _ in range(5)]
+    tried = [estimate_cost(*args, probe=4, **options) for _ in range(5)]
     return replace(tried[0], **{name: min(getattr(one, name) for one in tried) for name in ("training", "mixing")})
 
 
@@ -270,10 +271,10 @@ def test_costs_grow_with_what_is_asked(places):
                     for n in (1, 100))
     assert (20 < hundred.training / one.training < 500 and 20 < hundred.mixing / one.mixing < 500
             and hundred.mixes == pytest.approx(100 * one.mixes))
-    plain = cost(TINY, Variant("alone"), data, probe=4)
+    plain = estimate_cost(TINY, Variant("alone"), data, probe=4)
     assert (plain.teacher == plain.mixing == plain.mixes == 0 < plain.training
-            and 100 < bytes_a_mix(CIFAR100.mixing) < bytes_a_mix(IMAGENET.mixing) < 1200)
-    assert not asks_teacher(Variant()) and asks_teacher(Variant(mixer="supermix", label="lam"))
+            and 100 < bytes_per_mix(CIFAR100.mixing) < bytes_per_mix(IMAGENET.mixing) < 1200)
+    assert not needs_teacher(Variant()) and needs_teacher(Variant(mixer="supermix", label="lam"))
 
 
 def test_a_memory_takes_time_and_room():
@@ -289,17 +290,18 @@ def test_a_memory_takes_time_and_room():
 
 def test_weights_that_are_given_cost_no_training():
     recipe = change(CIFAR100, {"teacher": "resnet8", "student": "resnet8"})
-    taught, given = (cost(recipe, probe=4, steps=1, given=given) for given in (False, True))
+    taught, given = (estimate_cost(recipe, probe=4, steps=1, given=given) for given in (False, True))
     assert taught.teacher > 0 == given.teacher and given.checkpoints < taught.checkpoints
-    assert runs.fetched(IMAGENET, 1000) and not runs.fetched(IMAGENET, 4) and not runs.fetched(CIFAR100, 1000)
+    asked = (IMAGENET, 1000), (IMAGENET, 4), (CIFAR100, 1000)
+    assert [runs._is_fetched(*each) for each in asked] == [True, False, False]
     with pytest.raises(ValueError, match="Unknown data set of known size 'digits'"):
-        cost(replace(CIFAR100, data="digits"))
+        estimate_cost(replace(CIFAR100, data="digits"))
 
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet34", "ResNet50"])
 def test_torchvisions_weights_are_those_of_plain_training(name):
     from torchvision.models import get_weight
-    reached = get_weight(f"{name}_Weights.{runs.WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    reached = get_weight(f"{name}_Weights.{runs.TEACHER_WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
     assert reached == {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.13}[name]
     if name == "ResNet50":  # not above what it shall teach
         assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5
@@ -313,11 +315,11 @@ def test_policies_of_one_name_do_not_share_a_result(tmp_path):
     assert len({result_path(CIFAR100, row, tmp_path) for row in rows}) == len(rows)
     row = Variant(policy="mine.json")
     save_policy(load_policy("randaugment"), tmp_path / "mine.json")
-    found = {"policy": runs.policy_hash(row, tmp_path)}
-    runs.check_policy(found, row, tmp_path, tmp_path / "result.json")
+    found = {"policy": runs._policy_hash(row, tmp_path)}
+    runs._check_result_policy(found, row, tmp_path, tmp_path / "result.json")
     save_policy(load_policy("trivialaugment"), tmp_path / "mine.json")
     with pytest.raises(ValueError, match="result of another policy than mine.json holds now"):
-        runs.check_policy(found, row, tmp_path, tmp_path / "result.json")
+        runs._check_result_policy(found, row, tmp_path, tmp_path / "result.json")
 
 
 def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
@@ -352,7 +354,7 @@ def test_options_change_the_base_at_its_scale(command, line, changes):
     of = lambda name, other: said[said.index(name) + 1] if name in said else other
     work = parse([command, *line.split()])
     base = (BASES if command == "distill" else CLASSIFIER_BASES)[of("--base", "cifar100")].at(of("--scale", "paper"))
-    assert work.func is carry_out and work.args[0] == change(base, changes)
+    assert work.func is run_command and work.args[0] == change(base, changes)
 
 
 def test_the_help_shows_the_bases_numbers(capsys):
@@ -371,7 +373,7 @@ OPTIONS = ["--scale", "smoke", "--train-images", "96", "--mixes", "24"]
 def taught(tmp_path_factory):
     "A function that copies the smoke recipe's teacher to where a command finds it, and needs to train none."
     folder, recipe = tmp_path_factory.mktemp("taught"), CIFAR100.at("smoke")
-    data = open_data(recipe, miniature("cifar100", folder / "miniature"))
+    data = open_data(recipe, make_miniature("cifar100", folder / "miniature"))
     assert accuracy(open_teacher(recipe, data, folder), data.train) > 60
     return lambda out: shutil.copytree(folder / "teachers", out / "teachers")
 
@@ -449,14 +451,14 @@ def test_a_mistake_is_one_line(tmp_path):
 def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_published(tmp_path, capsys):
     rows = {name: CIFAR100_CLASSIFICATION.rows[name] for name in ("Fast AutoAugment", "PBA")}
     family = replace(CIFAR100_CLASSIFICATION.at("smoke"), pairs=(("wrn_28_10a", "wrn_28_10a"),), rows=rows)
-    root = miniature("cifar100", tmp_path)
+    root = make_miniature("cifar100", tmp_path)
     assert run_family(family, folder=tmp_path / "out", results=tmp_path / "results", root=root, policies=tmp_path) == []
     told = capsys.readouterr().out
     for name, value, source in (("fast_autoaugment_cifar100", "82.70", "Fast AutoAugment"),
                                 ("pba_cifar100", "83.27", "PBA")):
         assert f"{tmp_path}/policies/{name}.json" in told and f"Published: {value} % (the {source} repository)" in told
     assert "make_density" in told and "chapter 47" in told
-    shown = table(family, tmp_path / "results")
+    shown = family_table(family, tmp_path / "results")
     assert ("| PBA | not run (83.27) |" in shown and "the PBA repository (PBA)" in shown
             and "the Fast AutoAugment repository (Fast AutoAugment)" in shown)
 
@@ -464,7 +466,7 @@ def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_publi
 # ---- what a result, a teacher and a command refer to
 
 def test_a_result_of_other_images_is_not_taken(tmp_path):
-    roots = [miniature("cifar100", tmp_path / "a"), tmp_path / "b"]
+    roots = [make_miniature("cifar100", tmp_path / "a"), tmp_path / "b"]
     data = open_data(TINY, roots[0])
     mirrored = [(part.pixels.flip(3), part.labels) for part in (data.train, data.test)]
     write_cifar100(roots[1], data.info.classes, *mirrored)
@@ -483,7 +485,7 @@ def test_a_teacher_of_other_images_is_not_taken(tmp_path):
 
 
 def test_an_image_that_cannot_be_read_is_no_rows_fault(tmp_path):
-    root = miniature("imagenet", tmp_path)
+    root = make_miniature("imagenet", tmp_path)
     next((root / "imagenet" / "train").rglob("*.JPEG")).write_bytes(b"")
     family = IMAGENET_DISTILLATION.at("smoke")
     data = open_data(family.recipe, root)
@@ -497,7 +499,7 @@ def test_an_image_that_cannot_be_read_is_no_rows_fault(tmp_path):
 
 @pytest.mark.parametrize("name, alpha", [("mixup", None), ("mixup_beta", 1.0), ("cutmix_beta", 1.0)])
 def test_mixers_of_beta_draw_shares(name, alpha, digits):
-    mixer = MIXES[name](None, digits.info)
+    mixer = ROW_MIXERS[name](None, digits.info)
     assert type(mixer).__name__ == ("CutMix" if "cutmix" in name else "MixUp")
     lam = mixer.draw_lam(2000, torch.Generator().manual_seed(0))[:, 0]
     assert lam.std() == pytest.approx(0.0 if alpha is None else 12 ** -0.5, abs=0.02)  # half and half, or even
@@ -508,11 +510,11 @@ def test_mixers_of_beta_draw_shares(name, alpha, digits):
 def test_numbers_out_of_range(change_, message, places):
     recipe = change(TINY, change_)
     with pytest.raises(ValueError, match=message): run_distillation(recipe, "alone", **places)
-    with pytest.raises(ValueError, match=message): cost(recipe, Variant("alone"))
+    with pytest.raises(ValueError, match=message): estimate_cost(recipe, Variant("alone"))
 
 
 def test_the_cost_is_that_of_the_data_that_are_named(tmp_path):
-    root = miniature("imagenet", tmp_path)
+    root = make_miniature("imagenet", tmp_path)
     small = ["--base", "imagenet", "--scale", "mini", "--size", "32", "--teacher", "resnet8", "--student", "resnet8",
              "--data-root", root, "--out", tmp_path / "out", "--only-cost"]
     told = ended(start("distill", *small))

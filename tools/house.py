@@ -5,7 +5,7 @@ house.py check     export into a copy and compare: package and README must be wh
 house.py execute   run every notebook (or those named: 13, runs/01, solutions/) from a clean kernel and save its outputs
                    --stale: only those whose code has changed since;
                    --workers N: that many at a time, of one thread each
-house.py readme    write README.md from nbs/index.ipynb
+house.py readme    write the table of chapters into nbs/index.ipynb, and README.md from it
 """
 import argparse
 import json
@@ -20,6 +20,7 @@ from filecmp import dircmp
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
+import course
 from freshness import House, changes, dependencies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,13 +40,37 @@ def notebooks(names=()):
     return [p for p in found if not names or name_of(p).startswith(tuple(names))]
 
 
-def readme_text():
-    "nbs/index.ipynb as Markdown, with its links as seen from the repository's top."
+def index_with_course():
+    "nbs/index.ipynb as data, with the table of chapters as they are now."
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
+    chapters = [course.Chapter(path, name_of(path)) for path in notebooks() if path.name[:2].isdigit()
+                and path.is_relative_to(ROOT / "nbs")]
+    course.fill(index["cells"], course.table(chapters, {name: entry["seconds"] for name, entry in stamps().items()}))
+    return index
+
+
+def readme_text(index):
+    "An index as Markdown, with its links as seen from the repository's top."
     index["metadata"]["language_info"] = {"name": "python"}  # nbdev_clean takes it out; the fences name it
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdin", "--stdout"]
     text = subprocess.run(command, input=json.dumps(index), check=True, capture_output=True, text=True).stdout
     return re.sub(r"\]\((?=images/|\d\d_|runs/|glossary)", "](nbs/", text).strip() + "\n"
+
+
+def write_readme():
+    "Write the table of chapters into nbs/index.ipynb, and README.md from it."
+    index = index_with_course()
+    (ROOT / "nbs" / "index.ipynb").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    (ROOT / "README.md").write_text(readme_text(index))
+
+
+def check_readme():
+    "Exit with an error where the table of chapters or README.md is out of date."
+    index = index_with_course()
+    if index != json.loads((ROOT / "nbs" / "index.ipynb").read_text()):
+        sys.exit("The table of chapters in nbs/index.ipynb is not what the chapters say: run `make readme`.")
+    if (ROOT / "README.md").read_text() != readme_text(index):
+        sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
 
 
 def differing(a: dircmp, prefix=""):
@@ -113,8 +138,7 @@ def check(strict):
         other = [f"{f}/{n}" for f in folders for n in differing(dircmp(ROOT / f, copy / f, ignore=ignored))]
     if other:
         sys.exit("Not what the notebooks say: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
-    if (ROOT / "README.md").read_text() != readme_text():
-        sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
+    check_readme()
     print("The package and the README are what the notebooks say.")
     report_stale(strict)
 
@@ -170,4 +194,4 @@ if __name__ == "__main__":
     options = parser.parse_intermixed_args()
     if options.command == "check": check(options.strict)
     elif options.command == "execute": execute(options.names, options.stale, options.workers)
-    else: (ROOT / "README.md").write_text(readme_text())
+    else: write_readme()
