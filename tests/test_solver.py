@@ -51,7 +51,7 @@ def oracle_problem(case):
     k, size, w, sigma = (float(part.split("=")[1]) for part in case.split())
     sources = F.interpolate(random(7 + int(k), 6, 3, 4, 4), size=int(size), mode="bilinear")
     sets = torch.stack([sources[(torch.arange(int(k)) + b) % 6] for b in range(6)])
-    return sources, sets, double(ORACLE[case]["lam"]), partial(SuperMix, oracle_teacher, int(k), int(w), sigma)
+    return sources, sets, double(ORACLE[case]["lam"]), partial(SuperMix, oracle_teacher, k=int(k), mask_size=int(w), sigma=sigma)
 
 
 @pytest.mark.parametrize("case", ORACLE)
@@ -145,7 +145,8 @@ def slow_solve(weights, images, lam, w, sigma, lambda_s, max_iter):
 def test_a_slow_twin_takes_the_same_steps(k, w, sigma, lambda_s, H, W):
     weights, sets = random(1, 6, 2 * H * W) / (2 * H * W) ** 0.5, random(2, 3, k, 2, H, W)
     lam = random(3, 3, k).softmax(1)
-    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T), k, w, sigma, lambda_s, max_iter=3)
+    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T),
+                     Mixing(k=k, mask_size=w, sigma=sigma, lambda_s=lambda_s, max_iter=3))
     got = mixer.solve(sets, lam)
     for b in range(3):
         theta, z, steps, solved = slow_solve(weights.tolist(), sets[b].tolist(), lam[b].tolist(), w, sigma, lambda_s, 3)
@@ -185,8 +186,9 @@ def problems(draw):
     dtype, seed = draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(0, 1000))
     sets = (scale * random(seed, B, k, C, H, W)).to(dtype)
     lam = draw(st.sampled_from([F.one_hot(torch.arange(B) % k, k), (3 * random(seed, B, k)).softmax(1)])).to(dtype)
-    mixer = SuperMix(pooled, k, draw(st.integers(1, min(H, W))), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
-                     draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
+    mixer = SuperMix(pooled, k=k, mask_size=draw(st.integers(1, min(H, W))),
+                     sigma=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+                     lambda_s=draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
     return mixer, sets, lam
 
 
@@ -298,7 +300,7 @@ def test_sets_neither_know_each_other_nor_when_they_were_begun():
 def test_permuting_the_sources_permutes_the_masks(k):
     images, lam = F.interpolate(random(8, 5, 3, 4, 4), size=20)[None, :k], random(9, 1, k).softmax(1)
     order = torch.arange(k).roll(1)
-    solver = SuperMix(oracle_teacher, k, max_iter=5)
+    solver = SuperMix(oracle_teacher, k=k, max_iter=5)
     a, b = solver.solve(images, lam), solver.solve(images[:, order], lam[:, order])
     close(b.masks, a.masks[:, order])
     close(b.images, a.images)

@@ -32,7 +32,7 @@ from ..mixing.folding import fold_norms
 from ..mixing.generate import generate
 from ..mixing.mixers import CutMix, CutMixInside, MixUp, Mixer
 from ..mixing.puzzlemix import PuzzleMix
-from ..mixing.solver import check_teacher, see as classify
+from ..mixing.solver import check_teacher, teacher_logits
 from ..mixing.store import MixedDataset, teacher_identity
 from ..recipes import FAST, Generation, Mixing, Terms, Training, method_terms
 from ..training.loop import (Batch, History, check_begun, check_recipe, check_teacher_labels, short_hash,
@@ -94,7 +94,7 @@ def check_mixing(teacher, mixing: Mixing, images: Images) -> None:
     "A ValueError unless masks for mixes of these images can be searched for so."
     x = images[:1][0]
     check_engine(teacher, x, mixing, slots=1)
-    classify(teacher, to_device(x, teacher), mixing.k)
+    teacher_logits(teacher, to_device(x, teacher), mixing.k)
 
 def check_stock_settings(mixed_pad: int, folder) -> None:
     "A ValueError unless mixes can be moved by so many pixels, and a folder may be there."
@@ -358,7 +358,7 @@ def check_parts(teacher, terms: Terms, mixer, images: Images, student: nn.Module
         widths = {"student": student(x).shape[1]}
     if terms.teaches:
         check_teacher(teacher, x := to_device(images[:4][0], teacher), 1)  # a function may hide one in training mode
-        widths["teacher"] = classify(teacher, x[:1], 1).shape[1]
+        widths["teacher"] = teacher_logits(teacher, x[:1], 1).shape[1]
     for name, width in widths.items():
         if width < len(images.info.classes):
             raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes "

@@ -57,7 +57,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     teacher = pretrained(info.name)
     print(f"data     {data}; students get {len(images):,} of them\nteacher  {teacher.card['network']}, "
           f"{teacher.card['test_accuracy']} % on the test images\nmixing   {recipe.mixing}", flush=True)
-    mixer = SuperMix(teacher, **asdict(recipe.mixing))
+    mixer = SuperMix(teacher, recipe.mixing)
     picture = draw_picture(mixer, images, Path(out) / "mixes.png")
     begun = time.perf_counter()
     mixes = make_mixes(teacher, images, recipe.mixes, recipe.mixing, recipe.training.seed, mixed_pad=recipe.mixed_pad)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import write_atomic
 from ..data import FolderImages, Images, Info
-from .race import figures, plain_way
+from .race import baseline, sparsity_and_kl
 from ..mixing.engine import PASSES, Engine, decode, draw_block, joined
 from ..recipes import FAST, IMAGENET, Mixing
 from ..zoo import create
@@ -68,17 +68,17 @@ def measure(teacher: nn.Module, images: Images, out: str | Path = "results/large
     engine, memory, start = Engine(teacher, images[:2][0], mixing, slots), [], time.perf_counter()
     def queue():
         for b in range(blocks):
-            yield draw_block(images, engine.see, mixing, 0, b)
+            yield draw_block(images, engine.source_logits, mixing, 0, b)
             memory.append(peak_memory())     # when all sets of this block are solved, given up, or in a slot
     found = joined(engine.run(queue()))  # the engine first: a process's peak memory never falls again
     took, share = time.perf_counter() - start, engine.clock[PASSES] / sum(engine.clock.values())
-    block = draw_block(images, engine.see, mixing, 0, 0)
+    block = draw_block(images, engine.source_logits, mixing, 0, 0)
     few, size = type(block)(*(t[:sets] for t in block)), tuple(block.images.shape[-2:])
     start = time.perf_counter()
-    theta, logits, solved = (t.cpu() for t in plain_way(
+    theta, logits, solved = (t.cpu() for t in baseline(
         teacher, *(t.to(engine.device) for t in (few.images, few.lam, few.classes)), before))
-    plain, its = time.perf_counter() - start, figures(few, theta, logits)
-    values, first = figures(found, decode(found.code, True), found.logits, size), found.index < sets
+    plain, its = time.perf_counter() - start, sparsity_and_kl(few, theta, logits)
+    values, first = sparsity_and_kl(found, decode(found.code, True), found.logits, size), found.index < sets
     both = first & solved[found.index.clamp(max=sets - 1)]
     result = {"plain": {"images/s": int(solved.sum()) / plain, "solved": solved.float().mean().item(),
                         **named(its[solved])},
