@@ -200,7 +200,8 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
     torch.manual_seed(0)
     network = create("resnet8", 10).eval()
     half = Engine(copy.deepcopy(network).bfloat16(), x, QUICK)
-    assert half.source_logits(x).dtype == torch.float32 and half.source_logits(x).allclose(network(x), rtol=0.1, atol=0.1)
+    logits = half.source_logits(x)
+    assert logits.dtype == torch.float32 and logits.allclose(network(x), rtol=0.1, atol=0.1)
     loose = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False),
                                 torch.nn.Flatten(), torch.nn.Linear(4 * 30 * 30, 10))
     assert fold_norms(loose, x)(x).allclose(loose.eval()(x), atol=1e-4)  # and yet an image's logits are not its own

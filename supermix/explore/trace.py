@@ -14,7 +14,7 @@ import torch
 from ..core import evaluating, lookup
 from ..mixing.masks import areas, soft_labels, sparsity
 from ..mixing.mixers import box_masks
-from ..mixing.solver import SuperMix, check_logits, objective, search_step
+from ..mixing.solver import SuperMix, check_logits, objective, prepare, search_step
 from ..recipes import FAST, Mixing
 
 # %% ../../nbs/70_explore.trace.ipynb #dfff0c9b
@@ -43,7 +43,7 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
           ):                   # yields a `Step` for 0, 1, … updates
     "The iterations of `mixer.solve(sets, lam, theta)`, one by one."
     with torch.inference_mode(False), evaluating(mixer.teacher):
-        problem, theta = mixer.prepare(sets, lam, theta)
+        problem, theta = prepare(mixer, sets, lam, theta)
     rows, state = torch.arange(len(sets), device=sets.device), None
     for n in range(mixer.max_iter + 1):
         with torch.inference_mode(False), evaluating(mixer.teacher):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['objective', 'newton_step', 'is_solved', 'hinge', 'Problem', 'Pass', 'check_gradient', 'search_step', 'first_theta',
            'Mixed', 'check_callable', 'check_sets', 'check_logits', 'teacher_logits', 'check_classes', 'classes_of',
-           'hidden_networks', 'check_teacher', 'TeacherCheck', 'SuperMix']
+           'hidden_networks', 'check_teacher', 'TeacherCheck', 'prepare', 'SuperMix']
 
 # %% ../../nbs/33_mixing.solver.ipynb #a3c83d2e
 import math
@@ -313,11 +313,21 @@ class TeacherCheck:
         if not self.done: check_teacher(teacher, images, k)
         self.done = True
 
+# %% ../../nbs/33_mixing.solver.ipynb #b9a6cbd2
+def prepare(mixer, sets, lam, theta=None, draw=None) -> tuple:  # as for `SuperMix.solve`; Problem, θ (B, k, w, w)
+    "The problem that a mixer is to solve, checked, and where its search starts."
+    check_sets(sets, lam, mixer.mixing)
+    sets = sets.clone() if sets.is_inference() else sets.detach()
+    mixer.check(mixer.teacher, sets.flatten(0, 1), mixer.k)
+    lam = lam.to(sets.device, torch.promote_types(sets.dtype, torch.float32))
+    classes = classes_of(mixer.teacher, sets)[0] if draw is None else draw.classes
+    return Problem(sets, classes, lam), first_theta(mixer.mixing, lam, sets.shape[-2:], theta=theta)
+
 # %% ../../nbs/33_mixing.solver.ipynb #6e5b43e6
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
     by_teacher = True  # its labels are of the classes that the teacher sees
-    def __init__(self, teacher,              # callable, images (B, C, H, W) -> logits (B, N): ours, torchvision's, timm's
+    def __init__(self, teacher,              # callable: images (B, C, H, W) -> logits (B, N); ours, torchvision's, …
                  mixing: Mixing = Mixing(),  # the settings; each can be read of the mixer, too: mixer.k
                  **settings,                 # some of them by name, in place of those of `mixing`: k=3
                  ):
@@ -333,7 +343,7 @@ class SuperMix(Mixer):
               ) -> Mixed:
         "Find the masks for exactly these sets and weights; an unsolved set comes back with its last iterate."
         with torch.inference_mode(False), evaluating(self.teacher):
-            problem, theta = self.prepare(sets, lam, theta, draw)
+            problem, theta = prepare(self, sets, lam, theta, draw)
             rows = torch.arange(len(sets), device=sets.device)
             steps, solved, logits = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool), None
             while len(rows):
@@ -347,15 +357,6 @@ class SuperMix(Mixer):
             images = mix(problem.sets, masks)
         return Mixed(images, masks, theta, problem.lam, problem.classes, logits, steps, solved)
 
-    def prepare(self, sets, lam, theta=None, draw=None) -> tuple:  # as for `solve`; Problem, θ (B, k, w, w)
-        "The problem that is to be solved, checked, and where its search starts."
-        check_sets(sets, lam, self.mixing)
-        sets = sets.clone() if sets.is_inference() else sets.detach()
-        self.check(self.teacher, sets.flatten(0, 1), self.k)
-        lam = lam.to(sets.device, torch.promote_types(sets.dtype, torch.float32))
-        classes = classes_of(self.teacher, sets)[0] if draw is None else draw.classes
-        return Problem(sets, classes, lam), first_theta(self.mixing, lam, sets.shape[-2:], theta=theta)
-
     def draw(self, images, labels=None, generator=None):
         self.check(self.teacher, images, self.k)
         logits = teacher_logits(self.teacher, images, self.k)
@@ -368,13 +369,15 @@ class SuperMix(Mixer):
         "Where the search starts: 0, or partitions at random angles."
         if self.start == "flat": return first_theta(self.mixing, lam, size)
         where = generator.device if generator is not None else "cpu"
-        return first_theta(self.mixing, lam, size, 2 * torch.pi * torch.rand(len(lam), generator=generator, device=where))
+        angle = 2 * torch.pi * torch.rand(len(lam), generator=generator, device=where)
+        return first_theta(self.mixing, lam, size, angle)
 
     def choose_masks(self, sets, draw, generator=None):
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
 
     def weights(self, masks, draw): return draw.lam
 
+# %% ../../nbs/33_mixing.solver.ipynb #5a0a4fe0
 def _setting(name: str) -> property:
     "A setting of a mixer, to be read."
     return property(lambda mixer: getattr(mixer.mixing, name), doc=f"The setting {name} of its `Mixing`.")

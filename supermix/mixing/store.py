@@ -130,8 +130,8 @@ def number(value): return isinstance(value, (int, float)) and not isinstance(val
 def settings(kind: type) -> dict:
     "The rules of a dataclass: its fields and their types. Those that came `later` may be missing."
     types = get_type_hints(kind)
-    return {f.name + "?" * f.metadata.get("later", False):
-            (f"a value of type {getattr(types[f.name], '__name__', types[f.name])}", lambda v, of=types[f.name]: fits(v, of))
+    rule = lambda of: (f"a value of type {getattr(of, '__name__', of)}", lambda v: fits(v, of))
+    return {f.name + "?" * f.metadata.get("later", False): rule(types[f.name])
             for f in fields(kind) if types[f.name] is not Mixing}
 
 HASH, TEXT = hexadecimal(16), ("text", lambda v: isinstance(v, str))
