@@ -3,15 +3,17 @@
 import copy
 import gc
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import supermix.mixing.engine
 import torch
 from supermix.data import load_data
 from supermix.experiments.race import RACES, baseline, processes_of, race, shared
-from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, decode, draw_block, encode, joined, round_theta,
-                                    solve_blocks)
+from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, Sets, Slots, decode, draw_block, encode, joined,
+                                    round_theta, solve_blocks, step_slots)
 from supermix.mixing.folding import fold_norms
 from supermix.mixing.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing.solver import SuperMix, is_solved
@@ -153,6 +155,39 @@ def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
     assert engine.tried == 3 * BLOCK and len(found.index.unique()) == len(found.index) == engine.solved_after.sum()
     other, again = solve(teacher, digits.train, slots=48, blocks=3)
     assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bytes
+
+
+class Steady(Slots):
+    "Slots as they are on a GPU: sets wait in a pool, looks are few, and the batch keeps its size."
+    def __init__(self, teacher, mixing, queue, n, device):
+        super().__init__(teacher, mixing, queue, n, device)
+        self.shrinks, self.spare = False, 4 * n
+        self.rows = torch.full((n,), self.spare, device=device)
+
+
+def test_slots_that_keep_their_number_solve_the_same_sets(teacher, digits, monkeypatch):
+    usual, found = solve(teacher, digits.train, blocks=2)
+    monkeypatch.setattr(supermix.mixing.engine, "Slots", Steady)
+    (engine, ours), (_, again) = (solve(teacher, digits.train, blocks=2, slots=48) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))  # the same bytes
+    assert engine.tried == usual.tried == 2 * BLOCK and len(ours.index.unique()) == len(ours.index)
+    assert engine.passes == int(ours.steps.sum()) + 15 * (engine.tried - len(ours.index)) + len(ours.index)
+    assert torch.isin(ours.index, found.index).float().mean() > 0.93
+    assert is_solved(ours.logits, ours.classes).all() and (ours.steps >= 1).all()
+
+
+@pytest.mark.parametrize("mixing", [QUICK, Mixing(), replace(QUICK, k=3, give_up=3.0)], ids=["fast", "paper", "eager"])
+def test_a_pass_waits_for_no_number(mixing, monkeypatch):
+    "On PyTorch's device without data, whatever needs the value of a tensor fails, and so do copies from elsewhere."
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device does not have
+    network, k = create("resnet8", 10).eval().to("meta"), mixing.k
+    shapes = {"lam": (9, k), "angle": (9,), "images": (9, k, 3, 32, 32)}
+    sets = Sets(*(torch.zeros(shapes.get(name, (9, k)), dtype=None if name in shapes else torch.int64, device="meta")
+                  for name in Sets._fields))
+    slots = Slots(network, mixing, iter(()), 4, torch.device("meta"))
+    slots.open(sets)
+    for _ in range(3): step_slots(slots)
+    assert slots.rows.shape == (4,) and slots.logits.shape == (17, 10) and slots.theta.device.type == "meta"
 
 
 def test_slot_counts_agree_nearly(teacher, digits):
