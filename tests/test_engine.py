@@ -2,15 +2,17 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import supermix.mixing.engine
 import torch
 from supermix.data import load_data
 from supermix.experiments.race import RACES, open_pool, race, read_report, solve_baseline, solve_in_pool
-from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, decode, draw_block, encode, joined, rounded,
-                                    solve_blocks)
+from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, Sets, Slots, decode, draw_block, encode, joined,
+                                    round_theta, solve_blocks, step_slots)
 from supermix.mixing.folding import fold_norms
 from supermix.mixing.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing.solver import SuperMix, is_solved
@@ -23,7 +25,7 @@ QUICK = Mixing(**FAST)
 
 def solve(teacher, images, mixing=QUICK, blocks=1, slots=128, seed=0, first=0):
     engine = Engine(teacher, images[:2][0], mixing, slots)
-    found = list(engine.run(draw_block(images, engine.see, mixing, seed, first + b) for b in range(blocks)))
+    found = list(engine.run(draw_block(images, engine.source_logits, mixing, seed, first + b) for b in range(blocks)))
     found = Found(*map(torch.cat, zip(*found)))
     return engine, Found(*(t[found.index.argsort()] for t in found))
 
@@ -89,10 +91,10 @@ def test_a_code_is_a_rounding_that_stays(held):
     theta = hold_sparsity(torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 0.06, (32, 32))
     code = encode(theta, held)
     assert code.dtype == torch.float16 and code.shape[1] == (2 if held else 3)
-    once = rounded(theta, held)
-    assert torch.equal(rounded(once, held), once) and torch.equal(decode(encode(once, held), held), once)
+    once = round_theta(theta, held)
+    assert torch.equal(round_theta(once, held), once) and torch.equal(decode(encode(once, held), held), once)
     torch.testing.assert_close(once, theta, atol=0.05, rtol=2e-3)
-    assert torch.isfinite(rounded(theta * 1e6, held)).all()
+    assert torch.isfinite(round_theta(theta * 1e6, held)).all()
 
 
 def test_draws_depend_on_seed_and_number_alone(teacher, digits):
@@ -111,14 +113,14 @@ def test_draws_depend_on_seed_and_number_alone(teacher, digits):
 @pytest.mark.parametrize("mixing", [QUICK, Mixing(max_iter=12), replace(QUICK, k=3)], ids=["fast", "paper", "three"])
 def test_what_is_stored_is_what_the_teacher_approved(mixing, teacher, digits):
     engine, found = solve(teacher, digits.train, mixing)
-    sets = draw_block(digits.train, engine.see, mixing, 0, 0)
+    sets = draw_block(digits.train, engine.source_logits, mixing, 0, 0)
     assert (engine.tried == BLOCK and 0.3 * BLOCK < len(found.index) < BLOCK
             and (found.steps >= 1).all() and (found.steps <= mixing.max_iter).all())
     rows = found.index
     for name in ("sources", "crop", "flip", "lam", "classes"):
         assert torch.equal(getattr(found, name), getattr(sets, name)[rows])
     images = mix(sets.images[rows], masks_from_theta(decode(found.code, mixing.hold is not None), (32, 32)))
-    with torch.no_grad(): logits = engine.ask(images)
+    logits = engine.source_logits(images)
     torch.testing.assert_close(logits, found.logits, rtol=1e-4, atol=1e-4)
     assert is_solved(found.logits, found.classes).all()
 
@@ -127,7 +129,7 @@ def test_the_papers_update_is_chapter_33s(teacher, digits):
     "In one batch, before rounding can tell: the first update of both."
     mixing = Mixing(max_iter=1)
     engine, found = solve(teacher, digits.train, mixing)
-    sets = draw_block(digits.train, engine.see, mixing, 0, 0)
+    sets = draw_block(digits.train, engine.source_logits, mixing, 0, 0)
     mixed = SuperMix(teacher, max_iter=1).solve(sets.images, sets.lam)
     assert abs(len(found.index) - int(mixed.solved.sum())) <= 2
     both = found.index[mixed.solved[found.index]]
@@ -154,6 +156,39 @@ def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
     assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bytes
 
 
+class Steady(Slots):
+    "Slots as they are on a GPU: sets wait in a pool, looks are few, and the batch keeps its size."
+    def __init__(self, teacher, mixing, queue, n, device):
+        super().__init__(teacher, mixing, queue, n, device)
+        self.shrinks, self.spare = False, 4 * n
+        self.rows = torch.full((n,), self.spare, device=device)
+
+
+def test_slots_that_keep_their_number_solve_the_same_sets(teacher, digits, monkeypatch):
+    usual, found = solve(teacher, digits.train, blocks=2)
+    monkeypatch.setattr(supermix.mixing.engine, "Slots", Steady)
+    (engine, ours), (_, again) = (solve(teacher, digits.train, blocks=2, slots=48) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))  # the same bytes
+    assert engine.tried == usual.tried == 2 * BLOCK and len(ours.index.unique()) == len(ours.index)
+    assert engine.passes == int(ours.steps.sum()) + 15 * (engine.tried - len(ours.index)) + len(ours.index)
+    assert torch.isin(ours.index, found.index).float().mean() > 0.93
+    assert is_solved(ours.logits, ours.classes).all() and (ours.steps >= 1).all()
+
+
+@pytest.mark.parametrize("mixing", [QUICK, Mixing(), replace(QUICK, k=3, give_up=3.0)], ids=["fast", "paper", "eager"])
+def test_a_pass_waits_for_no_number(mixing, monkeypatch):
+    "On PyTorch's device without data, whatever needs the value of a tensor fails, and so do copies from elsewhere."
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device does not have
+    network, k = create("resnet8", 10).eval().to("meta"), mixing.k
+    shapes = {"lam": (9, k), "angle": (9,), "images": (9, k, 3, 32, 32)}
+    sets = Sets(*(torch.zeros(shapes.get(name, (9, k)), dtype=None if name in shapes else torch.int64, device="meta")
+                  for name in Sets._fields))
+    slots = Slots(network, mixing, iter(()), 4, torch.device("meta"))
+    slots.open(sets)
+    for _ in range(3): step_slots(slots)
+    assert slots.rows.shape == (4,) and slots.logits.shape == (17, 10) and slots.theta.device.type == "meta"
+
+
 def test_slot_counts_agree_nearly(teacher, digits):
     few, many = (solve(teacher, digits.train, slots=slots, blocks=2)[1] for slots in (32, 128))
     common = torch.isin(few.index, many.index).float().mean()
@@ -163,7 +198,7 @@ def test_slot_counts_agree_nearly(teacher, digits):
 def test_any_callable_and_bad_ones(teacher, digits):
     x, _ = digits.train[:2]
     engine = Engine(lambda images: teacher.eval()(images), x, QUICK)
-    assert len(list(engine.run([draw_block(digits.train, engine.see, QUICK, 0, 0)])))
+    assert len(list(engine.run([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)])))
     assert list(engine.run([])) == []
     with pytest.raises(ValueError, match="1 or more slots, got 0"): Engine(teacher, x, QUICK, slots=0)
     with pytest.raises(ValueError, match="Expected the teacher to give logits"):
@@ -191,7 +226,7 @@ def test_a_teacher_without_a_gradient_is_an_error_and_no_store_of_chance(teacher
     for mixing in (QUICK, replace(QUICK, hold=None, start="flat")):
         engine = Engine(deaf, x, mixing)
         with pytest.raises(ValueError, match="differentiable, got logits without a gradient"):
-            list(engine.run([draw_block(digits.train, engine.see, mixing, 0, 0)]))
+            list(engine.run([draw_block(digits.train, engine.source_logits, mixing, 0, 0)]))
 
 
 def test_odd_teachers_work_or_say_what_is_wrong(digits):
@@ -199,7 +234,8 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
     torch.manual_seed(0)
     network = create("resnet8", 10).eval()
     half = Engine(copy.deepcopy(network).bfloat16(), x, QUICK)
-    assert half.see(x).dtype == torch.float32 and half.see(x).allclose(network(x), rtol=0.1, atol=0.1)
+    logits = half.source_logits(x)
+    assert logits.dtype == torch.float32 and logits.allclose(network(x), rtol=0.1, atol=0.1)
     loose = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False),
                                 torch.nn.Flatten(), torch.nn.Linear(4 * 30 * 30, 10))
     assert fold_norms(loose, x)(x).allclose(loose.eval()(x), atol=1e-4)  # and yet an image's logits are not its own
@@ -228,7 +264,7 @@ def test_memory_does_not_grow_with_the_images(teacher, digits):
     engine = Engine(teacher, digits.train[:2][0], QUICK, 64)
     def peak(blocks):
         high = 0
-        for _ in engine.run(draw_block(digits.train, engine.see, QUICK, 0, b) for b in range(blocks)):
+        for _ in engine.run(draw_block(digits.train, engine.source_logits, QUICK, 0, b) for b in range(blocks)):
             living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                       for t in gc.get_objects() if type(t) is torch.Tensor}
             high = max(high, sum(living.values()))
@@ -309,4 +345,4 @@ def test_a_compiled_teacher(digits):
     network, x = norm_of(lambda conv: conv), digits.train[:4][0]
     traced = torch.jit.trace(network, x)
     engine = Engine(traced, x, QUICK)
-    torch.testing.assert_close(engine.see(x), network(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(engine.source_logits(x), network(x), rtol=1e-3, atol=1e-3)

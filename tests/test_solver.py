@@ -3,12 +3,17 @@
 import copy
 import json
 import math
+import re
 import warnings
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import supermix.explore.trace
+import supermix.mixing.engine
+import supermix.mixing.solver
 import timm
 import torch
 import torch.nn.functional as F
@@ -17,10 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from supermix.core import compare_classes
 from supermix.data import load_data
-from supermix.mixing.engine import Engine, decode, solve_blocks
+from supermix.explore.trace import Setting, trace
+from supermix.mixing.engine import Engine, Sets, decode, solve_blocks
 from supermix.mixing.masks import masks_from_theta, mix, regions, soft_labels, sparsity
-from supermix.mixing.solver import SuperMix, check_teacher, hidden_networks, hinge, is_solved, newton_step, objective
-from supermix.recipes import FAST, Mixing
+from supermix.mixing.solver import (SuperMix, check_teacher, hidden_networks, hinge, is_solved, newton_step, objective,
+                                    search_step)
+from supermix.mixing.store import MANIFEST, settings
+from supermix.recipes import FAST, Mixing, as_named, later
 from supermix.training.loop import accuracy, check_teacher_labels
 from supermix.zoo import create, pretrained
 from torch import nn
@@ -51,7 +59,8 @@ def oracle_problem(case):
     k, size, w, sigma = (float(part.split("=")[1]) for part in case.split())
     sources = F.interpolate(random(7 + int(k), 6, 3, 4, 4), size=int(size), mode="bilinear")
     sets = torch.stack([sources[(torch.arange(int(k)) + b) % 6] for b in range(6)])
-    return sources, sets, double(ORACLE[case]["lam"]), partial(SuperMix, oracle_teacher, int(k), int(w), sigma)
+    solver = partial(SuperMix, oracle_teacher, k=int(k), mask_size=int(w), sigma=sigma)
+    return sources, sets, double(ORACLE[case]["lam"]), solver
 
 
 @pytest.mark.parametrize("case", ORACLE)
@@ -71,6 +80,184 @@ def test_every_number_of_the_oracle(case):
         close(got.logits[1], double(step["logits_set1"]))
         assert (~got.solved).double().tolist() == step["unsolved"]
         logits, masks, solved = got.logits, got.masks, got.solved
+
+
+# ---- one step, three drivers: solver, engine and explorer take the steps of a reference, whatever the settings
+
+def hats(w, n):
+    "The matrix (n, w) that enlarges a row of w cells to n pixels, linearly between their middles."
+    at = ((torch.arange(n, dtype=torch.float64) + 0.5) * w / n - 0.5).clamp(0, w - 1)
+    return (1 - (at[:, None] - torch.arange(w)).abs()).clamp(min=0)
+
+
+def shares_of(theta, n):
+    large = torch.einsum("ay,kyx,bx->kab", hats(theta.shape[-1], n), theta, hats(theta.shape[-1], n))
+    return large.sigmoid() / large.sigmoid().sum(0)
+
+
+def grey(theta, n): return (shares_of(theta, n) * (1 - shares_of(theta, n))).mean()
+
+
+def held(theta, target, n, rounds):
+    theta = theta - theta.amax(0)
+    for _ in range(rounds): theta = theta * (grey(theta - 3, n) / target).clamp(0.3, 8)
+    return theta - 3
+
+
+def sectors(lam, m, n):
+    "A partition at angle 0."
+    k, at = len(lam), (torch.arange(m.mask_size, dtype=torch.float64) + 0.5) * 2 / m.mask_size - 1
+    ramps = torch.stack([math.cos(math.tau * i / k) * at[None] + math.sin(math.tau * i / k) * at[:, None]
+                         for i in range(k)])
+    offset = torch.zeros(k, 1, 1, dtype=torch.float64)
+    for _ in range(12): offset += 0.5 * (lam - (30 * (ramps + offset)).softmax(0).mean((1, 2)))[:, None, None]
+    return held(4 * (ramps + offset), m.hold, n, 3)
+
+
+def reference(images, lam, m):
+    "θ before each pass over one set, to the last, and whether it is solved there; by nothing of the package."
+    n, k, taps = images.shape[-1], len(lam), torch.arange(-int(2.5 * m.sigma), int(2.5 * m.sigma) + 1).double()
+    taps = (-taps ** 2 / (2 * m.sigma ** 2)).exp() / (-taps ** 2 / (2 * m.sigma ** 2)).exp().sum()
+    classes = oracle_teacher(images).argmax(1)
+    others = [c for c in range(10) if c not in classes]
+    want = sum(share * F.one_hot(c, 10) for share, c in zip(lam, classes))
+    theta = sectors(lam, m, n) if m.start == "regions" else torch.zeros(k, m.mask_size, m.mask_size).double()
+    way = []
+    for updates in range(m.max_iter + 1):
+        way.append(theta)
+        leaf = theta.clone().requires_grad_()
+        z = oracle_teacher((shares_of(leaf, n)[:, None] * images).sum(0)[None])[0]
+        lack = (1 + z[others].max() - z[classes].min()).clamp(min=0)
+        if updates and set(z.argsort()[-k:].tolist()) == set(classes.tolist()): return way, True
+        if updates > 1 and m.give_up is not None and lack > m.give_up: break
+        loss = (want * (want.clamp(min=1e-99).log() - z.log_softmax(0))).sum() + m.margin * lack
+        if m.hold is None: loss = loss + m.lambda_s * grey(leaf, n)
+        grad, = torch.autograd.grad(loss, leaf)
+        d = F.conv2d(grad[:, None], (taps[:, None] * taps)[None, None], padding=len(taps) // 2)[:, 0]
+        theta = theta - (m.step * loss.detach() / ((grad * d).sum() + 1e-10)).clamp(1e-4, 2000) * d
+        if m.hold is not None: theta = held(theta, m.hold, n, 1)
+    return way, False
+
+
+def by_solver(teacher, sets, lam, mixing): SuperMix(teacher, mixing).solve(sets, lam)
+
+
+def by_explorer(teacher, sets, lam, mixing): trace(SuperMix(teacher, mixing), sets, lam)
+
+
+def by_engine(teacher, sets, lam, mixing):
+    n, k = sets.shape[:2]
+    engine = Engine(teacher, sets[:, 0], mixing, slots=4)  # fewer than there are sets: some wait
+    engine.dtype = torch.float64
+    nothing = torch.zeros(n, k, 1)
+    list(engine.run([Sets(torch.arange(n), nothing, nothing, nothing, lam, torch.zeros(n),
+                          teacher(sets.flatten(0, 1)).argmax(1).view(n, k), sets)]))
+
+
+DRIVERS = {"solver": (by_solver, supermix.mixing.solver), "engine": (by_engine, supermix.mixing.engine),
+           "explorer": (by_explorer, supermix.explore.trace)}
+
+
+def recorded(driver, sets, lam, mixing, monkeypatch):
+    "θ before each pass over each set, and whether it is solved at the last, as a driver hands them to the step."
+    drive, module = DRIVERS[driver]
+    ways, solved = [[] for _ in sets], [False] * len(sets)
+
+    def step(teacher, problem, theta, *rest):
+        now = search_step(teacher, problem, theta, *rest)
+        for images, at, done in zip(problem.sets, theta, now.solved.tolist()):
+            b = next(b for b, other in enumerate(sets) if torch.equal(images, other))
+            ways[b].append(at.clone())
+            solved[b] = done
+        return now
+    monkeypatch.setattr(module, "search_step", step)
+    if driver == "engine": monkeypatch.setattr(module, "round_theta", lambda theta, held: theta)  # to 16 bits
+    drive(oracle_teacher, sets, lam, mixing)
+    return ways, solved
+
+
+def problem_of(k):
+    "Six sets of k images of the oracle's, and their shares."
+    sources = F.interpolate(random(7 + k, 6, 3, 4, 4), size=16, mode="bilinear")
+    sets = torch.stack([sources[(torch.arange(k) + b) % 6] for b in range(6)])
+    return sets, 0.1 / k + 0.9 * random(12, 6, k).softmax(1)
+
+
+def same_ways(ours, theirs):
+    return all(len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-6, atol=1e-9)
+                                        for x, y in zip(a, b)) for a, b in zip(ours, theirs))
+
+
+SLOW = Mixing(max_iter=5, step=0.3)  # small steps: sets stay open for some updates
+HELD = replace(SLOW, hold=0.06)
+ONE_FIELD = [(SLOW, {}), (SLOW, {"k": 3}), (SLOW, {"mask_size": 5}), (SLOW, {"sigma": 2.0}), (SLOW, {"lambda_s": 5.0}),
+             (SLOW, {"max_iter": 3}), (SLOW, {"step": 0.5}), (SLOW, {"hold": 0.06}), (SLOW, {"margin": 2.0}),
+             (SLOW, {"give_up": 1.0}), (HELD, {"start": "regions"})]
+
+
+@pytest.mark.parametrize("base, field", ONE_FIELD, ids=lambda part: " ".join(part) if isinstance(part, dict) else "")
+def test_three_drivers_take_the_same_steps_and_know_every_setting(base, field, monkeypatch):
+    mixing = replace(base, **field)
+    sets, lam = problem_of(mixing.k)
+    ways, solved = zip(*(reference(*pair, mixing) for pair in zip(sets, lam)))
+    for driver in DRIVERS:
+        ours, done = recorded(driver, sets, lam, mixing, monkeypatch)
+        assert same_ways(ours, ways) and done == list(solved), driver
+    if field and "k" not in field:
+        assert not same_ways(ways, [reference(*pair, base)[0] for pair in zip(sets, lam)])
+
+
+def test_every_field_of_the_search_is_tried():
+    assert {f.name for f in fields(Mixing)} == {name for _, field in ONE_FIELD for name in field} | {"alpha"}
+
+
+# ---- settings are one object
+
+def test_settings_by_name_are_a_shorthand(teacher, digits, seeded):
+    images = digits.test[:12][0]
+    for by_name, by_object in ((SuperMix(teacher, k=3, sigma=2.0, max_iter=2),
+                                SuperMix(teacher, Mixing(k=3, sigma=2.0, max_iter=2))),
+                               (SuperMix(teacher, Mixing(sigma=2.0, max_iter=2), k=3),
+                                SuperMix(teacher, Mixing(sigma=2.0, max_iter=2, k=3)))):
+        assert by_name.mixing == by_object.mixing
+        for ours, theirs in zip(by_name(images, generator=seeded()), by_object(images, generator=seeded())):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="Expected settings as a `Mixing` or by their names, such as k=3, got 3"):
+        SuperMix(teacher, 3)
+    with pytest.raises(ValueError, match="sigm.*Did you mean 'sigma'"): SuperMix(teacher, sigm=2.0)
+
+
+def test_a_mixers_settings_can_be_read_and_not_set(teacher):
+    mixing = Mixing(k=3, **FAST)
+    mixer = SuperMix(teacher, mixing)
+    assert {f.name: getattr(mixer, f.name) for f in fields(Mixing)} == vars(mixing)
+    with pytest.raises(AttributeError): mixer.k = 2  # which would say something else than its `mixing`
+
+
+@dataclass(frozen=True)
+class Wider(Mixing):
+    "What `Mixing` is after a setting was added to it."
+    tilt: float = later(0.5)
+
+
+def test_a_new_setting_is_known_wherever_settings_go(teacher, digits):
+    assert SuperMix(teacher, Wider(), tilt=2.0).mixing.tilt == 2.0
+    assert Engine(teacher, digits.test[:2][0], Wider(tilt=2.0)).mixing.tilt == 2.0
+    assert set(settings(Wider)) == {f.name for f in fields(Mixing)} | {"tilt?"}  # earlier stores lack it
+    assert set(settings(Mixing)) == set(MANIFEST["recipe"]["mixing"])
+    assert as_named(Wider()) == asdict(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
+    assert {f.name for f in fields(Mixing)} < {f.name for f in fields(Setting)}
+
+
+def test_the_settings_are_listed_in_one_place():
+    "Most are read by the step alone; who names one elsewhere has a use for just that one."
+    package = Path(supermix.mixing.solver.__file__).parent.parent
+    names = [f.name for f in fields(Mixing)]
+    for path in package.rglob("*.py"):
+        if path.name in ("recipes.py", "solver.py", "_modidx.py"): continue
+        text = path.read_text()
+        listed = [name for name in names if re.search(rf"\b{name}\b", text)]
+        assert not {"give_up", "alpha", "step", "margin"} <= set(listed), path
 
 
 # ---- equations (1) to (4) again, in plain loops over plain numbers; the gradient by central differences
@@ -145,7 +332,8 @@ def slow_solve(weights, images, lam, w, sigma, lambda_s, max_iter):
 def test_a_slow_twin_takes_the_same_steps(k, w, sigma, lambda_s, H, W):
     weights, sets = random(1, 6, 2 * H * W) / (2 * H * W) ** 0.5, random(2, 3, k, 2, H, W)
     lam = random(3, 3, k).softmax(1)
-    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T), k, w, sigma, lambda_s, max_iter=3)
+    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T),
+                     Mixing(k=k, mask_size=w, sigma=sigma, lambda_s=lambda_s, max_iter=3))
     got = mixer.solve(sets, lam)
     for b in range(3):
         theta, z, steps, solved = slow_solve(weights.tolist(), sets[b].tolist(), lam[b].tolist(), w, sigma, lambda_s, 3)
@@ -185,8 +373,9 @@ def problems(draw):
     dtype, seed = draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(0, 1000))
     sets = (scale * random(seed, B, k, C, H, W)).to(dtype)
     lam = draw(st.sampled_from([F.one_hot(torch.arange(B) % k, k), (3 * random(seed, B, k)).softmax(1)])).to(dtype)
-    mixer = SuperMix(pooled, k, draw(st.integers(1, min(H, W))), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
-                     draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
+    mixer = SuperMix(pooled, k=k, mask_size=draw(st.integers(1, min(H, W))),
+                     sigma=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+                     lambda_s=draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
     return mixer, sets, lam
 
 
@@ -298,7 +487,7 @@ def test_sets_neither_know_each_other_nor_when_they_were_begun():
 def test_permuting_the_sources_permutes_the_masks(k):
     images, lam = F.interpolate(random(8, 5, 3, 4, 4), size=20)[None, :k], random(9, 1, k).softmax(1)
     order = torch.arange(k).roll(1)
-    solver = SuperMix(oracle_teacher, k, max_iter=5)
+    solver = SuperMix(oracle_teacher, k=k, max_iter=5)
     a, b = solver.solve(images, lam), solver.solve(images[:, order], lam[:, order])
     close(b.masks, a.masks[:, order])
     close(b.images, a.images)

@@ -47,11 +47,11 @@ def test_a_store_is_what_the_solver_saw(mixed, teacher, digits):
     assert len(mixed) == 300 and "300 mixed images of digits" in repr(mixed)
     batch = mixed.batch(range(300))
     engine = Engine(teacher, digits.train[:2][0], RECIPE.mixing)
-    with torch.no_grad(): logits = engine.ask(batch.images)
+    logits = engine.source_logits(batch.images)
     torch.testing.assert_close(logits, batch.logits, rtol=2e-3, atol=2e-2)
     assert is_solved(batch.logits, batch.classes).all()
     assert sparsity(batch.masks).mean() < 0.075
-    drawn = draw_block(digits.train, engine.see, RECIPE.mixing, 0, 0)
+    drawn = draw_block(digits.train, engine.source_logits, RECIPE.mixing, 0, 0)
     first = mixed.small["index"][:50].long()
     assert torch.equal(batch.sets[:50], drawn.images[first]) and torch.equal(batch.lam[:50], drawn.lam[first])
     torch.testing.assert_close(batch.target.sum(1), torch.ones(300))
@@ -205,7 +205,7 @@ def test_files_as_sources(photos, tmp_path):
     batch = mixed.batch(range(20))
     assert mixed.small["crop"].shape[2] == 4 and batch.images.shape == (20, 3, 64, 64)
     engine = Engine(teacher, images[:2][0], recipe.mixing)
-    with torch.no_grad(): torch.testing.assert_close(engine.ask(batch.images), batch.logits, rtol=5e-3, atol=5e-2)
+    torch.testing.assert_close(engine.source_logits(batch.images), batch.logits, rtol=5e-3, atol=5e-2)
 
 
 def test_quality(mixed, teacher):
@@ -624,7 +624,7 @@ def test_an_empty_shard_among_others(teacher, digits, tmp_path):
     begin(store, recipe, digits.train, teacher)
     rows = []
     for shard in range(5):
-        found = joined(engine.run([draw_block(digits.train, engine.see, RECIPE.mixing, 0, shard)]))
+        found = joined(engine.run([draw_block(digits.train, engine.source_logits, RECIPE.mixing, 0, shard)]))
         few = Found(*(t[:0 if shard in (0, 2, 3) else None] for t in found))
         store.keep(shard, few, 128, recipe.top)
         rows += sorted(few.index.tolist())

@@ -30,7 +30,7 @@ from ..mixing.folding import fold_norms
 from ..mixing.generate import generate
 from ..mixing.mixers import CutMix, CutMixInside, MixUp, Mixer
 from ..mixing.puzzlemix import PuzzleMix
-from ..mixing.solver import check_teacher, see as classify
+from ..mixing.solver import check_teacher, teacher_logits
 from ..mixing.store import MixedDataset, teacher_identity
 from ..recipes import FAST, Generation, Mixing, Terms, Training, method_terms
 from ..training.loop import (Batch, History, Objective, check_begun, check_recipe, check_teacher_labels,
@@ -77,7 +77,7 @@ def check_mixing(teacher: Callable, mixing: Mixing, images: Images) -> None:
     "A ValueError unless masks for mixes of these images can be searched for so."
     x = images[:1][0]
     check_engine(teacher, x, mixing, slots=1)
-    classify(teacher, to_device(x, teacher), mixing.k)
+    teacher_logits(teacher, to_device(x, teacher), mixing.k)
 
 def _check_stock_settings(mixed_pad: int, folder: str | Path | None) -> None:
     "A ValueError unless mixes can be moved by this number of pixels, and a folder may be there."
@@ -419,7 +419,7 @@ def check_parts(teacher: Callable | None,  # images (B, 3, H, W) to logits (B, N
         widths = {"student": student(x).shape[1]}
     if terms.teaches:
         check_teacher(teacher, x := to_device(images[:4][0], teacher), 1)  # a function may hide one in training mode
-        widths["teacher"] = classify(teacher, x[:1], 1).shape[1]
+        widths["teacher"] = teacher_logits(teacher, x[:1], 1).shape[1]
     _check_widths(widths, terms, images)
     return widths["student"]
 

@@ -94,7 +94,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     teacher = pretrained(data.info.name)
     print(f"data     {data}; students get {len(images):,} of them\nteacher  {teacher.card['network']}, "
           f"{teacher.card['test_accuracy']} % on the test images\nmixing   {recipe.mixing}", flush=True)
-    picture = _draw_mixes(SuperMix(teacher, **asdict(recipe.mixing)), images, out / "mixes.png")
+    picture = _draw_mixes(SuperMix(teacher, recipe.mixing), images, out / "mixes.png")
     begun = time.perf_counter()
     mixes = make_mixes(teacher, images, recipe.mixes, recipe.mixing, recipe.training.seed, mixed_pad=recipe.mixed_pad)
     print(f"mixes    {mixes}: {len(mixes) / (time.perf_counter() - begun):.0f} images/s", flush=True)

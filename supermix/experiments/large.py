@@ -74,7 +74,7 @@ def _time_engine(engine: Engine, images: Images, blocks: int) -> tuple[Lap, list
 
     def queue():
         for block in range(blocks):
-            yield draw_block(images, engine.see, engine.mixing, 0, block)
+            yield draw_block(images, engine.source_logits, engine.mixing, 0, block)
             memory.append(_peak_memory())
 
     found = joined(engine.run(queue()))
@@ -97,7 +97,7 @@ def measure_large(teacher: nn.Module, images: Images,
     engine = Engine(teacher, images[:2][0], Mixing(**LARGE), slots)
     ours, memory = _time_engine(engine, images, blocks)
     share = engine.clock[PASSES] / sum(engine.clock.values())
-    block = draw_block(images, engine.see, engine.mixing, 0, 0)
+    block = draw_block(images, engine.source_logits, engine.mixing, 0, 0)
     paper = Mixing(mask_size=engine.mixing.mask_size, sigma=engine.mixing.sigma)
     theirs = time_baseline(teacher, Sets(*(t[:sets] for t in block)), paper)
     result = {"baseline": summarize(theirs), "engine": summarize(ours),

@@ -25,7 +25,7 @@ from ..core import progress, write_atomic
 from ..data import Images
 from ..mixing.engine import BLOCK, PASSES, Engine, Found, Sets, decode, draw_block, joined, solve_blocks
 from ..mixing.masks import masks_from_theta, mix, soft_labels, sparsity
-from ..mixing.solver import advance, is_solved, objective
+from ..mixing.solver import is_solved, newton_step, objective
 from ..recipes import EAGER, FAST, Mixing
 
 # %% ../../nbs/46_experiments.race.ipynb #3f77fabf
@@ -50,7 +50,7 @@ def solve_baseline(teacher: Callable,      # images (B, C, H, W) -> logits (B, N
             final = logits.detach().clone()
         loss = objective(logits, target, masks, mixing.lambda_s)
         grad, = torch.autograd.grad(loss.sum(), leaf)
-        moved = advance(theta, loss.detach(), grad, mixing.sigma)
+        moved = newton_step(theta, loss.detach(), grad, mixing.sigma)
         theta = torch.where(solved[:, None, None, None], theta, moved)
         masks = masks_from_theta(theta, size)
         with torch.no_grad(): logits = teacher(mix(sets, masks))

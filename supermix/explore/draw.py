@@ -25,7 +25,7 @@ from ..core import seeded
 from .trace import Setting, Trace, boxes_in_turn, trace
 from ..mixing.masks import areas, mix, soft_labels, sparsity
 from ..mixing.mixers import constant_masks
-from ..mixing.solver import classes_of, objective, see
+from ..mixing.solver import classes_of, objective, teacher_logits
 
 # %% ../../nbs/71_explore.draw.ipynb #f8573454
 INK, BLUE, TEAL, ORANGE, GREY = "#222222", "#1b3a5b", "#58a4b0", "#d08c28", "#999999"
@@ -131,7 +131,7 @@ def make_scene(setting: Setting,
              ("CutMix", boxes_in_turn(lam, sets.shape[-2:], seeded(seed, setting.pick))))
     for name, masks in pairs:
         mixed, label = mix(sets, masks), soft_labels(classes, areas(masks), N)
-        z = see(teacher, mixed).to(label.dtype)
+        z = teacher_logits(teacher, mixed).to(label.dtype)
         rivals.append((name, picture(mixed)[0], z.softmax(1)[0].cpu(), label[0].cpu(),
                        objective(z, label, masks, 0.0).item(), sparsity(masks).item()))
     return Scene(setting, picture(sets[0]), classes[0].tolist(), target[0].cpu(), rivals, names, picture)
@@ -182,7 +182,7 @@ def draw_frame(scene: Scene, backdrop: Image.Image, way: Trace, n: int) -> Image
     draw_bars(canvas, (RIGHT, 218), scene.names, step.logits[0].softmax(0).cpu(), scene.target)
     canvas.text((RIGHT, 438), f"KL {step.kl[0].item():.2f}\nm(1−m) {step.sparsity[0].item():.3f}", INK, font(12),
                 spacing=6)
-    paper = setting.search == "paper"
+    paper = setting.search == "paper" and setting.hold is None
     weight, name = ((setting.lambda_s, f"λ_s · m(1−m), λ_s = {setting.lambda_s:g}") if paper
                     else (1.0, "m(1−m), held: not in the loss"))
     curves = [("KL(ŷ ‖ p)", way.kl[:, 0].tolist(), BLUE, "ellipse"),

@@ -38,7 +38,7 @@ from .trace import Setting, Trace, share_out, steps, trace
 from ..mixing.masks import areas, masks_from_theta, mix, soft_labels
 from ..mixing.mixers import check_images
 from ..mixing.smoothing import gaussian_kernel, smooth
-from ..mixing.solver import SuperMix, classes_of, objective, see, start_from
+from ..mixing.solver import SuperMix, classes_of, first_theta, objective, teacher_logits
 
 # %% ../../nbs/72_explore.widget.ipynb #6a2f4d78
 WORKERS = weakref.WeakSet()
@@ -173,7 +173,7 @@ class Session:
         self.images, info = take_images(images, info, count)
         self.teacher, self.images = alone(teacher, self.images)
         self.seed, self.picture = seed, painter(self.images, info)
-        logits = see(self.teacher, self.images)
+        logits = teacher_logits(self.teacher, self.images)
         self.classes = logits.argmax(1).tolist()
         self.names = namer(names if names is not None else getattr(info, "classes", None), logits.shape[1])
         self.worker, self.board, self.n = Newest(self.failed), None, 0
@@ -466,7 +466,7 @@ def explore_tau(logits: torch.Tensor, names: list[str] | None = None) -> Callabl
 # %% ../../nbs/72_explore.widget.ipynb #80356da4
 def descend(mixer: SuperMix, sets, lam, rate: float) -> list[float]:
     "The losses of the first set under gradient descent along the smoothed gradient, `mixer.max_iter` updates."
-    theta, losses = start_from(None, (len(sets), mixer.k, mixer.mask_size, mixer.mask_size), sets), []
+    theta, losses = first_theta(mixer.mixing, lam.to(sets), sets.shape[-2:]), []
     classes, N = classes_of(mixer.teacher, sets)
     target = soft_labels(classes, lam.to(theta), N)
     for _ in range(mixer.max_iter + 1):

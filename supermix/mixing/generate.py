@@ -71,7 +71,7 @@ def make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, t
     begun, blocks, solved = engine.tried, recipe.shard // BLOCK, 0
     def parts():
         nonlocal solved
-        for found in engine.run(draw_block(images, engine.see, recipe.mixing, recipe.seed, shard * blocks + b)
+        for found in engine.run(draw_block(images, engine.source_logits, recipe.mixing, recipe.seed, shard * blocks + b)
                                 for b in range(blocks)):
             solved += len(found.index)
             told(solved, engine.tried - begun)

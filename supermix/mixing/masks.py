@@ -73,8 +73,9 @@ def regions(lam: torch.Tensor,      # (B, k): the wanted areas, rows summing to 
             size: tuple[int, int],  # height and width of the images
             ) -> torch.Tensor:      # θ (B, k, w, w)
     "θ of a partition into k sectors whose areas are near `lam`."
-    k, at = lam.shape[1], (torch.arange(mask_size, device=lam.device) + 0.5) * 2 / mask_size - 1
-    angle = angle.to(lam)[:, None] + torch.arange(k, device=lam.device) * 2 * torch.pi / k
+    k, count = lam.shape[1], lambda n: torch.arange(n, dtype=lam.dtype, device=lam.device)
+    at = (count(mask_size) + 0.5) * 2 / mask_size - 1
+    angle = angle.to(lam)[:, None] + count(k) * 2 * torch.pi / k
     ramps = angle.cos()[:, :, None, None] * at + angle.sin()[:, :, None, None] * at[:, None]
     offset = torch.zeros_like(lam)
     for _ in range(12):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..core import evaluating
 from .mixers import Mixer, any_partners
-from .solver import ask
+from .solver import check_gradient, teacher_logits
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #87051514
 def graph_cuts():  # the module `gco`
@@ -39,9 +39,8 @@ def saliency(teacher,               # any differentiable callable from images to
     "The norm over channels of the gradient of the teacher's cross-entropy."
     with torch.inference_mode(False), torch.enable_grad(), evaluating(teacher):
         leaf = images.detach().clone().requires_grad_()
-        logits = ask(teacher, leaf)
-        if not logits.requires_grad:
-            raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
+        logits = teacher_logits(teacher, leaf, grad=True)
+        check_gradient(logits)
         N, labels = logits.shape[1], logits.argmax(1) if labels is None else labels.to(logits.device)
         if labels.min() < 0 or labels.max() >= N:
             raise ValueError(f"Expected labels from 0 to {N - 1}, got {labels.min()} to {labels.max()}.")

@@ -6,6 +6,8 @@
 __all__ = ['gaussian_kernel', 'smooth']
 
 # %% ../../nbs/32_mixing.smoothing.ipynb #910e2590
+from functools import lru_cache
+
 import torch
 
 # %% ../../nbs/32_mixing.smoothing.ipynb #1d909b1c
@@ -19,17 +21,19 @@ def gaussian_kernel(sigma: float,  # standard deviation, in cells; 0 gives the s
     return (taps / taps.sum()).to(device, dtype)
 
 # %% ../../nbs/32_mixing.smoothing.ipynb #cc83084a
+@lru_cache(64)
+def _band(n: int, sigma: float, dtype, device) -> torch.Tensor:  # (n, n)
+    "The matrix A that filters columns of n cells, made once: a copy to a GPU would wait for all that it computes."
+    with torch.inference_mode(False):
+        kernel, radius = gaussian_kernel(sigma, dtype), int(5 * sigma / 2)
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        return (kernel[(distance + radius).clamp(0, len(kernel) - 1)] * (distance.abs() <= radius)).to(device)
+
 def smooth(maps: torch.Tensor,  # float (..., h, w)
            sigma: float,        # standard deviation of the Gaussian, in cells
            ) -> torch.Tensor:   # of the same shape
     "Filter each map with a Gaussian of size 5σ, with zeros beyond its borders."
     if sigma == 0: return maps
-    kernel = gaussian_kernel(sigma, maps.dtype, maps.device)
-    radius = len(kernel) // 2
-
-    def band(n):
-        distance = torch.arange(n, device=maps.device)[:, None] - torch.arange(n, device=maps.device)
-        return kernel[(distance + radius).clamp(0, len(kernel) - 1)] * (distance.abs() <= radius)
-
+    columns, rows = (_band(n, sigma, maps.dtype, maps.device) for n in maps.shape[-2:])
     with torch.autocast(maps.device.type, enabled=False):  # a product of matrices would be rounded to bfloat16
-        return band(maps.shape[-2]) @ maps @ band(maps.shape[-1]).T
+        return columns @ maps @ rows.T
