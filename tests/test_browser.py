@@ -222,6 +222,7 @@ def newer_cancels_older(page, large):
     assert bar.inner_text() == "done" and handle.get_attribute("aria-valuenow") == wanted
 
 
+@pytest.mark.slow
 def test_the_explorer(lab, page):
     run_all(page, lab, "72_explore.widget")
     SHOTS.mkdir(parents=True, exist_ok=True)

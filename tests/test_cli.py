@@ -16,7 +16,7 @@ from termios import TIOCSWINSZ
 import pytest
 import supermix
 from supermix import cli
-from supermix.cli import COMMANDS, MIXERS, parse
+from supermix.cli import COMMANDS, MIXER_NAMES, parse_command
 from supermix.experiments import demo, runs, study, throughput
 from supermix.mixing.generate import command
 from supermix.training.loop import make_teacher
@@ -101,7 +101,7 @@ def test_a_command_has_the_options_of_its_function(command, function):
     assert told == of
 
 
-def test_every_mixer_can_be_named(): assert set(MIXERS) == set(runs.ROW_MIXERS) - {""}
+def test_every_mixer_can_be_named(): assert set(MIXER_NAMES) == set(runs.ROW_MIXERS) - {""}
 
 
 def test_all_ways_to_start_it():
@@ -150,14 +150,14 @@ def test_none_has_one_spelling_and_others_are_understood():
     for name, option in found:
         more = ["--data", "digits"] * (name == "teacher")
         if option.endswith("mixing.hold"): more = [option.replace("hold", "start"), "flat"]  # regions need it
-        plain = parse([name, option, "none", *more])
+        plain = parse_command([name, option, "none", *more])
         for spelling in ("None", "NONE"):
-            again = parse([name, option, spelling, *more])
+            again = parse_command([name, option, spelling, *more])
             assert again.args == plain.args and again.keywords == plain.keywords, option
     for spelling in ("none", "None"):
-        assert parse(["train", "--policy", spelling]).args[1] == supermix.recipes.Variant()
-        assert parse(["distill", f"--mixer={spelling}"]).args[1].mixer is None
-        assert parse(["generate", "--out", f"./{spelling}"]).args[1] == Path(spelling)  # a folder of this name
+        assert parse_command(["train", "--policy", spelling]).args[1] == supermix.recipes.Variant()
+        assert parse_command(["distill", f"--mixer={spelling}"]).args[1].mixer is None
+        assert parse_command(["generate", "--out", f"./{spelling}"]).args[1] == Path(spelling)  # a folder of this name
 
 
 def test_whoever_stops_reading_hears_no_complaint():

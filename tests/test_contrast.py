@@ -187,6 +187,7 @@ def work(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_keep_equal_memories(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -259,6 +259,7 @@ def test_nothing_to_join_is_an_error():
     with pytest.raises(ValueError, match="None of the sets was solved"): joined([])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(teacher, digits):
     "The bytes of all living tensors, looked at whenever sets are handed out: as many in 6 blocks as in 2."
     engine = Engine(teacher, digits.train[:2][0], QUICK, 64)

@@ -127,6 +127,7 @@ def test_two_processes_make_the_same(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(whole, tmp_path):
     first, second = (start(tmp_path / "store") for _ in range(2))
     while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
@@ -137,6 +138,7 @@ def test_a_worker_that_dies_is_replaced(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_under_torchrun(whole, tmp_path):
     process = start(tmp_path / "store",
                     launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))
@@ -146,6 +148,7 @@ def test_under_torchrun(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
     process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                                                   "--max-restarts", "3", "-m"))
@@ -176,6 +179,7 @@ def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
     assert start(tmp_path / "store").wait() == 0 and contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_done(whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -371,6 +375,7 @@ def test_a_command_that_fails_later_keeps_what_was_made(tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_what_a_killed_command_left_before_its_first_image_is_replaced(whole, tmp_path):
     process = start(tmp_path / "store", "--seed", "7")
     while not (tmp_path / "store" / "manifest.json").exists(): time.sleep(0.01)

@@ -172,9 +172,9 @@ def test_the_table_of_chapters_is_written_from_the_chapters(house):
     table = course_of(house)
     rows = {re.match(r"\| \[(?:run )?(\d\d) ", line)[1]: line for line in table.splitlines() if line.startswith("| [")}
     assert list(rows) == ["00", "31", "01"] and "runs/01_cifar100_distillation.ipynb) |" in rows["01"]
-    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb", lambda cells: [
-        cell.update(source=["## Exercises\n\n1. One.\n2. Two."])
-        for cell in cells if "## Exercises\n" in cell["source"]])
+    two = ["## Exercises\n\n1. One.\n2. Two."]
+    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
+         lambda cells: [cell.update(source=two) for cell in cells if "## Exercises\n" in cell["source"]])
     edit(house.ROOT / "nbs" / "00_core.ipynb", lambda cells: cells_of("markdown", cells)[0].update(
         source=["# Another title\n", "\n", "> Another | line.\n", "\n", "word " * 1500]))
     house.write_stamps(house.stamps() | {"00_core": house.stamps()["00_core"] | {"seconds": 21.0}})

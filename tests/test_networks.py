@@ -247,6 +247,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_shaking_in_two_processes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -16,7 +16,7 @@ from PIL import Image
 from supermix import accuracy, distill, load, load_folder, make_mixes
 from supermix.experiments.demo import DemoRow, demo_table
 from supermix.experiments.race import read_report
-from supermix.experiments.study import priced, results, table
+from supermix.experiments.study import charge_prices, load_results, study_table
 from supermix.recipes import Training
 from torch.nn import functional as F
 
@@ -131,13 +131,13 @@ def test_the_table_is_the_one_that_was_measured():
 
 
 def test_the_studys_table_is_the_one_that_was_measured():
-    found = results(ROOT / "results" / "study")
+    found = load_results(ROOT / "results" / "study")
     listed = json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"]
-    rows = priced(found["core"] | found["budget"], listed)
+    rows = charge_prices(found["core"] | found["budget"], listed)
     wanted = ("alone", "KD",
               *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
               "KD, double updates")
-    assert (table({name: rows[name] for name in wanted}, rows["KD"]) in README
+    assert (study_table({name: rows[name] for name in wanted}, rows["KD"]) in README
             and all(len(rows[name]) == 5 for name in wanted))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from supermix.experiments import runs
-from supermix.cli import BASES, CLASSIFIER_BASES, parse
+from supermix.cli import BASES, CLASSIFIER_BASES, parse_command
 from supermix.core import file_hash
 from supermix.experiments.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
 from supermix.experiments.runs import (ROW_MIXERS, Impossible, bytes_per_mix, check_row, estimate_cost, family_table,
@@ -352,7 +352,7 @@ def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
 def test_options_change_the_base_at_its_scale(command, line, changes):
     said = line.replace("=", " ").split()
     of = lambda name, other: said[said.index(name) + 1] if name in said else other
-    work = parse([command, *line.split()])
+    work = parse_command([command, *line.split()])
     base = (BASES if command == "distill" else CLASSIFIER_BASES)[of("--base", "cifar100")].at(of("--scale", "paper"))
     assert work.func is run_command and work.args[0] == change(base, changes)
 
@@ -360,7 +360,7 @@ def test_options_change_the_base_at_its_scale(command, line, changes):
 def test_the_help_shows_the_bases_numbers(capsys):
     for line, rate in (("", "0.1"), ("--base crd_benchmark", "0.05"),
                        ("--base crd_benchmark --student mobilenetv2", "0.01")):
-        with pytest.raises(SystemExit): parse(["distill", *line.split(), "--help"])
+        with pytest.raises(SystemExit): parse_command(["distill", *line.split(), "--help"])
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert f"initial learning rate (S 1.1) (default: {rate})" in shown
 
@@ -410,6 +410,7 @@ def test_distill_killed_and_started_again_ends_with_the_same_bytes(taught, tmp_p
     assert one["test_accuracy"] == two["test_accuracy"] and one["loss"] == two["loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_distil_one_student(taught, tmp_path):
     taught(tmp_path)
     out = ended(start("distill", *OPTIONS, "--mixer", "supermix", "--method", "kd", "--out", tmp_path,

@@ -10,17 +10,18 @@ import torch
 from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation.distill import MIXERS
-from supermix.experiments.study import (T95, Trial, clutter, core, cost, grid, interval, priced, prices, results,
-                                        run_trial, study, table)
+from supermix.experiments.study import (T95, Trial, all_trials, charge_prices, clutter, confidence_interval,
+                                        core_seconds, core_trials, load_results, measure_prices, run_trial, study,
+                                        study_table)
 from supermix.recipes import METHODS, Mixing
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_grid_is_the_studys():
-    trials = grid()
+    trials = all_trials()
     assert len({t.file for t in trials}) == len(trials)
-    assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core()) == 13
+    assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core_trials()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
     same = [t for t in trials if "double" in t.name or t.name == "SuperMix + KD"]
     assert len({(t.data == "cifar100", seen(t)) for t in same}) == 2
@@ -44,14 +45,14 @@ def test_students_t():
     for df, value in T95.items(): assert value == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
     values = [84.1, 85.0, 83.7, 84.9]
     low, high = stats.t.interval(0.95, 3, sum(values) / 4, stats.sem(values))
-    mean, half = interval(values)
+    mean, half = confidence_interval(values)
     assert mean - half == pytest.approx(low, abs=1e-3) and mean + half == pytest.approx(high, abs=1e-3)
-    assert interval([5.0]) == (5.0, float("inf"))
+    assert confidence_interval([5.0]) == (5.0, float("inf"))
 
 
 def test_every_result_is_of_its_trial():
-    found = results(ROOT / "results" / "study")
-    by_file = {t.file: t for t in grid()}
+    found = load_results(ROOT / "results" / "study")
+    by_file = {t.file: t for t in all_trials()}
     files = sorted((ROOT / "results" / "study").glob("*/*.json"))
     assert sum(len(seeds) for rows in found.values() for seeds in rows.values()) == len(files)
     for path in files:
@@ -67,14 +68,14 @@ def test_every_result_is_of_its_trial():
 def test_the_table_says_what_was_not_run():
     row = lambda accuracy: {"accuracy": accuracy, "core_seconds": {"mixing": 10.0, "training": 20.0}}
     fast = {"accuracy": 81.0, "core_seconds": None}  # by a GPU
-    text = table({"A": {0: row(80.0), 1: row(82.0)}, "B": {}, "C": {0: row(80.0), 1: fast}, "D": {0: fast, 1: fast}},
-                 {0: row(79.0), 1: row(80.0)})
+    rows = {"A": {0: row(80.0), 1: row(82.0)}, "B": {}, "C": {0: row(80.0), 1: fast}, "D": {0: fast, 1: fast}}
+    text = study_table(rows, {0: row(79.0), 1: row(80.0)})
     assert "| C | 80.50 ± 6.35 | +1.00 ± 0.00 | 2 | 10 + 20 |" in text and "| 2 |  |" in text
     assert "| A | 81.00 ± 12.71 | +1.50 ± 6.35 | 2 | 10 + 20 |" in text and "| B | not run |" in text
 
 
 def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
-    trial = replace(core()[1], images=60, updates=2, batch_size=30)
+    trial = replace(core_trials()[1], images=60, updates=2, batch_size=30)
     result, again = (run_trial(trial, digits, teacher, tmp_path) for _ in range(2))
     assert result["accuracy"] == again["accuracy"] and result["loss"] == again["loss"]
     assert result["trial"] == asdict(trial) and result["threads"] == torch.get_num_threads()
@@ -82,9 +83,10 @@ def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
     assert result["teacher_accuracy"] == teacher.card["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_prices_are_those_of_whole_runs(teacher, digits, tmp_path):
-    rows = [replace(core()[i], images=60, updates=updates, batch_size=30) for i, updates in ((1, 40), (9, 20))]
-    listed = prices(rows, digits, teacher, rounds=2, updates=4)["rows"]
+    rows = [replace(core_trials()[i], images=60, updates=updates, batch_size=30) for i, updates in ((1, 40), (9, 20))]
+    listed = measure_prices(rows, digits, teacher, rounds=2, updates=4)["rows"]
     kd, supermix = (listed[row.name] for row in rows)
     assert kd["mixing"] == [0, 0] and all(len(took) == 2 for parts in listed.values() for took in parts.values())
     training = run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
@@ -95,14 +97,15 @@ def test_prices_are_those_of_whole_runs(teacher, digits, tmp_path):
 
 
 def test_every_row_that_is_compared_has_a_price():
-    found, listed = (results(ROOT / "results" / "study"),
+    found, listed = (load_results(ROOT / "results" / "study"),
                      json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"])
     rows = found["core"] | found["budget"]
     assert listed.keys() == rows.keys()
-    for name, seeds in priced(rows, listed).items():
-        assert cost(seeds) == min(listed[name]["training"]) and cost(seeds, "mixing") == min(listed[name]["mixing"])
+    for name, seeds in charge_prices(rows, listed).items():
+        assert core_seconds(seeds) == min(listed[name]["training"])
+        assert core_seconds(seeds, "mixing") == min(listed[name]["mixing"])
         assert [r["accuracy"] for r in seeds.values()] == [r["accuracy"] for r in rows[name].values()]
-        assert (cost(seeds, "mixing") > 0) == name.startswith("SuperMix")
+        assert (core_seconds(seeds, "mixing") > 0) == name.startswith("SuperMix")
 
 
 def test_clutter_puts_an_item_on_a_piece_of_a_photograph():

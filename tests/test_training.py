@@ -667,6 +667,7 @@ def one_and_two(tmp_path_factory):
     return folder / "one", folder / "two"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TOGETHER)
 def test_two_processes_make_the_updates_of_one(method, one_and_two):
     (one, card), (two, other) = (load_tensors(folder / method) for folder in one_and_two)

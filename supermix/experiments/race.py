@@ -164,8 +164,8 @@ def race(teacher: nn.Module,  # copied, and put into evaluation mode
          batch: int = BLOCK,  # sets of its block that the baseline works on
          processes: int = 1,  # of the engine, one thread each; 1: one with all threads, as the baseline has
          ) -> dict[str, dict[str, float]]:  # figures of "baseline" and of each search
-    """The engine against the baseline on the sets of seed 0: solved images a second, share of sets solved, sparsity, KL;
-    for each search also its ratio to the baseline, the KL of both on the same sets, its passes for each solved image."""
+    """The engine against the baseline on the sets of seed 0: solved images a second, share of sets solved, sparsity,
+    KL; for each search also its ratio to the baseline, the KL of both on the same sets, and its passes an image."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     first = next(iter(ways.values()))
     paper = Mixing(k=first.k, mask_size=first.mask_size, sigma=first.sigma)
@@ -225,7 +225,8 @@ def run_races(teacher: nn.Module, images: Images,
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     return report
 
-_OLD_NAMES = {"plain": "baseline", "plain solved": "baseline solved", "KL, where both solve": "KL on sets that both solve",
+_OLD_NAMES = {"plain": "baseline", "plain solved": "baseline solved",
+              "KL, where both solve": "KL on sets that both solve",
               "the plain way's KL there": "baseline's KL on the same sets",
               "on the sets of the plain way": "on the baseline's sets",
               "plain KL where both solve": "baseline KL where both solve",

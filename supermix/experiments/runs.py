@@ -34,7 +34,8 @@ from ..mixing.generate import claimed, patiently
 from ..mixing.mixers import CutMix, Mixer, MixUp
 from ..mixing.store import MixedDataset
 from ..recipes import Family, Mixing, Recipe, Terms, Training, Variant, as_named, method_terms
-from ..training.loop import Batch, History, check_recipe, join, label_objective, short_hash, to_device, train, world
+from ..training.loop import (Batch, History, check_recipe, join, label_objective, short_hash, to_device, train,
+                                    world)
 from ..zoo import create, load, load_crd, names, save
 
 # %% ../../nbs/62_experiments.runs.ipynb #0b0b3b64
@@ -320,7 +321,7 @@ def _check_result_policy(found: dict, variant: Variant, policies: str | Path, pa
                          "Move it away, or give the new policy a file of its own.")
 
 def _check_result(found: dict, recipe: Recipe, variant: Variant, places: Places, device: torch.device) -> None:
-    "A ValueError where a result is of another policy, of other images, or another teacher's, as far as these are given."
+    "A ValueError where a result is of another policy, of other images, or of another teacher than those given."
     path = result_path(recipe, variant, places.results)
     _check_result_policy(found, variant, places.policies, path)
     if not places.teacher and places.root is None: return
