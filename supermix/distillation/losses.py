@@ -168,7 +168,7 @@ class Term(nn.Module):
                  ):
         super().__init__()
 
-    def __call__(self, student: Outputs, teacher: Outputs, *rest, **more) -> torch.Tensor:
+    def __call__(self, student: Outputs, teacher: Outputs, *rest: object, **more: object) -> torch.Tensor:
         "`forward` in full precision."
         with full_precision(student.features[-1]):
             return super().__call__(student.in_float32(), teacher.in_float32(), *rest, **more)
