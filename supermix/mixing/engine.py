@@ -166,7 +166,7 @@ def _take_rows(slots: Slots) -> None:
     longest = slots.turn.masked_fill(~waiting, torch.iinfo(torch.int64).max).argsort()
     place = free.cumsum(0) - 1
     served = free & (place < waiting.sum())
-    slots.rows = torch.where(served, longest[place.clamp(min=0)], slots.rows.masked_fill(free, slots.spare))
+    slots.rows.copy_(torch.where(served, longest[place.clamp(min=0)], slots.rows.masked_fill(free, slots.spare)))
 
 def step_slots(slots: Slots) -> None:
     "One pass of the search for all slots; no copy between host and device, and no wait."
