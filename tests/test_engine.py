@@ -324,6 +324,22 @@ def test_on_a_gpu(teacher, digits):
     assert len(found.index) > BLOCK and engine.clock[PASSES] > 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_pass_on_a_gpu_makes_the_processor_wait_for_nothing(teacher, digits):
+    engine = Engine(teacher.cuda(), digits.train[:2][0], QUICK, 16)
+    slots = Slots(engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16,
+                  engine.device)
+    slots.fill()
+    for _ in range(2): step_slots(slots)  # what is made once is made now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5): step_slots(slots)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        teacher.cpu()
+    assert len(slots.rows) == 16 and (slots.steps > 0).any()
+
+
 def norm_of(make):
     torch.manual_seed(0)
     network = torch.nn.Sequential(make(torch.nn.Conv2d(3, 8, 3)), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3),

@@ -26,7 +26,7 @@ OPTIONS = ["--data", "digits", "--count", "500", "--shard", "128"]
 
 
 def start(folder, *options, launcher=(), **kwargs):
-    command = [sys.executable, "-m", *launcher, "supermix.mixing.generate", *OPTIONS, "--out", str(folder), *options]
+    command = [sys.executable, "-m", *launcher, "supermix.generate", *OPTIONS, "--out", str(folder), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
@@ -87,7 +87,7 @@ def test_killed_in_the_middle_of_a_write(whole, tmp_path):
            "def fsync(file):\n"
            "    calls.append(sync(file))\n"
            "    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
-           "os.fsync = fsync; runpy.run_module('supermix.mixing.generate', run_name='__main__', alter_sys=True)")
+           "os.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)")
     for at in (1, 2, 2):
         process = subprocess.run(
             [sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")],

@@ -18,12 +18,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 from supermix.core import compare_classes
 from supermix.data import load_data
 from supermix.explore.trace import Setting, trace
 from supermix.mixing.engine import Engine, Sets, decode, solve_blocks
+from supermix.mixing.generate import command
 from supermix.mixing.masks import masks_from_theta, mix, regions, soft_labels, sparsity
 from supermix.mixing.solver import (SuperMix, check_teacher, hidden_networks, hinge, is_solved, newton_step, objective,
                                     search_step)
@@ -240,13 +242,16 @@ class Wider(Mixing):
     tilt: float = later(0.5)
 
 
-def test_a_new_setting_is_known_wherever_settings_go(teacher, digits):
+def test_a_new_setting_is_known_wherever_settings_go(teacher, digits, capsys):
     assert SuperMix(teacher, Wider(), tilt=2.0).mixing.tilt == 2.0
     assert Engine(teacher, digits.test[:2][0], Wider(tilt=2.0)).mixing.tilt == 2.0
     assert set(settings(Wider)) == {f.name for f in fields(Mixing)} | {"tilt?"}  # earlier stores lack it
     assert set(settings(Mixing)) == set(MANIFEST["recipe"]["mixing"])
     assert as_named(Wider()) == asdict(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
     assert {f.name for f in fields(Mixing)} < {f.name for f in fields(Setting)}
+    with pytest.raises(SystemExit): tyro.cli(command, args=["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--mixing.{f.name.replace('_', '-')} " in shown for f in fields(Mixing))
 
 
 def test_the_settings_are_listed_in_one_place():
