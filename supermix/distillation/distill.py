@@ -44,6 +44,7 @@ class Ensemble(nn.Module):
         self.teachers = nn.ModuleList(teachers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, N)
+        "The mean of the teachers' logits."
         logits = [teacher(x) for teacher in self.teachers]
         if len({z.shape for z in logits}) > 1:
             raise ValueError("Expected teachers of the same classes, "
@@ -286,9 +287,13 @@ class Distillation(Staged):
         "What gives the teacher's logits."
         return self._outside[0]
 
-    def identity(self) -> dict: return self._identity
+    def identity(self) -> dict:
+        "Method, teacher and mixer."
+        return self._identity
 
-    def log_entries(self) -> dict[str, float]: return self.notes
+    def log_entries(self) -> dict[str, float]:
+        "The numbers in `notes`."
+        return self.notes
 
     def prepares(self, epoch: int) -> bool:
         "True for a stock, whose images have to be mixed again."
@@ -529,7 +534,7 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of 
             mixed_pad: int = 2,                   # for mixer="supermix": pixels that random crops of mixes may be off
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             probability: float | list[float] | None = None,  # of mixes beside a batch, or of each mixer; None: always
-            **options,                            # of `train`: title, minutes, live
+            **options: object,                    # of `train`: title, minutes, live
             ) -> History:
     """Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was.
     The same seed, weights and number of threads give the same bits (chapter 22). A ValueError where teacher, student,

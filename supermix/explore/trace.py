@@ -6,6 +6,7 @@
 __all__ = ['Step', 'steps', 'Trace', 'trace', 'boxes_in_turn', 'Setting', 'share_out']
 
 # %% ../../nbs/70_explore.trace.ipynb #eec7098d
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -82,7 +83,8 @@ class Trace:
         solved = torch.stack([s.solved for s in self.steps])
         return torch.where(solved.any(0), solved.int().argmax(0), -1)
 
-def trace(mixer, sets, lam, theta=None, stop=True) -> Trace:  # arguments as for `steps`
+def trace(mixer: SuperMix, sets: torch.Tensor, lam: torch.Tensor, theta: torch.Tensor | None = None,
+          stop: bool = True) -> Trace:  # arguments as for `steps`
     "All iterations of `mixer.solve(sets, lam, theta)`."
     return Trace(list(steps(mixer, sets, lam, theta, stop)))
 
@@ -118,7 +120,7 @@ class Setting(Mixing):
         set_now("k", len(self.pick))
         super().__post_init__()
 
-    def checked(self, available: int):  # images that there are
+    def checked(self, available: int) -> "Setting":  # available: images that there are
         "This setting with its shares filled in; a ValueError unless it can be solved."
         pick, lam = self.pick, self.lam
         if len(set(pick)) < len(pick): raise ValueError(f"Expected different images, got {pick}.")
@@ -130,7 +132,7 @@ class Setting(Mixing):
         lookup({"paper": 0, "fast": 0}, self.search, "search")
         return replace(self, lam=lam)
 
-    def mixer(self, teacher) -> SuperMix:
+    def mixer(self, teacher: Callable) -> SuperMix:
         "The solver with these settings."
         fast = {key: FAST[key] for key in ("start", "hold", "margin")} if self.search == "fast" else {}
         return SuperMix(teacher, Mixing(**{f.name: getattr(self, f.name) for f in fields(Mixing)} | fast))

@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'UNSOLVED', 'PASSES', 'DRAWS', 'SLOTS', 'Sets', 'draw_block'
 
 # %% ../../nbs/34_mixing.engine.ipynb #557d80bb
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,7 +286,7 @@ def _check_memory(engine, x: torch.Tensor, slots: int) -> None:
 # %% ../../nbs/34_mixing.engine.ipynb #223df22d
 class Engine(Tally):
     "Solves a queue of sets, as many at a time as there are slots, and hands the solved ones out as they come."
-    def __init__(self, teacher,                    # a network, or any callable, images (B, C, H, W) -> logits (B, N)
+    def __init__(self, teacher: Callable,          # a network, or any function, images (B, C, H, W) -> logits (B, N)
                  x: torch.Tensor,                  # a few images (B, C, H, W), to try a folded teacher with
                  mixing: Mixing = Mixing(**FAST),  # how masks are searched for
                  slots: int = 128,                 # sets that are worked on at the same time

@@ -9,6 +9,7 @@ __all__ = ['objective', 'newton_step', 'is_solved', 'hinge', 'Problem', 'Pass', 
 
 # %% ../../nbs/33_mixing.solver.ipynb #a3c83d2e
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -98,12 +99,12 @@ def check_gradient(logits: torch.Tensor) -> None:
     if not logits.requires_grad:
         raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
 
-def search_step(teacher,              # images (B, C, H, W) -> logits (B, N), in evaluation mode
+def search_step(teacher: Callable,    # images (B, C, H, W) -> logits (B, N), in evaluation mode
                 problem: Problem,     # B sets
                 theta: torch.Tensor,  # (B, k, w, w)
                 steps: torch.Tensor,  # int64 (B,): updates so far
                 mixing: Mixing,
-                wanted=None,          # bool (B,), the sets that go on -> whether to update; None: always
+                wanted: Callable | None = None,  # bool (B,), the sets that go on -> whether to update; None: always
                 stop: bool = True,    # whether a search ends where its set is solved or hopeless
                 ) -> Pass:
     "One pass of the search: masks, mix, logits, stopping rule, and the update of the sets that go on."
@@ -327,7 +328,7 @@ def prepare(mixer, sets, lam, theta=None, draw=None) -> tuple:  # as for `SuperM
 class SuperMix(Mixer):
     "Mixes images under the supervision of a teacher (Dabouei et al. 2021)."
     by_teacher = True  # its labels are of the classes that the teacher sees
-    def __init__(self, teacher,              # callable: images (B, C, H, W) -> logits (B, N); ours, torchvision's, …
+    def __init__(self, teacher: Callable,    # images (B, C, H, W) -> logits (B, N); ours, torchvision's, …
                  mixing: Mixing = Mixing(),  # the settings; each can be read of the mixer, too: mixer.k
                  **settings,                 # some of them by name, in place of those of `mixing`: k=3
                  ):
@@ -357,7 +358,8 @@ class SuperMix(Mixer):
             images = mix(problem.sets, masks)
         return Mixed(images, masks, theta, problem.lam, problem.classes, logits, steps, solved)
 
-    def draw(self, images, labels=None, generator=None):
+    def draw(self, images: torch.Tensor, labels: torch.Tensor | None = None,
+             generator: torch.Generator | None = None) -> Draw:
         self.check(self.teacher, images, self.k)
         logits = teacher_logits(self.teacher, images, self.k)
         classes = check_classes(logits.argmax(1), self.k)
@@ -365,17 +367,19 @@ class SuperMix(Mixer):
         lam = self.draw_lam(len(images), generator).to(images.device)
         return Draw(partners, classes[partners], lam, logits.shape[1])
 
-    def first_theta(self, lam, size, generator=None) -> torch.Tensor:  # (B, k), height and width -> (B, k, w, w)
+    def first_theta(self, lam: torch.Tensor,      # (B, k)
+                    size: tuple[int, int],        # height and width of the images
+                    generator: torch.Generator | None = None) -> torch.Tensor:  # (B, k, w, w)
         "Where the search starts: 0, or partitions at random angles."
         if self.start == "flat": return first_theta(self.mixing, lam, size)
         where = generator.device if generator is not None else "cpu"
         angle = 2 * torch.pi * torch.rand(len(lam), generator=generator, device=where)
         return first_theta(self.mixing, lam, size, angle)
 
-    def choose_masks(self, sets, draw, generator=None):
+    def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
 
-    def weights(self, masks, draw): return draw.lam
+    def weights(self, masks: torch.Tensor, draw: Draw) -> torch.Tensor: return draw.lam
 
 # %% ../../nbs/33_mixing.solver.ipynb #5a0a4fe0
 def _setting(name: str) -> property:

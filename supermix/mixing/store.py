@@ -511,7 +511,7 @@ class MixedDataset(MadeFrom, torch.utils.data.Dataset):
 
     def __len__(self): return self.n
 
-    def batch(self, rows) -> MixedBatch:
+    def batch(self, rows: torch.Tensor | slice | list[int] | int) -> MixedBatch:
         "The mixed images of some rows (numbers, or a mask), all at once."
         rows = as_rows(rows, len(self))
         few = {key: value[rows] for key, value in self.small.items()}
@@ -524,7 +524,7 @@ class MixedDataset(MadeFrom, torch.utils.data.Dataset):
         image, soft = mixed.images, mixed.logits.softmax(1)
         return (image, soft) if rows.ndim else (image[0], soft[0])
 
-    def sample(self, n: int, generator):  # (n, C, H, W), MixedBatch
+    def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
         "Random mixed images under random views, as a student gets them, and what is known of them."
         batch = self.batch(torch.randint(len(self), (n,), generator=generator))
         return seen_anew(batch.images, self.info, self.pad, generator), batch
