@@ -756,12 +756,12 @@ def set_aside(root: Path, images: Images, share: float) -> tuple[Images, Images]
 # %% ../nbs/01_data.ipynb #6a27c19d
 def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/*.jpg (or test); or just <class>/*.jpg
                 size: int | tuple[int, ...] = 224,  # pixels of height and width at which networks get the images
-                mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as in the teacher's training
+                mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as the teacher's
                 std: tuple[float, ...] = (0.229, 0.224, 0.225),   # per channel; both defaults are ImageNet's
                 flip: bool = True,           # whether a mirror image still shows the same class
                 held_out: float = 0.2,       # share of the images for testing, where they have no folder of their own
                 name: str | None = None,     # what the data are called; None: as the folder
-                classes: list[str] | tuple[str, ...] | None = None,  # names of all folders, in the order of the teacher's classes; None: sorted
+                classes: list[str] | tuple[str, ...] | None = None,  # all folders, in the teacher's order; None: sorted
                 crop_pct: float = 224 / 256, # the share of an image's shorter side that a test sees
                 interpolation: str = "bilinear",  # how images are resized: one of `INTERPOLATIONS`
                 crop_mode: str = "center",   # as in `Info`

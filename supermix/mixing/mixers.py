@@ -84,7 +84,9 @@ class Mixer:
         if self.alpha is None: return torch.full((n, self.k), 1 / self.k)
         return draw_lam(n, self.k, self.alpha, generator)
 
-    def move(self, sets: torch.Tensor, masks: torch.Tensor, draw: Draw) -> torch.Tensor:  # (B, k, C, H, W), (B, k, H, W), Draw -> (B, k, C, H, W)
+    def move(self, sets: torch.Tensor,   # (B, k, C, H, W)
+             masks: torch.Tensor,        # (B, k, H, W)
+             draw: Draw) -> torch.Tensor:  # (B, k, C, H, W)
         "The sources as they are mixed: as they are, or rearranged to suit the masks."
         return sets
 

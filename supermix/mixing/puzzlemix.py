@@ -279,7 +279,7 @@ class PuzzleMix(Mixer):
     def __init__(self,
                  teacher: Callable,             # any differentiable one from images (B, C, H, W) to logits (B, N)
                  alpha: float | None = 1.0,     # λ ~ Beta(alpha, alpha) (authors' command); None: always ½
-                 blocks: tuple[int, ...] = (2, 4, 8, 16),  # blocks down and across, one a set (authors' code); they divide H and W
+                 blocks: tuple[int, ...] = (2, 4, 8, 16),  # blocks down and across, one a set (authors'); divisors of H, W
                  labels: int = 3,               # values of a mask: 0, ½, 1 (authors' command)
                  beta: float = 1.2,             # smoothness of the mask (authors' command)
                  gamma: float = 0.5,            # smoothness of the picture, 0 to 1 (authors' command)
