@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['lookup', 'write_atomic', 'save_tensors', 'load_tensors', 'file_hash', 'commit', 'unwrapped', 'plain_state',
-           'tensors_hash', 'weights_hash', 'evaluating', 'fitting', 'compare_classes', 'seeded', 'is_watched', 'Lines',
-           'progress', 'Interrupted', 'check_interrupt', 'interruptible']
+__all__ = []
 
 # %% ../nbs/00_core.ipynb #b11ad1ad
 def lookup(table: dict,        # what there is, by name
@@ -217,12 +215,12 @@ def seeded(*names) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # %% ../nbs/00_core.ipynb #0dd9702f
-def is_watched(file) -> bool:  # file: where a bar is written
+def _is_watched(file) -> bool:  # file: where a bar is written
     "Whether somebody sees a bar grow: in a notebook or a terminal."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None or bool(getattr(file, "isatty", lambda: False)())
 
-class Lines(plain_bar):
+class _Lines(plain_bar):
     "Progress for a file or a pipe: a line at each tenth of the work, and after `longest` seconds without one."
     longest = 30.0
 
@@ -258,12 +256,12 @@ def progress(items=None,          # what to go through; optional where `total` i
     """A tqdm progress bar that appears only where the work takes longer than `delay` seconds;
     lines where nobody watches; TQDM_DISABLE=1 silences both."""
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    kind = bar if is_watched(kwargs.get("file", sys.stderr)) else Lines
+    kind = bar if _is_watched(kwargs.get("file", sys.stderr)) else _Lines
     return kind(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True,
                 **{"disable": silent, **kwargs})
 
 # %% ../nbs/00_core.ipynb #9f03c556
-class Interrupted:
+class _Interrupted:
     "A handler of SIGINT that raises KeyboardInterrupt, as Python's does, and remembers it."
     came = False
 
@@ -274,7 +272,7 @@ class Interrupted:
 def check_interrupt() -> None:
     "Within a block of `interruptible`: raise again a KeyboardInterrupt that got lost."
     handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, Interrupted) and handler.came: raise KeyboardInterrupt
+    if isinstance(handler, _Interrupted) and handler.came: raise KeyboardInterrupt
 
 @contextmanager
 def interruptible():
@@ -282,7 +280,7 @@ def interruptible():
     next `check_interrupt`, or at the end. A handler of somebody else stays; in other threads nothing changes."""
     before = signal.getsignal(signal.SIGINT)
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if ours: signal.signal(signal.SIGINT, Interrupted())
+    if ours: signal.signal(signal.SIGINT, _Interrupted())
     try:
         yield
         check_interrupt()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from supermix.core import check_interrupt, interruptible
-from supermix.training.checkpoints import (CHECKPOINT_NAME, _digest, checkpoints, load_checkpoint, random_state,
+from supermix.training.checkpoints import (_CHECKPOINT_NAME, _digest, checkpoints, load_checkpoint, random_state,
                                            restore_random, save_checkpoint)
 from torch import nn
 
@@ -26,7 +26,7 @@ def test_what_is_kept_comes_back(tmp_path):
     back = load_checkpoint(path)
     assert back["weights"]["half"].dtype == torch.bfloat16 and torch.equal(back["weights"]["a"], STATE["weights"]["a"])
     assert {k: v for k, v in back.items() if k != "weights"} == {k: v for k, v in STATE.items() if k != "weights"}
-    assert CHECKPOINT_NAME.fullmatch(path.name)[1] == "000000007"
+    assert _CHECKPOINT_NAME.fullmatch(path.name)[1] == "000000007"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

@@ -101,7 +101,7 @@ def test_a_command_has_the_options_of_its_function(command, function):
     assert told == of
 
 
-def test_every_mixer_can_be_named(): assert set(MIXER_NAMES) == set(runs.ROW_MIXERS) - {""}
+def test_every_mixer_can_be_named(): assert set(MIXER_NAMES) == set(runs._ROW_MIXERS) - {""}
 
 
 def test_all_ways_to_start_it():
@@ -192,7 +192,7 @@ TINY = ["--scale", "smoke", "--train-images", "40", "--training.epochs", "1", "-
 ])
 def test_a_refused_run_has_trained_nothing_and_leaves_nothing(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    def spy(*args, kept=runs.open_teacher):
+    def spy(*args, kept=runs._open_teacher):
         "Opens a teacher's file; where one would be trained, it only takes down that."
         return kept(*args) if args[3] else trained.append(args)
     monkeypatch.setattr(runs, "open_teacher", spy)
@@ -217,7 +217,7 @@ def test_the_corrected_command_runs(tmp_path):
 
 BARS = """
 import time
-from supermix.core import Lines, progress
+from supermix.core import _Lines, progress
 Lines.longest = {longest}
 for _ in progress(range({n}), "work", **{options}): time.sleep(0.02)
 """

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.distillation.contrast import (CRD, _gather_ranks, _similarities, _update_memory, draw_negatives,
-                                            estimate_log_z, nce_loss)
+from supermix.distillation.contrast import (CRD, _draw_negatives, _estimate_log_z, _gather_ranks, _similarities,
+                                            _update_memory, nce_loss)
 from supermix.distillation.losses import Outputs
 
 
@@ -45,7 +45,7 @@ def test_negatives_are_of_other_classes(n, K, number, seed):
     g = torch.Generator().manual_seed(seed)
     classes = torch.randint(-1, number, (n,), generator=g)
     labels = torch.randint(0, number, (3,), generator=g)
-    drawn = draw_negatives(labels, classes, K, g)
+    drawn = _draw_negatives(labels, classes, K, g)
     assert drawn.shape == (3, K) and drawn.min() >= 0 and drawn.max() < n
     for label, row in zip(labels, drawn):
         if (classes != label).any(): assert (classes[row] != label).all()
@@ -53,8 +53,8 @@ def test_negatives_are_of_other_classes(n, K, number, seed):
 
 def test_negatives_are_uniform_and_repeatable(seeded):
     classes = torch.arange(12) % 3
-    drawn = draw_negatives(torch.tensor([1]), classes, 80_000, seeded(1))
-    assert torch.equal(drawn, draw_negatives(torch.tensor([1]), classes, 80_000, seeded(1)))
+    drawn = _draw_negatives(torch.tensor([1]), classes, 80_000, seeded(1))
+    assert torch.equal(drawn, _draw_negatives(torch.tensor([1]), classes, 80_000, seeded(1)))
     counts = drawn.flatten().bincount(minlength=12).double()
     assert not counts[classes == 1].any()
     chi2 = ((counts[classes != 1] - 10_000) ** 2 / 10_000).sum()
@@ -105,7 +105,7 @@ def test_the_whole_term_in_plain_loops():
     memory_s, memory_t = crd.memory_student.clone(), crd.memory_teacher.clone()
     classes = torch.full((20,), -1)
     classes[INDICES] = LABELS
-    chosen = draw_negatives(LABELS, classes, 7, torch.Generator().manual_seed(5))
+    chosen = _draw_negatives(LABELS, classes, 7, torch.Generator().manual_seed(5))
     us, ut = ([list(F.normalize(embed(x.features[-1]), dim=1).detach())
                for embed, x in ((crd.embed_student, s), (crd.embed_teacher, t))])
     expected = 0
@@ -206,7 +206,7 @@ def test_two_processes_keep_equal_memories(tmp_path):
 
 def test_z_is_n_times_the_mean():
     x = random(0, 5, 4).tanh()
-    assert (estimate_log_z(x, 30, 0.5).exp().item()
+    assert (_estimate_log_z(x, 30, 0.5).exp().item()
             == pytest.approx(30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12))
 
 

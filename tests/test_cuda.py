@@ -8,7 +8,7 @@ from supermix import MixedDataset, SuperMix, accuracy, create, distill, predict,
 from supermix.data import Data
 from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
-from supermix.experiments.study import core_trials, run_trial
+from supermix.experiments.study import _core_trials, _run_trial
 from supermix.mixing.generate import generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
@@ -131,6 +131,6 @@ def test_answers(digits, there):
 
 def test_a_trial_of_the_study(digits, there, tmp_path):
     there.card = pretrained("digits").card
-    trial = replace(core_trials()[-1], images=100, mixes=1, updates=8, batch_size=50)
-    result = run_trial(trial, digits, there, tmp_path, "cuda")
+    trial = replace(_core_trials()[-1], images=100, mixes=1, updates=8, batch_size=50)
+    result = _run_trial(trial, digits, there, tmp_path, "cuda")
     assert result["core_seconds"] is None and result["device"] == torch.cuda.get_device_name()

@@ -21,10 +21,10 @@ import supermix.data
 import timm
 import torch
 from PIL import Image, ImageOps, features
-from supermix.data import (ArrayImages, FolderImages, Info, PlainUnpickler, Views, centred, evenly, find_fashion,
-                           fingerprint, image_size, load_cifar100, load_data, load_fashion_mnist, load_folder,
-                           load_imagenet, open_image, read_idx, to_rgb)
-from supermix.experiments.runs import write_cifar100
+from supermix.data import (ArrayImages, FolderImages, Info, Views, _PlainUnpickler, _find_fashion, _read_idx, centred,
+                           evenly, fingerprint, image_size, load_cifar100, load_data, load_fashion_mnist, load_folder,
+                           load_imagenet, open_image, to_rgb)
+from supermix.experiments.runs import _write_cifar100
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -55,7 +55,7 @@ def cut(path): path.write_bytes(path.read_bytes()[:-100])
 
 @pytest.fixture
 def cifar(tmp_path):
-    return write_cifar100(tmp_path, NAMES, (ROWS, BATCH["fine_labels"]), (255 - ROWS, BATCH["fine_labels"]))
+    return _write_cifar100(tmp_path, NAMES, (ROWS, BATCH["fine_labels"]), (255 - ROWS, BATCH["fine_labels"]))
 
 
 def test_cifar(cifar, tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_cifar_as_every_numpy_writes_it(protocol, core, cifar, tmp_path):
         (cifar / "train").write_bytes(written)
     train = load_cifar100(tmp_path, download=False).train
     assert (train.pixels.flatten(1).numpy() == ROWS).all() and train.labels.tolist() == BATCH["fine_labels"]
-    unpickler = PlainUnpickler(io.BytesIO())
+    unpickler = _PlainUnpickler(io.BytesIO())
     for value, function in ((np.zeros(1).__reduce_ex__(5), "numeric._frombuffer"),
                             (np.zeros(1).__reduce__(), "multiarray._reconstruct"),
                             (np.int64(1).__reduce__(), "multiarray.scalar")):
@@ -489,7 +489,7 @@ def test_damaged_fashion_mnist(case, fashion, tmp_path):
 ], ids=["block", "checksum", "floats", "endless", "too long"])
 def test_a_broken_idx_file_is_named(content, tmp_path):
     (tmp_path / "broken.gz").write_bytes(content)
-    with pytest.raises(ValueError, match="broken.gz"): read_idx(tmp_path / "broken.gz")
+    with pytest.raises(ValueError, match="broken.gz"): _read_idx(tmp_path / "broken.gz")
 
 
 # ---- what every data set does
@@ -627,7 +627,7 @@ def test_a_split_takes_the_same_share_of_each_class(digits):
 DOWNLOADS = """
 import sys, time
 from pathlib import Path
-from supermix.data import download_to
+from supermix.data import _download_to
 
 def slow(place, download):
     Path(place, "set").mkdir()
@@ -656,7 +656,7 @@ def test_files_in_the_open_count_where_their_folder_is_named(fashion, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for name in names: shutil.copy(name, tmp_path / "data")
-    assert str(tmp_path) not in str(find_fashion()) and find_fashion(tmp_path)[0].parent == tmp_path
+    assert str(tmp_path) not in str(_find_fashion()) and _find_fashion(tmp_path)[0].parent == tmp_path
 
 
 def test_indices_are_whole_numbers_or_a_mask_of_all(digits):
@@ -713,7 +713,7 @@ def test_folders_are_read_as_torchvision_reads_them(put_pictures):
     theirs, ours = ImageFolder(str(root)), load_folder(root, held_out=0.4)
     files = {f: int(label) for part in (ours.train, ours.test) for f, label in zip(part.files, part.labels)}
     assert files == dict(theirs.samples) and list(ours.info.classes) == theirs.classes
-    listed, labels, _ = supermix.data.read_classes(root, theirs.classes)
+    listed, labels, _ = supermix.data._read_classes(root, theirs.classes)
     assert list(zip(listed, labels.tolist())) == theirs.samples  # and in the same order
 
 

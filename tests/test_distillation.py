@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from supermix.core import seeded as place
 from supermix.data import ArrayImages, Data
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, OneOf, _foreign_mixes, distill,
-                                           make_mixes, mix_batch)
+from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, _OneOf, _foreign_mixes, _mix_batch, distill,
+                                           make_mixes)
 from supermix.distillation.losses import LOGIT_LOSSES, outputs_of
 from supermix.mixing.masks import areas, soft_labels
 from supermix.mixing.mixers import CutMix, MixUp
@@ -530,15 +530,15 @@ def test_a_mixer_that_does_not_fit_is_told_before_anything(case, teacher, few, t
 
 def test_a_list_of_mixers_takes_turns(teacher, few, mixes, seeded):
     named = {"mixup": MixUp(10), "cutmix": CutMix(10)}
-    turns, g = OneOf([*named.values(), mixes], [0.5, 0.2, 0.2]), seeded()
+    turns, g = _OneOf([*named.values(), mixes], [0.5, 0.2, 0.2]), seeded()
     drawn = [turns.choose(g) for _ in range(4000)]
     for mixer, share in zip([*named.values(), mixes, None], [0.5, 0.2, 0.2, 0.1]):
         assert sum(d is mixer for d in drawn) / 4000 == pytest.approx(share, abs=0.03)
-    assert OneOf(["mixup"]).alone == "mixup" and OneOf(["mixup"], 0.5).shares == [0.5]
-    assert OneOf(["a", "b", "c"]).choose(seeded()) is not None and OneOf(["a", "b"], 0.4).shares == [0.2, 0.2]
+    assert _OneOf(["mixup"]).alone == "mixup" and _OneOf(["mixup"], 0.5).shares == [0.5]
+    assert _OneOf(["a", "b", "c"]).choose(seeded()) is not None and _OneOf(["a", "b"], 0.4).shares == [0.2, 0.2]
     kinds = set()
     for seed in range(30):
-        made = mix_batch(turns, batch_of(few, 16, seed), "teacher")
+        made = _mix_batch(turns, batch_of(few, 16, seed), "teacher")
         kinds.add(None if made is None else tuple(made[0].shape))
     assert kinds == {None, (16, 3, 32, 32)}
 

@@ -10,9 +10,9 @@ import pytest
 import supermix.mixing.engine
 import torch
 from supermix.data import load_data
-from supermix.experiments.race import RACES, open_pool, race, read_report, solve_baseline, solve_in_pool
-from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, Sets, Slots, decode, draw_block, encode, joined,
-                                    round_theta, solve_blocks, step_slots)
+from supermix.experiments.race import _RACES, _open_pool, _read_report, _solve_baseline, _solve_in_pool, race
+from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, Sets, _Slots, _encode, _round_theta, _step_slots,
+                                    decode, draw_block, joined, solve_blocks)
 from supermix.mixing.folding import fold_norms
 from supermix.mixing.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing.solver import SuperMix, is_solved
@@ -89,12 +89,12 @@ def test_holding_the_sparsity():
 @pytest.mark.parametrize("held", [True, False])
 def test_a_code_is_a_rounding_that_stays(held):
     theta = hold_sparsity(torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 0.06, (32, 32))
-    code = encode(theta, held)
+    code = _encode(theta, held)
     assert code.dtype == torch.float16 and code.shape[1] == (2 if held else 3)
-    once = round_theta(theta, held)
-    assert torch.equal(round_theta(once, held), once) and torch.equal(decode(encode(once, held), held), once)
+    once = _round_theta(theta, held)
+    assert torch.equal(_round_theta(once, held), once) and torch.equal(decode(_encode(once, held), held), once)
     torch.testing.assert_close(once, theta, atol=0.05, rtol=2e-3)
-    assert torch.isfinite(round_theta(theta * 1e6, held)).all()
+    assert torch.isfinite(_round_theta(theta * 1e6, held)).all()
 
 
 def test_draws_depend_on_seed_and_number_alone(teacher, digits):
@@ -156,7 +156,7 @@ def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
     assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bytes
 
 
-class Steady(Slots):
+class Steady(_Slots):
     "Slots as they are on a GPU: sets wait in a pool, looks are few, and the batch keeps its size."
     def __init__(self, teacher, mixing, queue, n, device):
         super().__init__(teacher, mixing, queue, n, device)
@@ -183,9 +183,9 @@ def test_a_pass_waits_for_no_number(mixing, monkeypatch):
     shapes = {"lam": (9, k), "angle": (9,), "images": (9, k, 3, 32, 32)}
     sets = Sets(*(torch.zeros(shapes.get(name, (9, k)), dtype=None if name in shapes else torch.int64, device="meta")
                   for name in Sets._fields))
-    slots = Slots(network, mixing, iter(()), 4, torch.device("meta"))
+    slots = _Slots(network, mixing, iter(()), 4, torch.device("meta"))
     slots.open(sets)
-    for _ in range(3): step_slots(slots)
+    for _ in range(3): _step_slots(slots)
     assert slots.rows.shape == (4,) and slots.logits.shape == (17, 10) and slots.theta.device.type == "meta"
 
 
@@ -251,7 +251,7 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
 def test_more_processes_than_blocks(teacher, digits):
     engine = Engine(teacher, digits.train[:2][0], QUICK, 32)
     alone = solve_blocks(engine, digits.train, 0, range(1))
-    with open_pool(2) as pool: found = solve_in_pool(engine, digits.train, 0, range(1), pool, 2)
+    with _open_pool(2) as pool: found = _solve_in_pool(engine, digits.train, 0, range(1), pool, 2)
     assert found.index.tolist() == alone.index.tolist()
 
 
@@ -278,7 +278,7 @@ def test_memory_does_not_grow_with_the_images(teacher, digits):
 def test_the_baseline_solves_what_chapter_33_solves(teacher, digits):
     mixing = Mixing(max_iter=4)
     sets = draw_block(digits.train, teacher.eval(), mixing, 0, 0)
-    theta, logits, solved = solve_baseline(teacher, sets.images, sets.lam, sets.classes, mixing)
+    theta, logits, solved = _solve_baseline(teacher, sets.images, sets.lam, sets.classes, mixing)
     mixed = SuperMix(teacher, max_iter=4).solve(sets.images, sets.lam)
     assert (solved == mixed.solved).float().mean() > 0.95
     same = solved & mixed.solved
@@ -292,10 +292,10 @@ def test_the_baseline_solves_what_chapter_33_solves(teacher, digits):
 @pytest.mark.parametrize("name", ["races", "races in one process"])
 def test_the_kept_race(name):
     "What `supermix race` measured is what the chapter claims."
-    report = read_report(Path(__file__).parent.parent / "results" / "engine.json")
+    report = _read_report(Path(__file__).parent.parent / "results" / "engine.json")
     for k, least in (("2", 15), ("3", 10)):
         baseline, *ways = report[name][k].values()
-        assert list(report[name][k]) == ["baseline", *RACES[k]]
+        assert list(report[name][k]) == ["baseline", *_RACES[k]]
         for ours in ways:
             assert (ours["ratio"] >= least and ours["solved"] >= baseline["solved"] and ours["m(1-m)"] <= 0.065
                     and ours["share of time in passes"] >= 0.9)
@@ -308,9 +308,9 @@ def test_the_race(k, least):
     "The issue of speed itself, measured here and now."
     before, images = torch.get_num_threads(), load_data("fashion_mnist").train
     torch.set_num_threads(2)
-    try: result = race(pretrained("fashion_mnist"), images, RACES[str(k)], rounds=2, processes=2)
+    try: result = race(pretrained("fashion_mnist"), images, _RACES[str(k)], rounds=2, processes=2)
     finally: torch.set_num_threads(before)
-    for name in RACES[str(k)]:
+    for name in _RACES[str(k)]:
         ours = result[name]
         assert ours["ratio"] >= least and ours["solved"] >= result["baseline"]["solved"]
         assert ours["m(1-m)"] <= 0.065 and ours["share of time in passes"] >= 0.9
@@ -327,13 +327,13 @@ def test_on_a_gpu(teacher, digits):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_pass_on_a_gpu_makes_the_processor_wait_for_nothing(teacher, digits):
     engine = Engine(teacher.cuda(), digits.train[:2][0], QUICK, 16)
-    slots = Slots(engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16,
+    slots = _Slots(engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16,
                   engine.device)
     slots.fill()
-    for _ in range(2): step_slots(slots)  # what is made once is made now
+    for _ in range(2): _step_slots(slots)  # what is made once is made now
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5): step_slots(slots)
+        for _ in range(5): _step_slots(slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         teacher.cpu()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from supermix.explore.trace import Setting, boxes_in_turn, share_out, steps, trace
-from supermix.explore.widget import Explorer, Newest, Session, explore, stop_all
+from supermix.explore.widget import Explorer, Session, _Newest, _stop_all, explore
 from supermix.mixing.masks import areas
 from supermix.mixing.mixers import box_masks
 from supermix.mixing.solver import SuperMix
@@ -160,7 +160,7 @@ def test_only_the_newest_setting_is_shown(digits, teacher):
 
 
 def test_an_error_in_the_thread_is_told():
-    worker = Newest()
+    worker = _Newest()
     worker.submit(lambda cancelled: 1 / 0)
     with pytest.raises(ZeroDivisionError): worker.wait()
     worker.submit(lambda cancelled: None)
@@ -190,7 +190,7 @@ def test_a_teacher_that_fails_is_told_of_on_the_page(digits, teacher):
 
 def test_telling_of_an_error_may_fail_too():
     def told(error): raise RuntimeError("the page is gone")
-    worker = Newest(told)
+    worker = _Newest(told)
     worker.submit(lambda cancelled: 1 / 0)
     with pytest.raises(ZeroDivisionError): worker.wait()
     assert not alive()
@@ -208,8 +208,8 @@ Session(digits, pretrained("digits"), max_iter=100_000, stop=False).change()
 
 
 def test_the_end_of_a_program_starts_no_thread():
-    idle = Newest()
-    stop_all()
+    idle = _Newest()
+    _stop_all()
     assert idle.number == 0 and not alive()
 
 
@@ -231,7 +231,7 @@ def test_every_explorer_has_pictures_of_its_own(digits, teacher):
 
 
 def test_an_old_solve_that_fails_is_not_told_of():
-    told, worker = [], Newest(lambda error: told.append(error))
+    told, worker = [], _Newest(lambda error: told.append(error))
 
     def late(cancelled):
         while not cancelled(): time.sleep(0.001)

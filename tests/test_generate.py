@@ -15,8 +15,8 @@ import pytest
 import torch
 from supermix.core import file_hash
 from supermix.data import ArrayImages, Info, load_data
-from supermix.mixing.generate import check_solved, claimed, generate, missing_shards
-from supermix.mixing.store import MixedDataset, Store, load_card
+from supermix.mixing.generate import _check_solved, _missing_shards, claimed, generate
+from supermix.mixing.store import MixedDataset, Store, _load_card
 from supermix.recipes import FAST, Generation, Mixing
 from supermix.zoo import save
 
@@ -263,7 +263,7 @@ def test_claims(tmp_path):
     ({}, 500, [0, 1, 2, 3]), ({0: (64, 128)}, 500, [1, 2, 3, 4, 5, 6, 7]),
     ({0: (128, 128), 3: (128, 128)}, 500, [1, 2]), ({0: (128, 128)}, 128, []),
 ])
-def test_which_shards_are_missing(counts, count, missing): assert missing_shards(counts, count, 128) == missing
+def test_which_shards_are_missing(counts, count, missing): assert _missing_shards(counts, count, 128) == missing
 
 
 def test_a_shard_too_many_is_let_go(whole, tmp_path):
@@ -344,9 +344,9 @@ def test_a_shard_without_a_solved_set_does_not_end_a_run(tmp_path):
                                        ([*[0] * 31, 1, *[0] * 31], False), ([0] * 20 + [None] + [0] * 20, False)])
 def test_how_many_empty_shards_end_a_run(row, ends):
     counts = {i: (images, 128) for i, images in enumerate(row) if images is not None}
-    if not ends: return check_solved(counts)
+    if not ends: return _check_solved(counts)
     with pytest.raises(ValueError, match=f"4,096 sets in a row, shards {len(row) - 32} to {len(row) - 1}"):
-        check_solved(counts)
+        _check_solved(counts)
 
 
 @pytest.mark.parametrize("answer, kind, message", [
@@ -402,7 +402,7 @@ def test_more_slots_than_sets_are_as_many_as_sets(tmp_path):
     few, many = (generate(replace(QUICK, count=5, shard=512, slots=slots), tmp_path / str(slots), small_images(),
                           Hard()) for slots in (512, 10 ** 9))
     for a, b in zip(shards(few.folder), shards(many.folder), strict=True):
-        assert load_card(a)["tensors"] == load_card(b)["tensors"]
+        assert _load_card(a)["tensors"] == _load_card(b)["tensors"]
 
 
 def test_a_request_that_cannot_fit_says_so(tmp_path):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.distillation.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, StageSum, _regressor, ab_loss,
-                                         at_loss, attention, flow_matrix, fsp_loss, ft_loss, hint_loss, nst_loss,
-                                         same_size, vid_loss)
+from supermix.distillation.hints import (AB, AT, FSP, FT, NST, VID, FitNet, FreeAB, _StageSum, _attention, _flow_matrix,
+                                         _regressor, _same_size, ab_loss, at_loss, fsp_loss, ft_loss, hint_loss,
+                                         nst_loss, vid_loss)
 from supermix.distillation.losses import Outputs, outputs_of
 from supermix.zoo import create
 
@@ -65,7 +65,7 @@ def test_attention_in_plain_loops():
     assert at_loss(t, s).item() == pytest.approx(sum(squares) / 8, rel=1e-12)  # whoever is larger
     differences = [abs(u - v) for a, b in pairs for u, v in zip(a, b)]
     assert ft_loss(s, t).item() == pytest.approx(sum(differences) / 8, rel=1e-12)
-    torch.testing.assert_close(attention(s).square().sum(1), torch.ones(2).double())
+    torch.testing.assert_close(_attention(s).square().sum(1), torch.ones(2).double())
 
 
 def test_nst_in_plain_loops():
@@ -89,8 +89,8 @@ def test_fsp_in_plain_loops():
         for c in range(3):
             for d in range(5):
                 mean = sum(small[b][c][y][x] * upper[b, d, y, x].item() for y in range(2) for x in range(2)) / 4
-                assert flow_matrix(lower, upper)[b, c, d].item() == pytest.approx(mean, rel=1e-10)
-    torch.testing.assert_close(fsp_loss(lower, upper, 2 * lower, upper), flow_matrix(lower, upper).square().mean())
+                assert _flow_matrix(lower, upper)[b, c, d].item() == pytest.approx(mean, rel=1e-10)
+    torch.testing.assert_close(fsp_loss(lower, upper, 2 * lower, upper), _flow_matrix(lower, upper).square().mean())
 
 
 @given(margin=st.sampled_from([0.5, 1.0, 2.0]), seed=st.integers(0, 1000))
@@ -132,10 +132,10 @@ def test_dead_maps_stay_finite(loss):
 
 
 def test_sizes_are_matched_axis_by_axis():
-    a, b = same_size(random(1, 2, 3, 8, 4), random(2, 2, 5, 4, 8))
+    a, b = _same_size(random(1, 2, 3, 8, 4), random(2, 2, 5, 4, 8))
     assert a.shape == (2, 3, 4, 4) and b.shape == (2, 5, 4, 4)
     same = random(1, 2, 3, 4, 4)
-    assert torch.equal(same_size(same, same)[0], same)
+    assert torch.equal(_same_size(same, same)[0], same)
 
 
 @pytest.mark.parametrize("size, wanted", [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((4, 4), (8, 8)), ((7, 5), (4, 4)),
@@ -165,7 +165,7 @@ def test_terms_sum_the_losses_of_their_stages():
     assert (call(NST(s, wide, 9), s, wide)
             == nst_loss(s.features[1], wide.features[1]) + nst_loss(s.features[2], wide.features[2]))
 
-    class Means(StageSum):
+    class Means(_StageSum):
         "A term of one's own: the squared difference of the maps' means."
         compare = staticmethod(lambda a, b: (a.mean() - b.mean()).square())
 

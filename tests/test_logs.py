@@ -2,14 +2,14 @@
 
 import matplotlib.pyplot as plt
 import pytest
-from supermix.training.logs import Log, draw_log, read_log, write_log
+from supermix.training.logs import Log, _write_log, draw_log, read_log
 
 ROWS = [{"epoch": e, "step": 10 * e, "lr": 0.1, "loss": 1 / e} for e in range(1, 6)]
 
 
 def test_the_table_comes_back(tmp_path):
     rows = [*ROWS[:3], {**ROWS[3], "held_out": 91.25}]
-    text = write_log(tmp_path / "log.csv", rows).read_text().splitlines()
+    text = _write_log(tmp_path / "log.csv", rows).read_text().splitlines()
     assert text[0] == "epoch,step,lr,loss,held_out" and text[1] == "1,10,0.1,1.0," and text[4].endswith(",91.25")
     assert read_log(tmp_path / "log.csv") == rows
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.losses import (LOGIT_LOSSES, Outputs, Term, _correlation, dist_loss, dkd_loss, kd_loss,
-                                          outputs_of, stage_pairs, standardize, std_loss, student_loss, vector_pair)
-from supermix.recipes import FEATURES, METHODS, Terms
+from supermix.distillation.losses import (LOGIT_LOSSES, Outputs, Term, _correlation, _standardize, dist_loss, dkd_loss,
+                                          kd_loss, outputs_of, stage_pairs, std_loss, student_loss, vector_pair)
+from supermix.recipes import METHODS, _FEATURES, Terms
 from supermix.zoo import create
 
 
@@ -95,7 +95,7 @@ def test_the_terms_of_each_method(method, mixed):
 
 def test_every_feature_method_has_its_term():
     named = {name for terms in METHODS.values() for name, _ in terms.features}
-    assert named | {"ab_free"} == set(TERMS) == set(FEATURES)
+    assert named | {"ab_free"} == set(TERMS) == set(_FEATURES)
 
 
 def test_the_temperature_of_both_kl_terms():
@@ -163,13 +163,13 @@ def test_standardisation_in_plain_loops(B, N, seed):
     expected = sum(9 * divergence(softmaxed(standard(b), 3), softmaxed(standard(a), 3))
                    for a, b in zip(s.tolist(), t.tolist())) / B
     assert std_loss(s, t, 3.0).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert standardize(100 * s + 7).sub(standardize(s)).abs().max() < 1e-4
+    assert _standardize(100 * s + 7).sub(_standardize(s)).abs().max() < 1e-4
 
 
 def test_equal_logits_of_an_image_stay_finite_when_standardised():
     flat = torch.ones(2, 5, dtype=torch.float64, requires_grad=True)
     std_loss(flat, zt[:2, :5]).backward()
-    assert not standardize(flat).any() and flat.grad.isfinite().all()
+    assert not _standardize(flat).any() and flat.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOGIT_LOSSES)

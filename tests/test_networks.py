@@ -17,7 +17,7 @@ from supermix.models.blocks import draw_network
 from supermix.models.hooked import Hooked, imagenet_resnet
 from supermix.models.mobilenetv2 import MobileNetV2
 from supermix.models.resnet import BottleneckResNet, ResNet
-from supermix.models.shakeshake import ShakeBlock, ShakeShake, shake
+from supermix.models.shakeshake import ShakeBlock, ShakeShake, _shake
 from supermix.models.shufflenetv1 import ShuffleNetV1
 from supermix.models.shufflenetv2 import ShuffleNetV2
 from supermix.models.vgg import VGG
@@ -196,7 +196,7 @@ def test_a_drawing_of_every_family(network, family):
 def test_shaking_takes_its_value_from_alpha_and_its_gradient_from_beta():
     a, b = (torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     alpha, beta = torch.rand(2, 4, 1, 1, 1, dtype=torch.float64)
-    y, weights = shake(a, b, alpha, beta), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    y, weights = _shake(a, b, alpha, beta), torch.randn(4, 2, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(y, alpha * a + (1 - alpha) * b)
     da, db = torch.autograd.grad((y * weights).sum(), (a, b))
     torch.testing.assert_close(da, beta * weights)

@@ -8,9 +8,9 @@ import timm.data.auto_augment as timms
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from supermix.data import ArrayImages, FolderImages, Info
-from supermix.policies.policies import (LEVELLED, OPS, PBA_OPS, POLICIES, SIGNED, Augmented, AugmentedViews, Ops,
-                                        Policy, apply_ops, check_subpolicies, cutout, draw_places, load_policy,
-                                        magnitude_at, magnitudes, randaugment, save_policy)
+from supermix.policies.policies import (OPS, _LEVELLED, _PBA_OPS, _POLICIES, _SIGNED, Augmented, Policy,
+                                        _AugmentedViews, _Ops, _apply_ops, _check_subpolicies, _cutout, _draw_places,
+                                        _magnitude_at, _magnitudes, load_policy, randaugment, save_policy)
 from supermix.recipes import CIFAR100_CLASSIFICATION
 from torchvision.transforms import v2
 
@@ -23,7 +23,7 @@ def photo(photos):
     return lambda size: v2.functional.resize(image, [size, size], antialias=True)
 
 
-def alone(op, magnitude, n=1): return Ops(torch.full((n, 1), OPS.index(op)), torch.full((n, 1), float(magnitude)))
+def alone(op, magnitude, n=1): return _Ops(torch.full((n, 1), OPS.index(op)), torch.full((n, 1), float(magnitude)))
 
 
 # ---- operations
@@ -36,10 +36,10 @@ def test_every_operation_is_torchvisions(op, space, bins, size, photo):
     else:
         values = witness._AUGMENTATION_SPACE[op][0](bins, size, size)
         values = torch.zeros(1) if values is None else values.float()
-        torch.testing.assert_close(magnitudes(space, bins, size)[OPS.index(op)][:len(values)], values, rtol=0, atol=0)
-    if op in SIGNED: values = torch.cat([values, -values])
+        torch.testing.assert_close(_magnitudes(space, bins, size)[OPS.index(op)][:len(values)], values, rtol=0, atol=0)
+    if op in _SIGNED: values = torch.cat([values, -values])
     n = len(values)
-    ours = apply_ops(image.expand(n, -1, -1, -1), Ops(torch.full((n, 1), OPS.index(op)), values[:, None]))
+    ours = _apply_ops(image.expand(n, -1, -1, -1), _Ops(torch.full((n, 1), OPS.index(op)), values[:, None]))
     for one, value in zip(ours, values.tolist()):
         theirs = witness._apply_image_or_video_transform(image, op, value, interpolation=witness.interpolation,
                                                          fill=witness._fill)
@@ -52,7 +52,7 @@ def test_fill(op, magnitude, photo):
     witness = v2.RandAugment(fill=128)
     theirs = witness._apply_image_or_video_transform(photo(32), op, magnitude, interpolation=witness.interpolation,
                                                      fill=witness._fill)
-    ours = apply_ops(photo(32)[None], alone(op, magnitude), fill=128)[0]
+    ours = _apply_ops(photo(32)[None], alone(op, magnitude), fill=128)[0]
     assert (ours == 128).any() and (ours != theirs).float().mean() < 1e-3
 
 
@@ -75,7 +75,7 @@ AUTHORS = {
     "Posterize": lambda image, level, sign: (  # of late Pillow wants a bit at least
         ImageOps.posterize(image, 4 - 4 * level // 10) if level < 10 else image.point(lambda _: 0)),
     "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - 256 * level // 10),
-    **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level / 10 + 0.1) for op in SIGNED[5:]},
+    **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level / 10 + 0.1) for op in _SIGNED[5:]},
     **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN}}
 FAA = {
     "ShearX": lambda image, level, sign: affine(image, 1, sign * (0.6 * level - 0.3), 0, 0, 1, 0),
@@ -85,7 +85,7 @@ FAA = {
     "Rotate": lambda image, level, sign: image.rotate(sign * (60 * level - 30)),
     "Posterize": lambda image, level, sign: ImageOps.posterize(image, int(4 + 4 * level)),
     "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 * level),
-    **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level + 0.1) for op in SIGNED[5:]},
+    **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level + 0.1) for op in _SIGNED[5:]},
     **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN}}
 
 
@@ -96,12 +96,12 @@ def test_the_authors_levels_are_those_of_their_pillow_code(space, op, photo):
     table, bins, levels = ((AUTHORS, 11, list(range(11))) if space == "authors" else
                            (FAA, 2, [0.0, 0.013, 0.24988, 0.5, 0.61803, 0.75, 0.99, 1.0]))
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
-    for sign in (1, -1) if op in SIGNED[:5] else (1,):
+    for sign in (1, -1) if op in _SIGNED[:5] else (1,):
         policy = Policy("p", [[[op, 1.0, level]] for level in levels], space, bins)
-        m = magnitude_at(op, torch.tensor(levels, dtype=torch.float64), space, bins, 32) * sign
-        ours = apply_ops(image.expand(len(m), -1, -1, -1), Ops(torch.full((len(m), 1), OPS.index(op)), m[:, None]))
+        m = _magnitude_at(op, torch.tensor(levels, dtype=torch.float64), space, bins, 32) * sign
+        ours = _apply_ops(image.expand(len(m), -1, -1, -1), _Ops(torch.full((len(m), 1), OPS.index(op)), m[:, None]))
         drawn = policy.draw(400, 32, torch.Generator().manual_seed(0)).magnitude.unique().tolist()
-        assert set(drawn) == {v * s for v in m.tolist() for s in ((1, -1) if op in SIGNED[:5] else (1,))}
+        assert set(drawn) == {v * s for v in m.tolist() for s in ((1, -1) if op in _SIGNED[:5] else (1,))}
         for got, level in zip(ours, levels):
             theirs = torch.from_numpy(np.array(table[op](pillow, level, sign))).permute(2, 0, 1)
             far = (got.int() - theirs.int()).abs()
@@ -109,14 +109,14 @@ def test_the_authors_levels_are_those_of_their_pillow_code(space, op, photo):
                 shift = 0.5 + m[levels.index(level)].item() * (torch.arange(32) + 0.5)
                 clear = (shift - shift.round()).abs() > 1e-4
                 far *= clear[:, None] if op == "ShearX" else clear
-            if op in SIGNED[:5]: assert (far > 0).float().mean() < 2e-3, level
+            if op in _SIGNED[:5]: assert (far > 0).float().mean() < 2e-3, level
             elif op in ("Posterize", "Solarize", "Equalize", "Invert"): assert not far.any(), level
             else: assert far.max() <= 2, level  # Pillow rounds greys and means, torchvision does not
 
 
 def test_levels_differ_between_torchvision_and_the_authors():
     "The four examples by which the two policies of the same list differ, and the published errors."
-    ours, authors = POLICIES["autoaugment_cifar10"], POLICIES["autoaugment_cifar10_authors"]
+    ours, authors = _POLICIES["autoaugment_cifar10"], _POLICIES["autoaugment_cifar10_authors"]
     assert ours.subpolicies == authors.subpolicies
     for op, level, theirs, torchvisions in (("TranslateX", 9, 9, 14), ("Posterize", 7, 2, 5),
                                             ("Solarize", 9, 26 / 255, 0), ("Brightness", 3, 0.64 - 1, 0.3)):
@@ -155,7 +155,7 @@ def test_images_that_are_not_square(photo):
     for op, magnitude in (("ShearX", 0.3), ("ShearY", 0.3), ("TranslateX", 9), ("Rotate", 30)):
         theirs = witness._apply_image_or_video_transform(image, op, magnitude, interpolation=witness.interpolation,
                                                          fill=witness._fill)
-        assert (apply_ops(image[None], alone(op, magnitude))[0] != theirs).float().mean() < 1e-3
+        assert (_apply_ops(image[None], alone(op, magnitude))[0] != theirs).float().mean() < 1e-3
 
 
 def test_a_batch_is_its_images_one_by_one(photo, seeded):
@@ -163,7 +163,7 @@ def test_a_batch_is_its_images_one_by_one(photo, seeded):
     images[::2] = photo(32)
     holes = Policy("holes", [[["Cutout", 1.0, 0.9], ["Rotate", 0.5, 0.1]], [["Color", 0.7, 0.2], ["Cutout", 0.6, 0.4]]],
                    "faa", 2, cutout=8, fill=None)
-    for policy in (POLICIES["trivialaugment"], POLICIES["autoaugment_cifar10"], randaugment(3, 20), holes):
+    for policy in (_POLICIES["trivialaugment"], _POLICIES["autoaugment_cifar10"], randaugment(3, 20), holes):
         ops = policy.draw(40, 32, seeded(1))
         before = images.clone()
         together = policy.apply(images, ops)
@@ -174,25 +174,25 @@ def test_a_batch_is_its_images_one_by_one(photo, seeded):
 
 
 def test_operations_are_applied_in_their_order(photo):
-    a = Ops(torch.tensor([[OPS.index("Invert"), OPS.index("Solarize")]]), torch.tensor([[0.0, 0.5]]))
-    b = Ops(a.op.flip(1), a.magnitude.flip(1))
+    a = _Ops(torch.tensor([[OPS.index("Invert"), OPS.index("Solarize")]]), torch.tensor([[0.0, 0.5]]))
+    b = _Ops(a.op.flip(1), a.magnitude.flip(1))
     x = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
-    assert apply_ops(x, a).unique().tolist() == [100]  # 100 → 155 → 100
-    assert apply_ops(x, b).unique().tolist() == [155]  # 100 → 100 → 155
+    assert _apply_ops(x, a).unique().tolist() == [100]  # 100 → 155 → 100
+    assert _apply_ops(x, b).unique().tolist() == [155]  # 100 → 100 → 155
 
 
 def test_wrong_images():
     with pytest.raises(ValueError, match="Expected uint8 images .* got torch.float32"):
-        apply_ops(torch.zeros(1, 3, 8, 8), alone("Invert", 0))
+        _apply_ops(torch.zeros(1, 3, 8, 8), alone("Invert", 0))
     with pytest.raises(ValueError, match="each of 2 images, got 1"):
-        apply_ops(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), alone("Invert", 0))
+        _apply_ops(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), alone("Invert", 0))
     with pytest.raises(ValueError, match="Expected `place`, the middles of the squares"):
-        apply_ops(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), alone("Cutout", 4))
+        _apply_ops(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), alone("Cutout", 4))
 
 
 def test_an_empty_batch():
     nothing = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-    for policy in (*POLICIES.values(), Policy("p", [[["Cutout", 1.0, 9]], [["Color", 1.0, 9]]], picks=(0.2, 0.8))):
+    for policy in (*_POLICIES.values(), Policy("p", [[["Cutout", 1.0, 9]], [["Color", 1.0, 9]]], picks=(0.2, 0.8))):
         assert policy.apply(nothing, policy.draw(0, 8, torch.Generator())).shape == nothing.shape
 
 
@@ -203,7 +203,7 @@ def test_cutout_by_a_loop(length, seeded):
     images = torch.rand((30, 3, 20, 24), generator=seeded()) + 1
     middle = torch.stack([torch.randint(20, (30,), generator=seeded(1)),
                           torch.randint(24, (30,), generator=seeded(2))], 1)
-    ours = cutout(images, middle, length, torch.tensor([0.1, 0.2, 0.3]))
+    ours = _cutout(images, middle, length, torch.tensor([0.1, 0.2, 0.3]))
     for image, (row, column), got in zip(images, middle.tolist(), ours):
         top, left = row - length // 2, column - length // 2
         expected = image.clone()
@@ -214,9 +214,9 @@ def test_cutout_by_a_loop(length, seeded):
 
 def test_cutout_with_a_length_for_each_image():
     middle, lengths = torch.tensor([[3, 4], [0, 9], [5, 5]]), torch.tensor([0, 5, 20])
-    together = cutout(torch.ones(3, 1, 8, 10), middle, lengths)
+    together = _cutout(torch.ones(3, 1, 8, 10), middle, lengths)
     for i, length in enumerate(lengths.tolist()):
-        assert torch.equal(together[i:i + 1], cutout(torch.ones(1, 1, 8, 10), middle[i:i + 1], length))
+        assert torch.equal(together[i:i + 1], _cutout(torch.ones(1, 1, 8, 10), middle[i:i + 1], length))
 
 
 def test_the_operation_cutout_is_fast_autoaugments(seeded):
@@ -241,7 +241,7 @@ def test_the_operation_cutout_is_fast_autoaugments(seeded):
 def test_the_operation_cutout_is_autoaugments(seeded):
     "A square of twice the level around one of all pixels, cut off at the border."
     for level in (0, 1, 4, 9):
-        places = draw_places(torch.full((5000, 1), 2.0 * level), 32, "authors", seeded()).flatten(0, 1)
+        places = _draw_places(torch.full((5000, 1), 2.0 * level), 32, "authors", seeded()).flatten(0, 1)
         assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([0, 0], [31, 31])
         policy = Policy("p", [[["Cutout", 1.0, level]]], "authors", 11)
         ops = policy.draw(200, 32, seeded())
@@ -256,7 +256,7 @@ def test_cutout_covers_the_mean_colour(digits, seeded):
     images = Augmented(digits.train, Policy("holes", cutout=16))
     which = torch.arange(64)
     views = images.draw(which, seeded())
-    holes = cutout(torch.zeros(64, 1, 32, 32), views.ops.hole, 16, 1).bool().expand(-1, 3, -1, -1)
+    holes = _cutout(torch.zeros(64, 1, 32, 32), views.ops.hole, 16, 1).bool().expand(-1, 3, -1, -1)
     pixels = images.info.normalize(images.fetch(which, views))
     assert pixels[holes].abs().max() < 0.5 / 255 / 0.3240 + 1e-6  # half a grey level, normalised
     plain = images.info.normalize(digits.train.fetch(which, views))
@@ -317,11 +317,11 @@ def test_chances_of_numbers_of_operations(seeded):
 
 
 def test_published_policies_draw_evenly(seeded):
-    ops = POLICIES["randaugment"].draw(56_000, 32, seeded())
+    ops = _POLICIES["randaugment"].draw(56_000, 32, seeded())
     pairs = torch.bincount(ops.op[:, 0] * 14 + ops.op[:, 1], minlength=196)
     assert len(pairs) == 196 and pairs.min() > 200 and pairs.max() < 380  # 286 expected
     assert {round(m, 4) for m in ops.magnitude[ops.op == OPS.index("Rotate")].tolist()} == {-9.0, 9.0}
-    ops = POLICIES["trivialaugment"].draw(62_000, 32, seeded())
+    ops = _POLICIES["trivialaugment"].draw(62_000, 32, seeded())
     assert ops.op.shape == (62_000, 1) and torch.bincount(ops.op.flatten()).min() > 4000  # 4,429 expected
     turned = ops.magnitude[ops.op == OPS.index("Rotate")].abs()
     assert len(turned.unique()) == 31 and turned.mean().item() == pytest.approx(67.5, abs=3)
@@ -333,7 +333,7 @@ def test_autoaugment_is_torchvisions_list():
                          ("autoaugment_imagenet", v2.AutoAugmentPolicy.IMAGENET)):
         theirs = v2.AutoAugment(policy)._policies
         assert ([[(op, p, level or 0) for op, p, level in line] for line in theirs]
-                == [list(line) for line in POLICIES[name].subpolicies])
+                == [list(line) for line in _POLICIES[name].subpolicies])
 
 
 def test_the_seed_decides(digits, seeded):
@@ -345,12 +345,12 @@ def test_the_seed_decides(digits, seeded):
     assert torch.equal(next(images.batches(32, 0))[0], a[0][0]), "torch's global generator matters"
     torch.random.set_rng_state(state)
     views = images.draw(torch.arange(50), seeded(3))
-    assert isinstance(views, AugmentedViews)
+    assert isinstance(views, _AugmentedViews)
     assert torch.equal(images.fetch(torch.arange(50), views), images.fetch(torch.arange(50), views))
 
 
 def test_each_image_has_its_own_draw(digits, seeded):
-    images = Augmented(digits.train, POLICIES["trivialaugment"])
+    images = Augmented(digits.train, _POLICIES["trivialaugment"])
     same = torch.zeros(64, dtype=torch.int64)
     views = images.draw(same, seeded())
     assert len(views.ops.op.unique()) == 14 and len(images.fetch(same, views).flatten(1).unique(dim=0)) > 40
@@ -381,7 +381,7 @@ def test_at(share):
 # ---- files
 
 def test_round_trip(tmp_path):
-    for policy in (*POLICIES.values(),
+    for policy in (*_POLICIES.values(),
                    Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]],
                           "wide", 12, 16, 128, 3, [(0.1, []), (0.9, [[["Color", 0.25, 11]]])],
                           {"found": "by hand", "n": 3}),
@@ -438,7 +438,7 @@ def test_a_published_pba_schedule(tmp_path):
     assert [share for share, _ in policy.later] == [12 / 200, 34 / 200, 90 / 200]
     for epoch, numbers in ((0, a), (11, a), (12, b), (33, b), (34, b), (89, b), (90, d), (199, d)):
         now = policy.at(epoch / 200).subpolicies
-        assert len(now) == 30 and [line[0][0] for line in now] == [*PBA_OPS, *PBA_OPS]
+        assert len(now) == 30 and [line[0][0] for line in now] == [*_PBA_OPS, *_PBA_OPS]
         assert [[round(10 * p), level] for ((_, p, level),) in now] == [numbers[i:i + 2] for i in range(0, 60, 2)]
     again = load_policy(save_policy(policy, tmp_path / "rcifar.json"))
     assert again == policy and again.about["epochs"] == 200
@@ -521,7 +521,7 @@ def test_no_file(tmp_path):
 
 
 def test_levels_of_operations_without_one():
-    assert check_subpolicies([[["Invert", 1, 7]]], 10) == ((("Invert", 1.0, 7),),) and "Invert" not in LEVELLED
+    assert _check_subpolicies([[["Invert", 1, 7]]], 10) == ((("Invert", 1.0, 7),),) and "Invert" not in _LEVELLED
     assert Policy("p", [[["Invert", 1, 7]]]).draw(5, 32, torch.Generator()).magnitude.abs().sum() == 0
 
 
@@ -560,13 +560,13 @@ def test_a_policy_on_a_policy_is_an_error(digits):
 
 
 def test_no_policy_is_the_plain_images(digits):
-    images = Augmented(digits.train, POLICIES["none"])
+    images = Augmented(digits.train, _POLICIES["none"])
     for (x, y, i), (a, b, c) in zip(images.batches(300, 2), digits.train.batches(300, 2)):
         assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(i, c)
 
 
 def test_subset_and_devices(digits):
-    images = Augmented(digits.train, POLICIES["randaugment"]).subset(30)
+    images = Augmented(digits.train, _POLICIES["randaugment"]).subset(30)
     assert isinstance(images, Augmented) and len(images) == 30 and images.labels.bincount().tolist() == [3] * 10
     assert isinstance(images.to("cpu").images, ArrayImages) and images.to("cpu").policy == images.policy
 
@@ -579,7 +579,7 @@ def test_on_a_gpu(digits):
     views = images.draw(which, g)
     pixels = images.fetch(which, views)
     on_cpu = Augmented(digits.train, images.policy).fetch(
-        which, AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu")))
+        which, _AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu")))
     assert pixels.device.type == "cuda" and (pixels.cpu() != on_cpu).float().mean() < 1e-3
     policy = Policy("p", [[["Cutout", 1.0, 9]], [["ShearX", 1.0, 5]]], "authors", 11, picks=(0.2, 0.3, 0.5), fill=None)
     x, ops, colour = digits.train.fetch(which), policy.draw(256, 32, g), torch.tensor([9, 99, 200])
@@ -589,5 +589,5 @@ def test_on_a_gpu(digits):
 
 
 def test_files_are_plain_json(tmp_path):
-    content = json.loads(save_policy(POLICIES["autoaugment_cifar10"], tmp_path / "a.json").read_text())
+    content = json.loads(save_policy(_POLICIES["autoaugment_cifar10"], tmp_path / "a.json").read_text())
     assert content["subpolicies"][1] == [["Rotate", 0.7, 2], ["TranslateX", 0.3, 9]] and content["bins"] == 10

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from supermix.mixing.masks import areas, mix, soft_labels
-from supermix.mixing.puzzlemix import (Energy, PuzzleMix, block_shares, border_gaps, distances, energy_terms,
-                                       graph_cuts, min_cut, minimise, move_blocks, puzzle_masks, saliency, transport,
-                                       transport_plans)
+from supermix.mixing.puzzlemix import (PuzzleMix, _Energy, _block_shares, _border_gaps, _distances, _energy_terms,
+                                       _graph_cuts, _min_cut, _minimise, _move_blocks, _puzzle_masks, _saliency,
+                                       _transport, _transport_plans)
 
 
 def pairs(seed, B, H, W, C=3):
@@ -52,8 +52,8 @@ def test_no_labeling_is_better_than_the_cuts(seed, grid, labels, beta, gamma, et
     if labels == 4 and grid == (2, 3): labels = 3  # 4096 labelings take long in plain loops
     sets, maps, lam = pairs(seed, 1, *grid)
     weights, m = {"beta": beta, "gamma": gamma, "eta": eta}, labels - 1
-    shares = block_shares(maps, grid)
-    found = minimise(energy_terms(shares, border_gaps(sets, grid, 1), lam[:, 0], labels, **weights))[0].numpy() / m
+    shares = _block_shares(maps, grid)
+    found = _minimise(_energy_terms(shares, _border_gaps(sets, grid, 1), lam[:, 0], labels, **weights))[0].numpy() / m
     value = lambda z: papers_energy(z, shares[0].numpy(), sets[0].double().numpy(), lam[0, 0].item(), m, **weights)
     best = min(value(np.array(u).reshape(grid) / m) for u in itertools.product(range(labels), repeat=grid[0] * grid[1]))
     assert value(found) <= best + 1e-5 * max(1, abs(best))
@@ -62,8 +62,8 @@ def test_no_labeling_is_better_than_the_cuts(seed, grid, labels, beta, gamma, et
 @given(seed=st.integers(0, 10**6), labels=st.integers(2, 6), n=st.sampled_from([2, 4, 8]))
 def test_the_energy_of_real_blocks_differs_from_the_formula_by_a_constant(seed, labels, n):
     sets, maps, lam = pairs(seed, 2, n, n)
-    shares, rng, m = block_shares(maps, (n, n)), np.random.default_rng(seed), labels - 1
-    energy = energy_terms(shares, border_gaps(sets, (n, n), 1), lam[:, 0], labels, beta=20.0, gamma=1.0)
+    shares, rng, m = _block_shares(maps, (n, n)), np.random.default_rng(seed), labels - 1
+    energy = _energy_terms(shares, _border_gaps(sets, (n, n), 1), lam[:, 0], labels, beta=20.0, gamma=1.0)
     assert ((energy.down >= 0).all() and (energy.right >= 0).all()
             and (energy.site.diff(dim=-1).diff(dim=-1) > -1e-12).all())
     apart = []
@@ -82,7 +82,7 @@ def test_the_cut_is_the_greatest_flow(seed, N, density):
     ends = np.sort(rng.integers(0, N, (density, 2)), axis=1)
     first, second = np.unique(ends[ends[:, 0] < ends[:, 1]], axis=0).T  # with strides
     weights, costs = rng.integers(0, 500, len(first)), rng.integers(-800, 800, N)
-    bits = min_cut(first, second, weights, costs)
+    bits = _min_cut(first, second, weights, costs)
     tails = np.concatenate([first, second, np.full(N, N), np.arange(N)])
     heads = np.concatenate([second, first, np.arange(N), np.full(N, N + 1)])
     room = np.concatenate([weights, weights, np.maximum(-costs, 0), np.maximum(costs, 0)]).astype(np.int32)
@@ -92,10 +92,10 @@ def test_the_cut_is_the_greatest_flow(seed, N, density):
 
 def test_a_batch_is_cut_as_its_pairs_are():
     sets, maps, lam = pairs(3, 9, 16, 16)
-    energy = energy_terms(block_shares(maps, (8, 8)), border_gaps(sets, (8, 8), 2), lam[:, 0])
-    alone = [minimise(Energy(*(t[i:i + 1] for t in energy)))[0] for i in range(9)]
-    assert torch.equal(minimise(energy), torch.stack(alone))
-    assert minimise(Energy(*(1e-9 * t for t in energy))).equal(minimise(energy))  # a scale changes nothing
+    energy = _energy_terms(_block_shares(maps, (8, 8)), _border_gaps(sets, (8, 8), 2), lam[:, 0])
+    alone = [_minimise(_Energy(*(t[i:i + 1] for t in energy)))[0] for i in range(9)]
+    assert torch.equal(_minimise(energy), torch.stack(alone))
+    assert _minimise(_Energy(*(1e-9 * t for t in energy))).equal(_minimise(energy))  # a scale changes nothing
 
 
 @pytest.mark.parametrize("n, labels", [(2, 2), (4, 3), (8, 3), (8, 5), (16, 3)])
@@ -103,7 +103,7 @@ def test_areas_follow_lambda(n, labels):
     sets, maps, _ = pairs(n, 12, 32, 32)
     held = []
     for share in torch.linspace(0, 1, 11).tolist():
-        masks = puzzle_masks(sets, maps, torch.tensor([[share, 1 - share]]).expand(12, 2), n, labels=labels)
+        masks = _puzzle_masks(sets, maps, torch.tensor([[share, 1 - share]]).expand(12, 2), n, labels=labels)
         torch.testing.assert_close(masks.sum(1), torch.ones(12, 32, 32))
         held.append(areas(masks)[:, 0])
     held = torch.stack(held)
@@ -115,30 +115,30 @@ def test_areas_follow_lambda(n, labels):
 def test_whole_images_whatever_the_saliency(lam, eta):
     maps = torch.zeros(2, 2, 16, 16)
     maps[:, :, 5, 5] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # all of one source's saliency in one block
-    masks = puzzle_masks(torch.rand(2, 2, 3, 16, 16), maps, torch.tensor([[lam, 1 - lam]] * 2), 4, eta=eta)
+    masks = _puzzle_masks(torch.rand(2, 2, 3, 16, 16), maps, torch.tensor([[lam, 1 - lam]] * 2), 4, eta=eta)
     assert (masks[:, 0] == lam).all()
 
 
 def test_without_neighbours_and_prior_the_more_salient_source_wins():
     sets, maps, lam = pairs(1, 5, 16, 16)
-    masks = puzzle_masks(sets, maps, lam, 8, beta=0.0, eta=0.0)
-    shares = block_shares(maps, (8, 8))
+    masks = _puzzle_masks(sets, maps, lam, 8, beta=0.0, eta=0.0)
+    shares = _block_shares(maps, (8, 8))
     assert torch.equal(masks[:, 0, ::2, ::2], (shares[:, 0] > shares[:, 1]).float())
-    calm = puzzle_masks(sets, maps, torch.full((5, 2), 0.5), 8, beta=1e5, gamma=0.0)
+    calm = _puzzle_masks(sets, maps, torch.full((5, 2), 0.5), 8, beta=1e5, gamma=0.0)
     assert (calm[:, 0] == calm[:, 0, :1, :1]).all()  # with dear seams there is none
 
 
 def test_masks_of_a_rectangle_and_of_other_dtypes():
     sets, maps, lam = pairs(2, 3, 12, 24)
-    masks = puzzle_masks(sets, maps, lam, 4)
+    masks = _puzzle_masks(sets, maps, lam, 4)
     assert masks.shape == (3, 2, 12, 24) and masks.dtype == torch.float32
-    assert puzzle_masks(sets.double(), maps, lam.double(), 4).dtype == torch.float64
-    assert torch.equal(puzzle_masks(sets.double(), maps, lam, 4, std=[0.25] * 3), masks)
+    assert _puzzle_masks(sets.double(), maps, lam.double(), 4).dtype == torch.float64
+    assert torch.equal(_puzzle_masks(sets.double(), maps, lam, 4, std=[0.25] * 3), masks)
 
 
 def test_border_gaps_by_plain_loops():
     sets, h, w, cell = torch.rand(2, 2, 3, 8, 12), 2, 3, 2
-    down, right = border_gaps(sets, (h, w), cell)
+    down, right = _border_gaps(sets, (h, w), cell)
     assert down.shape == (2, 2, 2, 1, 3) and right.shape == (2, 2, 2, 2, 2)
     mean = lambda b, a, i, j: sets[b, a, :, i:i + cell, j:j + cell].double().mean((1, 2))
     for b, a, c in itertools.product((0, 1), repeat=3):
@@ -158,20 +158,20 @@ def test_no_permutation_is_better_than_the_plan(seed, grid, xi):
     where = np.array(list(itertools.product(range(grid[0]), range(grid[1])))) / max(max(grid) - 1, 1)
     def cost(comes):
         return sum(xi * ((where[i] - where[j]) ** 2).sum() - shares[i] * seen[j] for j, i in enumerate(comes))
-    plan = transport_plans(torch.tensor(shares).view(1, *grid), torch.tensor(seen).view(1, *grid), xi)
+    plan = _transport_plans(torch.tensor(shares).view(1, *grid), torch.tensor(seen).view(1, *grid), xi)
     assert sorted(plan[0].tolist()) == list(range(size))
     assert cost(plan[0].tolist()) <= min(map(cost, itertools.permutations(range(size)))) + 1e-12
 
 
 def test_distances_by_hand():
-    assert distances((1, 3)).tolist() == [[0, 0.25, 1], [0.25, 0, 0.25], [1, 0.25, 0]]
-    assert distances((1, 1)).tolist() == [[0]]
+    assert _distances((1, 3)).tolist() == [[0, 0.25, 1], [0.25, 0, 0.25], [1, 0.25, 0]]
+    assert _distances((1, 1)).tolist() == [[0]]
 
 
 def test_moved_blocks_are_where_the_plan_says():
     images, grid = torch.rand(3, 2, 6, 8), (3, 4)
     plans = torch.stack([torch.randperm(12) for _ in range(3)])
-    moved = move_blocks(images, plans, grid)
+    moved = _move_blocks(images, plans, grid)
     for b, place in itertools.product(range(3), range(12)):
         (i, j), (k, l) = divmod(place, 4), divmod(plans[b, place].item(), 4)
         assert torch.equal(moved[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2],
@@ -180,10 +180,10 @@ def test_moved_blocks_are_where_the_plan_says():
 
 def test_transport_brings_saliency_into_view():
     sets, maps, _ = pairs(5, 6, 16, 16)
-    masks = puzzle_masks(sets, maps, torch.full((6, 2), 0.5), 4, labels=2)
+    masks = _puzzle_masks(sets, maps, torch.full((6, 2), 0.5), 4, labels=2)
     seen = lambda m: ((masks > 0) * m).sum((2, 3))
     for xi, grows in ((0.0, True), (0.01, True), (1e6, False)):
-        moved = transport(maps[:, :, None], maps, masks, 4, 2, xi)[:, :, 0]
+        moved = _transport(maps[:, :, None], maps, masks, 4, 2, xi)[:, :, 0]
         assert (seen(moved) >= seen(maps) - 1e-5).all() and torch.equal(moved, maps) != grows
         assert torch.equal(moved.flatten(2).sort().values, maps.flatten(2).sort().values)
 
@@ -192,15 +192,15 @@ def test_saliency_of_a_linear_teacher_and_the_teacher_is_left_alone(teacher, dig
     A, x, y = torch.randn(5, 48), torch.randn(6, 3, 4, 4), torch.arange(6) % 5
     p = (x.flatten(1) @ A.T).softmax(1)
     want = ((p - torch.nn.functional.one_hot(y, 5)) @ A).view(6, 3, 4, 4).norm(dim=1)
-    torch.testing.assert_close(saliency(lambda v: v.flatten(1) @ A.T, x, y)[0], want)
+    torch.testing.assert_close(_saliency(lambda v: v.flatten(1) @ A.T, x, y)[0], want)
     images, _ = digits.test[:4]
     teacher.train()
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    with torch.inference_mode(): maps, logits = saliency(teacher, images)
+    with torch.inference_mode(): maps, logits = _saliency(teacher, images)
     assert teacher.training and all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters()) and not logits.requires_grad and maps.shape == (4, 32, 32)
     teacher.eval()
-    torch.testing.assert_close(maps, saliency(teacher, images, teacher(images).argmax(1))[0])
+    torch.testing.assert_close(maps, _saliency(teacher, images, teacher(images).argmax(1))[0])
 
 
 @pytest.mark.parametrize("moves", [True, False])
@@ -283,7 +283,7 @@ BAD = {
     "bytes": (lambda: PuzzleMix(linear, blocks=4)((255 * images).byte(), labels), "Expected normalised float images"),
     "NaN": (lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels),
             "NaN or infinity in 1 of 4"),
-    "a grid that does not fit maps": (lambda: block_shares(torch.rand(2, 8, 8), (3, 4)),
+    "a grid that does not fit maps": (lambda: _block_shares(torch.rand(2, 8, 8), (3, 4)),
                                       "blocks that divide the maps, got 3×4 for 8×8"),
     "soft labels of fewer classes": (lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4)[:, :3] + 1 / 3),
                                      "whose rows sum to 1"),
@@ -327,7 +327,7 @@ except ImportError as error: print(error)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "gco-wrapper" in done.stdout and "pip install 'supermix[puzzle]'" in done.stdout
-    assert graph_cuts().__name__ == "gco"
+    assert _graph_cuts().__name__ == "gco"
 
 
 def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
@@ -336,13 +336,13 @@ def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
     half = torch.zeros(1, 2, 4, 4)
     half[:, 0, :, :2], half[:, 1, :, 2:] = 1, 1
     masks = half.repeat_interleave(14, 2).repeat_interleave(14, 3)
-    moved = transport(sets, maps, masks, 4, size=4, xi=0.0)             # cells of 14 pixels: blocks of 7
+    moved = _transport(sets, maps, masks, 4, size=4, xi=0.0)             # cells of 14 pixels: blocks of 7
     pieces = lambda x: {p.numpy().tobytes() for p in x.unfold(2, 7, 7).unfold(3, 7, 7).permute(0, 2, 3, 1, 4, 5)
                         .reshape(-1, 3, 7, 7)}
     assert pieces(moved[:, 0]) == pieces(sets[:, 0]) and not torch.equal(moved, sets)
     wide = half.repeat_interleave(72, 2).repeat_interleave(72, 3)
     with pytest.raises(ValueError, match="at most 4,096 blocks .* got 72×72: raise size"):
-        transport(torch.rand(1, 2, 3, 288, 288), torch.rand(1, 2, 288, 288), wide, 4, size=4)
+        _transport(torch.rand(1, 2, 3, 288, 288), torch.rand(1, 2, 288, 288), wide, 4, size=4)
 
 
 @pytest.mark.parametrize("edge, block", [(32, 4), (64, 4), (96, 8), (224, 16)])
@@ -350,6 +350,6 @@ def test_larger_images_move_larger_blocks(edge, block):
     sets, maps = (torch.rand(1, 2, *c, edge, edge, generator=torch.Generator().manual_seed(0)) for c in ((3,), ()))
     masks = torch.zeros(1, 2, edge, edge)
     masks[:, 0, :, :edge // 2], masks[:, 1, :, edge // 2:] = 1, 1
-    moved = transport(sets, maps, masks, 2, xi=0.0)
-    assert torch.equal(moved, transport(sets, maps, masks, 2, size=block, xi=0.0))
-    assert not torch.equal(moved, transport(sets, maps, masks, 2, size=2 * block, xi=0.0))
+    moved = _transport(sets, maps, masks, 2, xi=0.0)
+    assert torch.equal(moved, _transport(sets, maps, masks, 2, size=block, xi=0.0))
+    assert not torch.equal(moved, _transport(sets, maps, masks, 2, size=2 * block, xi=0.0))

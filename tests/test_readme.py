@@ -14,9 +14,9 @@ import torch
 import torchvision
 from PIL import Image
 from supermix import accuracy, distill, load, load_folder, make_mixes
-from supermix.experiments.demo import DemoRow, demo_table
-from supermix.experiments.race import read_report
-from supermix.experiments.study import charge_prices, load_results, study_table
+from supermix.experiments.demo import DemoRow, _demo_table
+from supermix.experiments.race import _read_report
+from supermix.experiments.study import _charge_prices, load_results, study_table
 from supermix.recipes import Training
 from torch.nn import functional as F
 
@@ -127,13 +127,13 @@ def test_every_picture_says_what_is_to_be_seen():
 
 def test_the_table_is_the_one_that_was_measured():
     rows = json.loads((ROOT / "results" / "demo.json").read_text())["rows"]
-    assert demo_table([DemoRow(**row) for row in rows]) in README
+    assert _demo_table([DemoRow(**row) for row in rows]) in README
 
 
 def test_the_studys_table_is_the_one_that_was_measured():
     found = load_results(ROOT / "results" / "study")
     listed = json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"]
-    rows = charge_prices(found["core"] | found["budget"], listed)
+    rows = _charge_prices(found["core"] | found["budget"], listed)
     wanted = ("alone", "KD",
               *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
               "KD, double updates")
@@ -142,7 +142,7 @@ def test_the_studys_table_is_the_one_that_was_measured():
 
 
 def test_the_engines_table_is_the_one_that_was_measured():
-    report = read_report(ROOT / "results" / "engine.json")
+    report = _read_report(ROOT / "results" / "engine.json")
     for k, result in report["races"].items():
         for way, w in result.items():
             row = (f"| k = {k}, {way} | {w['images/s']:.1f} | {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % "

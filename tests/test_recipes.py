@@ -5,11 +5,11 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 import pytest
 from supermix.data import DATA_SETS
 from supermix.distillation.contrast import TERMS
-from supermix.experiments.runs import result_path
+from supermix.experiments.runs import _result_path
 from supermix.mixing.mixers import CutMix, MixUp
 from supermix.mixing.solver import SuperMix
-from supermix.recipes import (CIFAR100, CIFAR100_DISTILLATION, CRD_BENCHMARK, DEMO, FAST, FEATURES, IMAGENET, METHODS,
-                              TEACHERS, Generation, Mixing, Recipe, Terms, Training, Variant, as_named, change,
+from supermix.recipes import (CIFAR100, CIFAR100_DISTILLATION, CRD_BENCHMARK, DEMO, FAST, IMAGENET, METHODS, TEACHERS,
+                              _FEATURES, Generation, Mixing, Recipe, Terms, Training, Variant, as_named, change,
                               differences, later_defaults)
 from supermix.training.loop import short_hash
 from supermix.zoo import create, names
@@ -206,16 +206,16 @@ def test_fields_that_fit_together_only_change_together():
         change(base, {"training.epochs": 3})
 
 
-def test_terms_on_features_are_those_that_there_are(): assert set(FEATURES) == set(TERMS)
+def test_terms_on_features_are_those_that_there_are(): assert set(_FEATURES) == set(TERMS)
 
 
 def test_new_fields_leave_old_names_as_they_are():
     "These names were given before `Training` had optimizer, schedule, nesterov, label_smoothing and clip_grad."
     for recipe, name in ((CIFAR100, "e0a00002"), (CIFAR100.at("mini"), "9c3701a8"), (IMAGENET, "4a6e4de9"),
                          (CRD_BENCHMARK, "e7cff4fa")):
-        assert result_path(recipe, Variant("kd", "supermix"), "").name.split("-")[-2] == name
+        assert _result_path(recipe, Variant("kd", "supermix"), "").name.split("-")[-2] == name
         other = replace(recipe, training=replace(recipe.training, schedule="cosine"))
-        assert result_path(other, Variant("kd", "supermix"), "").name.split("-")[-2] != name
+        assert _result_path(other, Variant("kd", "supermix"), "").name.split("-")[-2] != name
     assert short_hash(as_named(CIFAR100.teacher_training)) == "999f9e36"
     assert later_defaults(Training) == {"optimizer": "sgd", "schedule": "steps", "nesterov": False,
                                         "label_smoothing": 0.0, "clip_grad": None}

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from supermix.distillation.contrast import TERMS
 from supermix.distillation.losses import Outputs, Term, outputs_of
-from supermix.distillation.relations import (CC, PKT, RKD, SP, cc_loss, distances_and_angles, pick_probabilities,
-                                             pkt_loss, rkd_loss, similarity_matrix, sp_loss)
+from supermix.distillation.relations import (CC, PKT, RKD, SP, _distances_and_angles, _pick_probabilities,
+                                             _similarity_matrix, cc_loss, pkt_loss, rkd_loss, sp_loss)
 from supermix.zoo import create
 
 
@@ -94,9 +94,9 @@ def test_what_may_be_done_to_the_students_vectors():
     assert sp_loss(2 * PS @ turn, PS) < 1e-20 < sp_loss(PS + 1, PS)
     assert rkd_loss(2 * PS @ turn + 1, PS) < 1e-20
     assert pkt_loss(2 * PS @ turn, PS).abs() < 1e-9 < pkt_loss(PS + 1, PS)
-    torch.testing.assert_close(similarity_matrix(PS).norm(dim=1), torch.ones(8).double())
-    torch.testing.assert_close(pick_probabilities(PS).sum(1), torch.ones(8).double())
-    distance, angles = distances_and_angles(PS)
+    torch.testing.assert_close(_similarity_matrix(PS).norm(dim=1), torch.ones(8).double())
+    torch.testing.assert_close(_pick_probabilities(PS).sum(1), torch.ones(8).double())
+    distance, angles = _distances_and_angles(PS)
     assert distance.sum().item() == pytest.approx(56) and angles.abs().max() < 1 + 1e-12
 
 

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from supermix.experiments import runs
 from supermix.cli import BASES, CLASSIFIER_BASES, parse_command
 from supermix.core import file_hash
-from supermix.experiments.published import CLASSIFICATION, COLUMNS, DISTILLATION, published
-from supermix.experiments.runs import (ROW_MIXERS, Impossible, bytes_per_mix, check_row, estimate_cost, family_table,
-                                       find_result, load_accuracies, make_miniature, needs_teacher, open_data,
-                                       open_teacher, result_path, run_classification, run_command, run_distillation,
-                                       run_family, write_cifar100)
+from supermix.experiments import runs
+from supermix.experiments.published import _CLASSIFICATION, _COLUMNS, _DISTILLATION, published
+from supermix.experiments.runs import (_ROW_MIXERS, _Impossible, _bytes_per_mix, _check_row, _load_accuracies,
+                                       _make_miniature, _needs_teacher, _open_data, _open_teacher, _result_path,
+                                       _write_cifar100, estimate_cost, family_table, find_result, run_classification,
+                                       run_command, run_distillation, run_family)
 from supermix.policies.policies import Augmented, load_policy, save_policy
 from supermix.recipes import (CIFAR100, CIFAR100_CLASSIFICATION, CIFAR100_DISTILLATION, CRD_BENCHMARK, CRD_DISTILLATION,
-                              IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHODS, METHOD_ROWS, PAIRS,
+                              IMAGENET, IMAGENET_CLASSIFICATION, IMAGENET_DISTILLATION, METHODS, _METHOD_ROWS, _PAIRS,
                               Variant, change, differences)
 from supermix.training.checkpoints import checkpoints
 from supermix.training.loop import accuracy
-from supermix.zoo import CRD_KEYS, crd_keys, create, load, pretrained, save
+from supermix.zoo import _CRD_KEYS, _crd_keys, create, load, pretrained, save
 
 FAMILIES = [CIFAR100_DISTILLATION, CRD_DISTILLATION, IMAGENET_DISTILLATION, CIFAR100_CLASSIFICATION,
             IMAGENET_CLASSIFICATION]
@@ -58,7 +58,7 @@ KINDS = {"wrn": "WRN", "vgg": "VGG", "mob": "MobileNetV2", "shufflenetv1": "Shuf
          "shufflenetv2": "ShuffleNetV2", "resnet50": "BottleneckResNet"}
 
 
-@pytest.mark.parametrize("teacher, student", PAIRS)
+@pytest.mark.parametrize("teacher, student", _PAIRS)
 def test_every_pair_is_the_benchmarks(teacher, student):
     recipe = CIFAR100.pair(teacher, student)
     assert set(differences(CIFAR100, recipe)) <= {"teacher", "student", "training.lr"}
@@ -67,7 +67,7 @@ def test_every_pair_is_the_benchmarks(teacher, student):
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
         assert (type(network).__name__ == KINDS.get(name, KINDS.get(name[:3], "ResNet"))
                 and network.head.out_features == 100)
-        assert type(network).__name__ in CRD_KEYS and crd_keys(network)
+        assert type(network).__name__ in _CRD_KEYS and _crd_keys(network)
     low = student in ("mobilenetv2", "shufflenetv1", "shufflenetv2")
     assert ((recipe.training.lr, CRD_BENCHMARK.pair(teacher, student).training.lr)
             == ((0.02, 0.01) if low else (0.1, 0.05)))
@@ -75,12 +75,12 @@ def test_every_pair_is_the_benchmarks(teacher, student):
 
 def test_no_two_families_meet_in_a_file():
     for scale in ("paper", "mini", "smoke"):
-        files = [{result_path(recipe, variant, "").name for recipe, _, variant in family.at(scale).runs()}
+        files = [{_result_path(recipe, variant, "").name for recipe, _, variant in family.at(scale).runs()}
                  for family in FAMILIES]
         assert len(set.union(*files)) == sum(map(len, files))
 
 
-def test_the_pairs_are_thirteen(): assert len(set(PAIRS)) == 13 and COLUMNS == PAIRS
+def test_the_pairs_are_thirteen(): assert len(set(_PAIRS)) == 13 and _COLUMNS == _PAIRS
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.recipe.data}-{len(f.rows)}-rows")
@@ -90,7 +90,7 @@ def test_a_scale_changes_what_a_family_lists_and_nothing_else(family, scale):
     listed = family.scales[scale]
     assert (changed.items() <= listed.items()
             and all(name in changed or runs_same(family, name, value) for name, value in listed.items()))
-    assert (len({(result_path(recipe, variant, "").name) for recipe, _, variant in family.runs()})
+    assert (len({(_result_path(recipe, variant, "").name) for recipe, _, variant in family.runs()})
             == len(list(family.runs())))
 
 
@@ -103,7 +103,7 @@ def runs_same(family, name, value):
 def test_rows_are_methods_and_mixers():
     for family in FAMILIES:
         for name, variant in family.rows.items():
-            assert variant.method in METHODS and (variant.mixer or "") in runs.ROW_MIXERS, name
+            assert variant.method in METHODS and (variant.mixer or "") in runs._ROW_MIXERS, name
     assert {v.method for v in CIFAR100_DISTILLATION.rows.values()} == set(METHODS)
 
 
@@ -111,11 +111,11 @@ def test_rows_are_methods_and_mixers():
 
 def test_published_results_are_those_of_the_copy():
     copy = json.loads((Path(__file__).parent / "data" / "published.json").read_text())
-    assert {f"{t}→{s}": rows for (t, s), rows in DISTILLATION.items()} == copy["accuracy"]
+    assert {f"{t}→{s}": rows for (t, s), rows in _DISTILLATION.items()} == copy["accuracy"]
     assert {name: {row: v for row, v in rows.items() if row != "SuperMix + RandAugment"}
-            for name, rows in CLASSIFICATION.items()} == copy["error"]
-    assert sum(map(len, DISTILLATION.values())) == 7 * 22 - 1 + 6 * 4
-    assert (sum(rows["SuperMix + KD"] for rows in list(DISTILLATION.values())[:7])
+            for name, rows in _CLASSIFICATION.items()} == copy["error"]
+    assert sum(map(len, _DISTILLATION.values())) == 7 * 22 - 1 + 6 * 4
+    assert (sum(rows["SuperMix + KD"] for rows in list(_DISTILLATION.values())[:7])
             == pytest.approx(77.45 + 76.53 + 73.19 + 72.96 + 75.21 + 77.59 + 76.03))
     assert (published("imagenet_resnet50", "imagenet_resnet50", "SuperMix + RandAugment") == 78.2
             and published("vgg13", "vgg8", "none") is None)
@@ -126,9 +126,9 @@ def test_published_results_are_those_of_the_copy():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    places = {"folder": folder, "results": folder / "results", "root": make_miniature("cifar100", folder / "data")}
-    data = open_data(TINY, places["root"])
-    assert accuracy(open_teacher(TINY, data, folder), data.train) > 60, "whoever asks this teacher for mixes asks luck"
+    places = {"folder": folder, "results": folder / "results", "root": _make_miniature("cifar100", folder / "data")}
+    data = _open_data(TINY, places["root"])
+    assert accuracy(_open_teacher(TINY, data, folder), data.train) > 60, "whoever asks this teacher for mixes asks luck"
     return places
 
 
@@ -140,7 +140,7 @@ TINY = change(CIFAR100.at("smoke"), {
 @pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_40_1"), ("vgg13", "mobilenetv2"),
                                               ("resnet32x4", "shufflenetv1"), ("resnet50", "vgg8")])
 def test_fsp_needs_equal_channels_and_says_so_before_anything_is_trained(teacher, student, places, tmp_path):
-    with pytest.raises(Impossible, match=f"{teacher} → {student} by fsp: Expected .*channels"):
+    with pytest.raises(_Impossible, match=f"{teacher} → {student} by fsp: Expected .*channels"):
         run_distillation(CIFAR100.pair(teacher, student), "fsp", folder=tmp_path, results=tmp_path / "results",
                          root=places["root"])
     assert not list(tmp_path.rglob("*"))
@@ -148,7 +148,7 @@ def test_fsp_needs_equal_channels_and_says_so_before_anything_is_trained(teacher
 
 @pytest.mark.parametrize("teacher, student", [("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"), ("vgg13", "vgg8")])
 def test_fsp_is_possible_within_families(teacher, student, places):
-    check_row(CIFAR100.pair(teacher, student), Variant("fsp"), open_data(CIFAR100, places["root"]).train)
+    _check_row(CIFAR100.pair(teacher, student), Variant("fsp"), _open_data(CIFAR100, places["root"]).train)
 
 
 @pytest.mark.parametrize("act, message", [
@@ -178,10 +178,10 @@ def test_every_method_with_mixes(method, places):
     figures = result["figures"]
     assert (figures["images"] == 80 and figures["epochs"] == 2 and 0 <= figures["test_accuracy"] <= 100
             and figures["loss"] == figures["loss"])
-    assert json.loads(result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
+    assert json.loads(_result_path(TINY, Variant(method, "cutmix"), places["results"]).read_text()) == result
 
 
-@pytest.mark.parametrize("mixer", [mixer for mixer in runs.ROW_MIXERS if mixer not in ("", "cutmix", "puzzlemix")])
+@pytest.mark.parametrize("mixer", [mixer for mixer in runs._ROW_MIXERS if mixer not in ("", "cutmix", "puzzlemix")])
 def test_every_mixer(mixer, places): assert run_distillation(TINY, "kd", mixer, **places)["variant"]["mixer"] == mixer
 
 
@@ -199,11 +199,11 @@ def test_classifiers(policy, mixer, label, places, monkeypatch):
 
 def test_a_result_is_found_again_and_never_overwritten(places):
     first = run_distillation(TINY, "kd", "mixup", **places)
-    path = result_path(TINY, Variant("kd", "mixup"), places["results"])
+    path = _result_path(TINY, Variant("kd", "mixup"), places["results"])
     before = path.stat().st_mtime_ns
     assert run_distillation(TINY, "kd", "mixup", **places) == first and path.stat().st_mtime_ns == before
     # two recipes do not meet in a file
-    assert result_path(change(TINY, {"training.lr": 0.2}), Variant("kd", "mixup"), places["results"]) != path
+    assert _result_path(change(TINY, {"training.lr": 0.2}), Variant("kd", "mixup"), places["results"]) != path
     assert find_result(TINY, Variant("kd", "no"), places["results"]) is None
 
 
@@ -211,9 +211,9 @@ def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
     torch.manual_seed(5)
     network = create("wrn_16_1", 10)
     torch.save({"epoch": 240, "model": {theirs: network.state_dict()[ours]
-                                        for ours, theirs in crd_keys(network).items()}}, tmp_path / "ckpt.pth")
+                                        for ours, theirs in _crd_keys(network).items()}}, tmp_path / "ckpt.pth")
     recipe = replace(TINY, teacher="wrn_16_1")
-    opened = open_teacher(recipe, open_data(recipe, places["root"]), tmp_path, tmp_path / "ckpt.pth")
+    opened = _open_teacher(recipe, _open_data(recipe, places["root"]), tmp_path, tmp_path / "ckpt.pth")
     assert (all(torch.equal(a, b)
                 for a, b in zip(opened.state_dict().values(), network.state_dict().values(), strict=True))
             and not opened.training)
@@ -231,7 +231,7 @@ def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
     first = go("first")
     assert go("first") == first
     with pytest.raises(ValueError, match="is the result of another teacher"): go("second")
-    result_path(TINY, Variant("kd"), tmp_path / "results").unlink()
+    _result_path(TINY, Variant("kd"), tmp_path / "results").unlink()
     with pytest.raises(ValueError, match="teacher .* there, .* now"): go("second")  # nor are its checkpoints
 
 
@@ -239,20 +239,20 @@ def test_imagenet_in_small(tmp_path):
     recipe = change(IMAGENET.at("smoke"), {"training.epochs": 1, "training.milestones": (),
                                            "teacher_training.epochs": 1, "teacher_training.milestones": ()})
     result = run_distillation(recipe, "kd", "mixup", folder=tmp_path, results=tmp_path,
-                              root=make_miniature("imagenet", tmp_path))
-    assert result["figures"]["images"] == 96 and open_data(recipe, tmp_path).train[0][0].shape == (3, 32, 32)
+                              root=_make_miniature("imagenet", tmp_path))
+    assert result["figures"]["images"] == 96 and _open_data(recipe, tmp_path).train[0][0].shape == (3, 32, 32)
 
 
 # ---- tables and costs
 
 def test_a_table_lays_ours_beside_theirs(tmp_path):
-    family = replace(CRD_DISTILLATION, rows={name: METHOD_ROWS[name] for name in ("KD", "FSP")})
+    family = replace(CRD_DISTILLATION, rows={name: _METHOD_ROWS[name] for name in ("KD", "FSP")})
     for seed, reached, epochs in ((0, 74.0, 240), (1, 75.0, 240), (2, 10.0, 1)):
         recipe = change(CRD_BENCHMARK.pair("vgg13", "vgg8"), {"training.seed": seed, "training.epochs": epochs})
-        path = result_path(recipe, Variant("kd"), tmp_path)
+        path = _result_path(recipe, Variant("kd"), tmp_path)
         path.write_text(json.dumps({"recipe": runs._recipe_record(recipe), "figures": {"test_accuracy": reached}}))
     # one epoch is another recipe
-    assert load_accuracies(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]
+    assert _load_accuracies(CRD_BENCHMARK.pair("vgg13", "vgg8"), Variant("kd"), tmp_path) == [74.0, 75.0]
     lines = family_table(family, tmp_path, (("vgg13", "vgg8"), ("wrn_40_2", "wrn_40_1"))).splitlines()
     assert lines[2:5] == ["| KD | 74.50 of 2 seeds (72.98) | not run (73.54) |",
                           "| FSP | not run (70.23) | not run |", ""]
@@ -266,15 +266,15 @@ def least_cost(*args, **options):
 
 
 def test_costs_grow_with_what_is_asked(places):
-    data = open_data(TINY, places["root"])
+    data = _open_data(TINY, places["root"])
     one, hundred = (least_cost(change(TINY, {"training.epochs": n, "mixes": 10 * n}), Variant("kd", "supermix"), data)
                     for n in (1, 100))
     assert (20 < hundred.training / one.training < 500 and 20 < hundred.mixing / one.mixing < 500
             and hundred.mixes == pytest.approx(100 * one.mixes))
     plain = estimate_cost(TINY, Variant("alone"), data, probe=4)
     assert (plain.teacher == plain.mixing == plain.mixes == 0 < plain.training
-            and 100 < bytes_per_mix(CIFAR100.mixing) < bytes_per_mix(IMAGENET.mixing) < 1200)
-    assert not needs_teacher(Variant()) and needs_teacher(Variant(mixer="supermix", label="lam"))
+            and 100 < _bytes_per_mix(CIFAR100.mixing) < _bytes_per_mix(IMAGENET.mixing) < 1200)
+    assert not _needs_teacher(Variant()) and _needs_teacher(Variant(mixer="supermix", label="lam"))
 
 
 def test_a_memory_takes_time_and_room():
@@ -301,7 +301,7 @@ def test_weights_that_are_given_cost_no_training():
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet34", "ResNet50"])
 def test_torchvisions_weights_are_those_of_plain_training(name):
     from torchvision.models import get_weight
-    reached = get_weight(f"{name}_Weights.{runs.TEACHER_WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    reached = get_weight(f"{name}_Weights.{runs._TEACHER_WEIGHTS}").meta["_metrics"]["ImageNet-1K"]["acc@1"]
     assert reached == {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.13}[name]
     if name == "ResNet50":  # not above what it shall teach
         assert abs(reached - published("imagenet_resnet50", "imagenet_resnet50", "baseline")) < 0.5
@@ -312,7 +312,7 @@ def test_torchvisions_weights_are_those_of_plain_training(name):
 def test_policies_of_one_name_do_not_share_a_result(tmp_path):
     rows = [Variant(policy=policy, cutout=cutout) for policy in ("policies/pba.json", "mine/pba.json", "none")
             for cutout in (None, 0, 16)]
-    assert len({result_path(CIFAR100, row, tmp_path) for row in rows}) == len(rows)
+    assert len({_result_path(CIFAR100, row, tmp_path) for row in rows}) == len(rows)
     row = Variant(policy="mine.json")
     save_policy(load_policy("randaugment"), tmp_path / "mine.json")
     found = {"policy": runs._policy_hash(row, tmp_path)}
@@ -325,7 +325,7 @@ def test_policies_of_one_name_do_not_share_a_result(tmp_path):
 def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
     save(create("resnet8", 10), tmp_path / "teacher.safetensors")
     with pytest.raises(ValueError, match="holds a resnet8, and the .* is resnet14: say --teacher resnet8"):
-        open_teacher(CIFAR100.at("smoke"), digits, tmp_path, tmp_path / "teacher.safetensors")
+        _open_teacher(CIFAR100.at("smoke"), digits, tmp_path, tmp_path / "teacher.safetensors")
 
 
 # ---- commands
@@ -373,8 +373,8 @@ OPTIONS = ["--scale", "smoke", "--train-images", "96", "--mixes", "24"]
 def taught(tmp_path_factory):
     "A function that copies the smoke recipe's teacher to where a command finds it, and needs to train none."
     folder, recipe = tmp_path_factory.mktemp("taught"), CIFAR100.at("smoke")
-    data = open_data(recipe, make_miniature("cifar100", folder / "miniature"))
-    assert accuracy(open_teacher(recipe, data, folder), data.train) > 60
+    data = _open_data(recipe, _make_miniature("cifar100", folder / "miniature"))
+    assert accuracy(_open_teacher(recipe, data, folder), data.train) > 60
     return lambda out: shutil.copytree(folder / "teachers", out / "teachers")
 
 
@@ -452,7 +452,7 @@ def test_a_mistake_is_one_line(tmp_path):
 def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_published(tmp_path, capsys):
     rows = {name: CIFAR100_CLASSIFICATION.rows[name] for name in ("Fast AutoAugment", "PBA")}
     family = replace(CIFAR100_CLASSIFICATION.at("smoke"), pairs=(("wrn_28_10a", "wrn_28_10a"),), rows=rows)
-    root = make_miniature("cifar100", tmp_path)
+    root = _make_miniature("cifar100", tmp_path)
     assert run_family(family, folder=tmp_path / "out", results=tmp_path / "results", root=root, policies=tmp_path) == []
     told = capsys.readouterr().out
     for name, value, source in (("fast_autoaugment_cifar100", "82.70", "Fast AutoAugment"),
@@ -467,10 +467,10 @@ def test_a_row_without_its_policy_file_says_how_to_give_one_and_quotes_the_publi
 # ---- what a result, a teacher and a command refer to
 
 def test_a_result_of_other_images_is_not_taken(tmp_path):
-    roots = [make_miniature("cifar100", tmp_path / "a"), tmp_path / "b"]
-    data = open_data(TINY, roots[0])
+    roots = [_make_miniature("cifar100", tmp_path / "a"), tmp_path / "b"]
+    data = _open_data(TINY, roots[0])
     mirrored = [(part.pixels.flip(3), part.labels) for part in (data.train, data.test)]
-    write_cifar100(roots[1], data.info.classes, *mirrored)
+    _write_cifar100(roots[1], data.info.classes, *mirrored)
     places = {"folder": tmp_path / "out", "results": tmp_path / "results"}
     first = run_distillation(TINY, "alone", root=roots[0], **places)
     assert run_distillation(TINY, "alone", root=roots[0], **places) == first
@@ -486,21 +486,21 @@ def test_a_teacher_of_other_images_is_not_taken(tmp_path):
 
 
 def test_an_image_that_cannot_be_read_is_no_rows_fault(tmp_path):
-    root = make_miniature("imagenet", tmp_path)
+    root = _make_miniature("imagenet", tmp_path)
     next((root / "imagenet" / "train").rglob("*.JPEG")).write_bytes(b"")
     family = IMAGENET_DISTILLATION.at("smoke")
-    data = open_data(family.recipe, root)
+    data = _open_data(family.recipe, root)
     broken = data.train.files.index(min(data.train.files))
     data.train.files[0], data.train.files[broken] = data.train.files[broken], data.train.files[0]
     (Path(data.train.files[0])).write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read") as caught:
-        check_row(family.recipe, Variant("kd"), data.train)
-    assert not isinstance(caught.value, Impossible)
+        _check_row(family.recipe, Variant("kd"), data.train)
+    assert not isinstance(caught.value, _Impossible)
 
 
 @pytest.mark.parametrize("name, alpha", [("mixup", None), ("mixup_beta", 1.0), ("cutmix_beta", 1.0)])
 def test_mixers_of_beta_draw_shares(name, alpha, digits):
-    mixer = ROW_MIXERS[name](None, digits.info)
+    mixer = _ROW_MIXERS[name](None, digits.info)
     assert type(mixer).__name__ == ("CutMix" if "cutmix" in name else "MixUp")
     lam = mixer.draw_lam(2000, torch.Generator().manual_seed(0))[:, 0]
     assert lam.std() == pytest.approx(0.0 if alpha is None else 12 ** -0.5, abs=0.02)  # half and half, or even
@@ -515,7 +515,7 @@ def test_numbers_out_of_range(change_, message, places):
 
 
 def test_the_cost_is_that_of_the_data_that_are_named(tmp_path):
-    root = make_miniature("imagenet", tmp_path)
+    root = _make_miniature("imagenet", tmp_path)
     small = ["--base", "imagenet", "--scale", "mini", "--size", "32", "--teacher", "resnet8", "--student", "resnet8",
              "--data-root", root, "--out", tmp_path / "out", "--only-cost"]
     told = ended(start("distill", *small))

@@ -27,10 +27,10 @@ from supermix.explore.trace import Setting, trace
 from supermix.mixing.engine import Engine, Sets, decode, solve_blocks
 from supermix.mixing.generate import command
 from supermix.mixing.masks import masks_from_theta, mix, regions, soft_labels, sparsity
-from supermix.mixing.solver import (SuperMix, check_teacher, hidden_networks, hinge, is_solved, newton_step, objective,
+from supermix.mixing.solver import (SuperMix, _hidden_networks, check_teacher, hinge, is_solved, newton_step, objective,
                                     search_step)
-from supermix.mixing.store import MANIFEST, settings
-from supermix.recipes import FAST, Mixing, as_named, later
+from supermix.mixing.store import _MANIFEST, _settings
+from supermix.recipes import FAST, Mixing, _later, as_named
 from supermix.training.loop import accuracy, check_teacher_labels
 from supermix.zoo import create, pretrained
 from torch import nn
@@ -239,14 +239,14 @@ def test_a_mixers_settings_can_be_read_and_not_set(teacher):
 @dataclass(frozen=True)
 class Wider(Mixing):
     "What `Mixing` is after a setting was added to it."
-    tilt: float = later(0.5)
+    tilt: float = _later(0.5)
 
 
 def test_a_new_setting_is_known_wherever_settings_go(teacher, digits, capsys):
     assert SuperMix(teacher, Wider(), tilt=2.0).mixing.tilt == 2.0
     assert Engine(teacher, digits.test[:2][0], Wider(tilt=2.0)).mixing.tilt == 2.0
-    assert set(settings(Wider)) == {f.name for f in fields(Mixing)} | {"tilt?"}  # earlier stores lack it
-    assert set(settings(Mixing)) == set(MANIFEST["recipe"]["mixing"])
+    assert set(_settings(Wider)) == {f.name for f in fields(Mixing)} | {"tilt?"}  # earlier stores lack it
+    assert set(_settings(Mixing)) == set(_MANIFEST["recipe"]["mixing"])
     assert as_named(Wider()) == asdict(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
     assert {f.name for f in fields(Mixing)} < {f.name for f in fields(Setting)}
     with pytest.raises(SystemExit): tyro.cli(command, args=["--help"])
@@ -606,7 +606,7 @@ def test_a_hidden_network_in_training_mode(way, name, digits):
         return
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values())) and net.training
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert net in hidden_networks(hidden(way, net)).values()
+    assert net in _hidden_networks(hidden(way, net)).values()
     check_teacher(hidden(way, net.eval()), x)
 
 

@@ -22,9 +22,9 @@ from supermix.mixing.generate import generate
 from supermix.mixing.masks import sparsity
 from supermix.mixing.quality import plot_quality, quality, show_extremes, total_variation
 from supermix.mixing.solver import is_solved
-from supermix.mixing.store import (MixedDataset, Store, as_json, begin, export_images, finish, folder_names, hash_of,
-                                   load_card, pack, run_of, same_logits, teacher_identity, unpack_logits)
-from supermix.policies.policies import POLICIES, Augmented
+from supermix.mixing.store import (MixedDataset, Store, _as_json, _folder_names, _hash_of, _load_card, _pack, _run_of,
+                                   _same_logits, _unpack_logits, begin, export_images, finish, teacher_identity)
+from supermix.policies.policies import _POLICIES, Augmented
 from supermix.recipes import FAST, Generation, Mixing, Training
 from supermix.training.loop import accuracy
 from supermix.zoo import create
@@ -147,13 +147,13 @@ def test_other_data_is_an_error(folder, digits):
 def test_logits_from_the_largest():
     logits = 4 * torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     best, total = logits.topk(10), logits.logsumexp(1)
-    again = unpack_logits(best.values - total[:, None], best.indices, total, 100)
+    again = _unpack_logits(best.values - total[:, None], best.indices, total, 100)
     torch.testing.assert_close(again.logsumexp(1), logits.logsumexp(1))
     torch.testing.assert_close(again.gather(1, best.indices), best.values)
     rest = again.softmax(1).scatter(1, best.indices, 0)
     torch.testing.assert_close(rest.sum(1), logits.softmax(1).scatter(1, best.indices, 0).sum(1), atol=1e-5, rtol=1e-3)
     whole = logits.topk(100)
-    again = unpack_logits(whole.values - total[:, None], whole.indices, total, 100)
+    again = _unpack_logits(whole.values - total[:, None], whole.indices, total, 100)
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_many_updates_are_counted_rightly(largest):
     few = Found(torch.tensor([1, 0]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int64),
                 torch.zeros(2, 2, dtype=torch.bool), torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.int64),
                 torch.zeros(2, 1, 4, 4).half(), torch.rand(2, 10), torch.tensor([largest, 3]))
-    kept = pack(few, 10)
+    kept = _pack(few, 10)
     assert kept["steps"].tolist() == [3, largest] and kept["index"].tolist() == [0, 1]
     assert (kept["steps"].dtype == torch.uint8) == (largest < 256)
 
@@ -247,7 +247,7 @@ def test_kept_probabilities_do_not_depend_on_the_logits_offset(offset, mixed):
     logits = 5 * torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total = (logits + offset).logsumexp(1)
     best = (logits + offset).topk(8, dim=1)
-    again = unpack_logits((best.values - total[:, None]).half(), best.indices, total.float(), 30).double().softmax(1)
+    again = _unpack_logits((best.values - total[:, None]).half(), best.indices, total.float(), 30).double().softmax(1)
     want = logits.softmax(1).gather(1, best.indices)
     torch.testing.assert_close(again.gather(1, best.indices), want, rtol=0.02, atol=1e-4)
 
@@ -278,14 +278,14 @@ def unfinished(folder):
     content = json.loads((folder / "manifest.json").read_text())
     for key in ("shards", "images"): content.pop(key)
     if "hash" in content: Store(folder).write(content)
-    else: (folder / "manifest.json").write_text(as_json(content))
+    else: (folder / "manifest.json").write_text(_as_json(content))
 
 
 def test_a_store_of_an_earlier_version_opens(old, teacher, digits):
     before = {p.name: p.read_bytes() for p in old.iterdir()}
     for check in (True, False):
         mixed = MixedDataset(old, digits, check=check)
-        assert len(mixed) == 150 and "hash" not in mixed.manifest and "run" not in load_card(old / "00000.safetensors")
+        assert len(mixed) == 150 and "hash" not in mixed.manifest and "run" not in _load_card(old / "00000.safetensors")
         batch = mixed.batch(range(150))
         with torch.no_grad(): torch.testing.assert_close(teacher(batch.images), batch.logits, rtol=0.01, atol=0.1)
     generate(OLD_RECIPE, old)  # finished: nothing is to do, and nothing is changed
@@ -299,7 +299,7 @@ def test_a_store_of_an_earlier_version_gets_back_a_shard_that_was_deleted(old, t
     with pytest.raises(ValueError, match="is not finished"): MixedDataset(old, digits)
     generate(OLD_RECIPE, old)
     assert len(MixedDataset(old, digits)) == 150
-    assert "run" not in load_card(old / "00000.safetensors") and "run" in load_card(old / "00001.safetensors")
+    assert "run" not in _load_card(old / "00000.safetensors") and "run" in _load_card(old / "00001.safetensors")
 
 
 def test_whose_the_shards_of_an_earlier_version_are_only_its_list_can_tell(old, digits):
@@ -378,12 +378,12 @@ def test_a_network_is_known_by_its_weights_whatever_is_around_it(teacher, digits
     plain = teacher_identity(teacher, digits.train)
     assert plain == {"name": "resnet20", "weights": weights_hash(teacher)}
     assert plain == teacher_identity(torch.nn.DataParallel(teacher), digits.train)
-    assert not same_logits([], []) and not same_logits([1.0], [1.0, 2.0]) and same_logits([1.0, 1.0], [1.0, 1.0])
+    assert not _same_logits([], []) and not _same_logits([1.0], [1.0, 2.0]) and _same_logits([1.0, 1.0], [1.0, 1.0])
 
 
 def test_what_mixed_images_are_made_from(folder, digits):
     by_hand = MixedDataset(folder, digits.train).batch(range(5)).images
-    for images in (digits, Augmented(digits.train, POLICIES["randaugment"]), replace(digits, test=digits.train)):
+    for images in (digits, Augmented(digits.train, _POLICIES["randaugment"]), replace(digits, test=digits.train)):
         assert torch.equal(MixedDataset(folder, images).batch(range(5)).images, by_hand)
     x = digits.train[:4][0]
     for wrong in (x, torch.utils.data.TensorDataset(x), None, "digits", list(x)):
@@ -395,7 +395,7 @@ def test_images_that_a_stock_was_made_from(mixed, digits):
     train = digits.train
     def seen(**changes): return ArrayImages(replace(digits.info, **changes), train.kept, train.labels)
     assert mixed.made_from(train) and mixed.made_from(digits) and not mixed.differences(digits)
-    assert mixed.made_from(Augmented(train, POLICIES["randaugment"])) and not mixed.made_from(digits.test)
+    assert mixed.made_from(Augmented(train, _POLICIES["randaugment"])) and not mixed.made_from(digits.test)
     for changes in ({"mean": (0.5,) * 3}, {"std": (0.5,) * 3}, {"pad": 4}, {"flip": True}):
         assert not mixed.made_from(seen(**changes)) and list(mixed.differences(seen(**changes))) == list(changes)
     assert mixed.differences(train.subset(50)) == {} and not mixed.made_from(train.subset(50))
@@ -436,12 +436,12 @@ def test_pictures_stay_in_their_folder(name, folder, digits, tmp_path):
 @example(["a", "A 2", "A", "a 2"])
 @example(["ß", "ss", "é", "e\u0301"])
 def test_folder_names_are_safe_and_differ(names):
-    found = folder_names(names)
+    found = _folder_names(names)
     assert len(found) == len(names) == len({name.casefold() for name in found})
     for name in found:
         assert name and name.isprintable() and name == Path(name).name and len(name.encode()) <= 255
         assert name not in (".", "..", "labels.csv") and not name.startswith((".", " "))
-        assert folder_names([name]) == [name]  # what is safe stays as it is
+        assert _folder_names([name]) == [name]  # what is safe stays as it is
 
 
 # Manifests and cards that something has changed
@@ -520,7 +520,7 @@ def test_any_change_of_a_manifest(kind, folder, teacher, digits, scratch, change
     content = change(json.loads((copy / "manifest.json").read_text()), changes)
     if kind == "hashed again" and isinstance(content, dict):  # as by a program that means it
         content = {key: value for key, value in content.items() if key != "hash"}
-        content["hash"] = hash_of(content)
+        content["hash"] = _hash_of(content)
     (copy / "manifest.json").write_text(json.dumps(content))
     reads_the_same_or_says_why(copy, original, digits)
     resumes_or_says_why(copy, recipe, teacher, digits)
@@ -538,7 +538,7 @@ def test_any_change_of_a_card(kind, folder, teacher, digits, scratch, changes, s
     if listed:  # somebody has put the new file's hash into the manifest
         text = (copy / "manifest.json").read_text().replace(file_hash(original / path.name), file_hash(path))
         content = {key: value for key, value in json.loads(text).items() if key != "hash"}
-        if kind == "of an earlier version": (copy / "manifest.json").write_text(as_json(content))
+        if kind == "of an earlier version": (copy / "manifest.json").write_text(_as_json(content))
         else: Store(copy).write(content)
     reads_the_same_or_says_why(copy, original, digits)
     resumes_or_says_why(copy, recipe, teacher, digits)
@@ -639,5 +639,5 @@ def test_an_empty_shard_among_others(teacher, digits, tmp_path):
 
 def test_a_run_does_not_depend_on_the_number_of_images(teacher, digits, tmp_path):
     one, two = (begin(Store(tmp_path / str(n)), replace(RECIPE, count=n), digits.train, teacher) for n in (5, 500))
-    assert run_of(one) == run_of(two) and one != two
-    assert run_of(one) != run_of(begin(Store(tmp_path / "x"), replace(RECIPE, shard=512), digits.train, teacher))
+    assert _run_of(one) == _run_of(two) and one != two
+    assert _run_of(one) != _run_of(begin(Store(tmp_path / "x"), replace(RECIPE, shard=512), digits.train, teacher))

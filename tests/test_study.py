@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation.distill import MIXERS
-from supermix.experiments.study import (T95, Trial, all_trials, charge_prices, clutter, confidence_interval,
-                                        core_seconds, core_trials, load_results, measure_prices, run_trial, study,
+from supermix.experiments.study import (_T95, Trial, _charge_prices, _clutter, _confidence_interval, _core_seconds,
+                                        _core_trials, _measure_prices, _run_trial, all_trials, load_results, study,
                                         study_table)
 from supermix.recipes import METHODS, Mixing
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_grid_is_the_studys():
     trials = all_trials()
     assert len({t.file for t in trials}) == len(trials)
-    assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(core_trials()) == 13
+    assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(_core_trials()) == 13
     seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
     same = [t for t in trials if "double" in t.name or t.name == "SuperMix + KD"]
     assert len({(t.data == "cifar100", seen(t)) for t in same}) == 2
@@ -42,12 +42,12 @@ def test_the_grid_is_the_studys():
 
 
 def test_students_t():
-    for df, value in T95.items(): assert value == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
+    for df, value in _T95.items(): assert value == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
     values = [84.1, 85.0, 83.7, 84.9]
     low, high = stats.t.interval(0.95, 3, sum(values) / 4, stats.sem(values))
-    mean, half = confidence_interval(values)
+    mean, half = _confidence_interval(values)
     assert mean - half == pytest.approx(low, abs=1e-3) and mean + half == pytest.approx(high, abs=1e-3)
-    assert confidence_interval([5.0]) == (5.0, float("inf"))
+    assert _confidence_interval([5.0]) == (5.0, float("inf"))
 
 
 def test_every_result_is_of_its_trial():
@@ -75,8 +75,8 @@ def test_the_table_says_what_was_not_run():
 
 
 def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
-    trial = replace(core_trials()[1], images=60, updates=2, batch_size=30)
-    result, again = (run_trial(trial, digits, teacher, tmp_path) for _ in range(2))
+    trial = replace(_core_trials()[1], images=60, updates=2, batch_size=30)
+    result, again = (_run_trial(trial, digits, teacher, tmp_path) for _ in range(2))
     assert result["accuracy"] == again["accuracy"] and result["loss"] == again["loss"]
     assert result["trial"] == asdict(trial) and result["threads"] == torch.get_num_threads()
     assert result["teacher"] == teacher.card["sha256"][:16]
@@ -85,12 +85,12 @@ def test_a_trial_says_all_about_itself(teacher, digits, tmp_path):
 
 @pytest.mark.slow
 def test_prices_are_those_of_whole_runs(teacher, digits, tmp_path):
-    rows = [replace(core_trials()[i], images=60, updates=updates, batch_size=30) for i, updates in ((1, 40), (9, 20))]
-    listed = measure_prices(rows, digits, teacher, rounds=2, updates=4)["rows"]
+    rows = [replace(_core_trials()[i], images=60, updates=updates, batch_size=30) for i, updates in ((1, 40), (9, 20))]
+    listed = _measure_prices(rows, digits, teacher, rounds=2, updates=4)["rows"]
     kd, supermix = (listed[row.name] for row in rows)
     assert kd["mixing"] == [0, 0] and all(len(took) == 2 for parts in listed.values() for took in parts.values())
-    training = run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
-    mixing = rows[1].mixes * run_trial(replace(rows[1], mixes=1, updates=2), digits, teacher,
+    training = _run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
+    mixing = rows[1].mixes * _run_trial(replace(rows[1], mixes=1, updates=2), digits, teacher,
                                        tmp_path)["core_seconds"]["mixing"]  # 600 images, from what 60 took
     for price, whole in ((kd["training"], training), (supermix["mixing"], mixing)):
         assert whole / 5 < min(price) < 5 * whole  # unscaled, either would be a tenth
@@ -101,11 +101,11 @@ def test_every_row_that_is_compared_has_a_price():
                      json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"])
     rows = found["core"] | found["budget"]
     assert listed.keys() == rows.keys()
-    for name, seeds in charge_prices(rows, listed).items():
-        assert core_seconds(seeds) == min(listed[name]["training"])
-        assert core_seconds(seeds, "mixing") == min(listed[name]["mixing"])
+    for name, seeds in _charge_prices(rows, listed).items():
+        assert _core_seconds(seeds) == min(listed[name]["training"])
+        assert _core_seconds(seeds, "mixing") == min(listed[name]["mixing"])
         assert [r["accuracy"] for r in seeds.values()] == [r["accuracy"] for r in rows[name].values()]
-        assert (core_seconds(seeds, "mixing") > 0) == name.startswith("SuperMix")
+        assert (_core_seconds(seeds, "mixing") > 0) == name.startswith("SuperMix")
 
 
 def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
@@ -113,8 +113,8 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     photographs = torch.arange(2 * 40 * 50).remainder(151).view(2, 40, 50).byte()
     images = ArrayImages(plain.info, torch.zeros(5, 1, 32, 32, dtype=torch.uint8), torch.arange(5))
     images.pixels[2, 0, 2:-2, 2:-2] = 200
-    busy, cover = clutter(images, photographs, plain.info, 3)
-    again, _ = clutter(images, photographs, plain.info, 3)
+    busy, cover = _clutter(images, photographs, plain.info, 3)
+    again, _ = _clutter(images, photographs, plain.info, 3)
     assert busy.labels.equal(images.labels) and busy.pixels.equal(again.pixels)
     assert cover.flatten(1).sum(1).tolist() == [0, 0, 400, 0, 0] and (busy.pixels[2, 0] == 200).equal(cover[2] == 1)
     pieces = {p[y:y + 32, x:x + 32].numpy().tobytes() for p in photographs for y in range(9) for x in range(19)}

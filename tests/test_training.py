@@ -23,7 +23,7 @@ from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
-from supermix.training.loop import Objective, accuracy, label_objective, run_identity, train
+from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, train
 from supermix.zoo import create
 from torch import nn
 
@@ -526,7 +526,7 @@ def test_a_run_on_other_pixels_is_not_resumed(change, message, mixer, digits, te
     few = digits.train.subset(32)
     recipe = Training(epochs=1, batch_size=16, lr=0.05, milestones=())
     if mixer is None: train(create("resnet8", 10), few, recipe, folder=tmp_path)
-    else: save_checkpoint(tmp_path, 1, {"recipe": json.dumps(run_identity(create("resnet8", 10), few, recipe))})
+    else: save_checkpoint(tmp_path, 1, {"recipe": json.dumps(_run_identity(create("resnet8", 10), few, recipe))})
     info, pixels = change(few.info, few.kept)
     before, other = contents(tmp_path), ArrayImages(info, pixels, few.labels)
     with pytest.raises(ValueError, match=message):

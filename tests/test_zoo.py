@@ -15,7 +15,7 @@ from supermix.core import weights_hash
 from supermix.data import FolderImages, Info
 from supermix.models.shakeshake import ShakeShake
 from supermix.training.loop import accuracy
-from supermix.zoo import as_batch, crd_keys, create, load, load_crd, predict, pretrained, save, shipped, table
+from supermix.zoo import _as_batch, _crd_keys, _shipped, create, load, load_crd, predict, pretrained, save, table
 from torch import nn
 
 # As published: the paper's supplement, the CRD benchmark, torchvision
@@ -72,7 +72,7 @@ def benchmark_state(name):
 @pytest.mark.parametrize("name", ORACLE)
 def test_the_benchmarks_features_and_logits(name, rows):
     want, network = ORACLE[name], load_crd(create(name).double(), benchmark_state(name))
-    assert list(crd_keys(network).values()) == [key for key, _ in want["state_dict"]] and not network.training
+    assert list(_crd_keys(network).values()) == [key for key, _ in want["state_dict"]] and not network.training
     probe = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1234), dtype=torch.float64)
     with torch.no_grad(): features, logits = network.features(probe), network(probe)
     assert [list(f.shape[1:]) for f in features] == want["features"] == [list(s) for s in rows[name].stages]
@@ -227,7 +227,7 @@ def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
     assert torch.equal(want.classes, want.probabilities.argmax(1))
     assert want.labels == [digits.info.classes[c] for c in want.classes]
     first = tmp_path / "first.png"
-    assert as_batch([Image.new("L", (50, 90)), first], digits.info).shape == (2, 3, 32, 32)  # grey, and of another size
+    assert _as_batch([Image.new("L", (50, 90)), first], digits.info).shape == (2, 3, 32, 32)  # grey, of another size
     for images in (pixels, pictures, [first, *pixels[1:]], [str(first), pictures[1], floats[2]]):
         torch.testing.assert_close(predict(network, images).probabilities, want.probabilities)
 
@@ -240,9 +240,9 @@ def test_a_picture_is_seen_as_where_accuracy_was_measured(crop_pct, photos, tmp_
     files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
     for picture, file in zip(pictures, files): picture.save(file)
     tested, _ = FolderImages(info, files, torch.zeros(len(files)))[:]
-    assert torch.equal(as_batch(files, info), tested) and torch.equal(as_batch(pictures, info), tested)
+    assert torch.equal(_as_batch(files, info), tested) and torch.equal(_as_batch(pictures, info), tested)
     pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
-    torch.testing.assert_close(as_batch(pixels, info), tested, rtol=0, atol=8 / 255)  # torch rounds once, Pillow twice
+    torch.testing.assert_close(_as_batch(pixels, info), tested, rtol=0, atol=8 / 255)  # torch rounds once, Pillow twice
     assert torch.equal(tested[-1:], info.normalize(pixels[-1][None])) == (crop_pct == 1)  # of just the size: whole
 
 
@@ -366,12 +366,12 @@ def test_a_file_without_a_hash_is_loaded(saved):
 
 
 def test_a_shipped_teacher_is_as_good_as_its_card_says(teacher, digits):
-    assert "digits" in shipped() and teacher.info == digits.info and not teacher.training
+    assert "digits" in _shipped() and teacher.info == digits.info and not teacher.training
     # one image of 500 may fall differently on another processor
     assert accuracy(teacher, digits.test) == pytest.approx(teacher.card["test_accuracy"], abs=0.21)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", _shipped())
 def test_a_card_tells_how_its_teacher_was_trained(name):
     card = pretrained(name).card
     assert {"network", "data", "test_accuracy", "recipe", "sha256"} <= set(card)
