@@ -218,7 +218,7 @@ def test_the_corrected_command_runs(tmp_path):
 BARS = """
 import time
 from supermix.core import _Lines, progress
-Lines.longest = {longest}
+_Lines.longest = {longest}
 for _ in progress(range({n}), "work", **{options}): time.sleep(0.02)
 """
 

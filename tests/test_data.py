@@ -34,7 +34,7 @@ from torchvision.datasets import ImageFolder
 def nowhere_else(tmp_path, monkeypatch):
     "Data are looked for in the test's own folder and in no cache of the machine."
     monkeypatch.delenv("SUPERMIX_DATA", raising=False)
-    monkeypatch.setattr(supermix.data, "CACHE", tmp_path / "no cache")
+    monkeypatch.setattr(supermix.data, "_CACHE", tmp_path / "no cache")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -636,7 +636,7 @@ def slow(place, download):
         time.sleep(0.2)
     with open(sys.argv[1] + "/log", "a") as log: log.write("made\\n")
 
-download_to(Path(sys.argv[1]) / "data", "set", slow)
+_download_to(Path(sys.argv[1]) / "data", "set", slow)
 assert sorted(p.name for p in Path(sys.argv[1], "data", "set").iterdir()) == ["a", "b", "c"]
 """
 

@@ -166,7 +166,7 @@ class Steady(_Slots):
 
 def test_slots_that_keep_their_number_solve_the_same_sets(teacher, digits, monkeypatch):
     usual, found = solve(teacher, digits.train, blocks=2)
-    monkeypatch.setattr(supermix.mixing.engine, "Slots", Steady)
+    monkeypatch.setattr(supermix.mixing.engine, "_Slots", Steady)
     (engine, ours), (_, again) = (solve(teacher, digits.train, blocks=2, slots=48) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again))  # the same bytes
     assert engine.tried == usual.tried == 2 * BLOCK and len(ours.index.unique()) == len(ours.index)

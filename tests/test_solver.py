@@ -173,7 +173,7 @@ def recorded(driver, sets, lam, mixing, monkeypatch):
             solved[b] = done
         return now
     monkeypatch.setattr(module, "search_step", step)
-    if driver == "engine": monkeypatch.setattr(module, "round_theta", lambda theta, held: theta)  # to 16 bits
+    if driver == "engine": monkeypatch.setattr(module, "_round_theta", lambda theta, held: theta)  # to 16 bits
     drive(oracle_teacher, sets, lam, mixing)
     return ways, solved
 
