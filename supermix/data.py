@@ -256,10 +256,10 @@ class FolderImages(Images):
 
 # %% ../nbs/01_data.ipynb #f6548313
 def _sample_boxes(sizes: torch.Tensor,         # int64 (B, 2): height and width of each image
-                 generator: torch.Generator,
-                 area=(0.08, 1.0),            # the share of the image that the window covers
-                 ratio=(3 / 4, 4 / 3),        # its width over its height
-                 ) -> torch.Tensor:           # int64 (B, 4): top, left, height, width
+                  generator: torch.Generator,
+                  area=(0.08, 1.0),            # the share of the image that the window covers
+                  ratio=(3 / 4, 4 / 3),        # its width over its height
+                  ) -> torch.Tensor:           # int64 (B, 4): top, left, height, width
     "Random windows, as torchvision's RandomResizedCrop draws them."
     B, tries = len(sizes), 10
     u = torch.rand(B, tries, 4, generator=generator)
@@ -311,8 +311,8 @@ def _opened(path):
 
 # %% ../nbs/01_data.ipynb #054c6841
 _ORIENTATION, _FLIP = ExifTags.Base.Orientation, Image.Transpose
-_TURNS = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM, 5: _FLIP.TRANSPOSE, 6: _FLIP.ROTATE_270,
-         7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}
+_TURNS = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM, 5: _FLIP.TRANSPOSE, 
+          6: _FLIP.ROTATE_270,          7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}
 
 def _notes_of_png(image) -> None:
     "Look for EXIF and XMP behind the pixels of a PNG that is not decoded yet, and add them to its `info`."
@@ -458,7 +458,8 @@ def _data_folders(root=None) -> list[Path]:
 # %% ../nbs/01_data.ipynb #a98e95b2
 _FASHION_FILES = [f"{split}-{kind}"
                  for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-_FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat",
+                    "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 def _find_fashion(root=None) -> list[Path] | None:
     "The four files of Fashion-MNIST, or None where no folder has any; a folder that has only some is an error."
@@ -632,8 +633,8 @@ def _found_in(folder: Path) -> str:
 
 # %% ../nbs/01_data.ipynb #b38ffc15
 def _find_splits(root: Path,
-                classes=None,  # names of folders that are classes, whatever they are called
-                ) -> tuple[Path, Path] | None:  # of training and of testing; None: the classes stand in `root` itself
+                 classes=None,  # names of folders that are classes, whatever they are called
+                 ) -> tuple[Path, Path] | None:  # of training and of testing; None: the classes stand in `root` itself
     "The folders of the two splits. Where there are folders for validation and for testing, it is the first."
     folders = [name for name in _seen_in(root)[0] if name not in (classes or ())]
     found = {split: [name for name in folders if name.lower() in names] for split, names in _SPLITS.items()}
@@ -658,8 +659,8 @@ def _is_nested(folder: Path) -> bool:
     return len(folders) > 1 or bool(folders) and not files  # one folder beside a list: Tiny ImageNet's classes
 
 def _find_classes(root: Path,
-                 classes=None,  # their names in the order of the labels; None: by the alphabet
-                 ) -> list[str]:
+                  classes=None,  # their names in the order of the labels; None: by the alphabet
+                  ) -> list[str]:
     "The folders in `root`, each of them a class; an error that shows what was found where they cannot be."
     folders, files = _seen_in(root)
     if classes is not None:
@@ -686,7 +687,8 @@ def _files_of(folder: Path) -> tuple[list[str], list[str]]:
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
         places.append((place, sorted(name for name in files if not is_hidden(name))))
-    images = [os.path.join(place, name) for place, files in sorted(places) for name in files if _is_image(name, endings)]
+    images = [os.path.join(place, name) for place, files in sorted(places)
+              for name in files if _is_image(name, endings)]
     return images, [name for _, files in places for name in files if not _is_image(name, endings)]
 
 def _read_classes(root: Path, classes: list[str]) -> tuple[list[str], torch.Tensor, list[str]]:

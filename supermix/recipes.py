@@ -44,11 +44,11 @@ class Typed:
 
 # %% ../nbs/02_recipes.ipynb #d219ea33
 def _within(record,             # a dataclass
-           names: str,         # of its fields, with spaces between them
-           least: float = -inf, most: float = inf,   # the range with its ends
-           above: float = -inf, below: float = inf,  # the range without its ends
-           unit: str = "",     # what is counted, for the error's text
-           ) -> None:
+            names: str,         # of its fields, with spaces between them
+            least: float = -inf, most: float = inf,   # the range with its ends
+            above: float = -inf, below: float = inf,  # the range without its ends
+            unit: str = "",     # what is counted, for the error's text
+            ) -> None:
     "A ValueError unless these fields are finite numbers of the range; where a field may be None, that passes."
     kinds = get_type_hints(type(record))
     for name in names.split():
@@ -471,8 +471,8 @@ CIFAR100_CLASSIFICATION = Family(
 IMAGENET_CLASSIFICATION = Family(
     IMAGENET, (("imagenet_resnet50", "imagenet_resnet50"),), _policy_rows("imagenet", "autoaugment_imagenet", None),
     _scaled(IMAGENET, pairs=(("imagenet_resnet18", "imagenet_resnet18"),),
-           rows={name: _policy_rows("imagenet", "autoaugment_imagenet", None)[name]
-                 for name in ("baseline", "RandAugment", "SuperMix + RandAugment")}))
+            rows={name: _policy_rows("imagenet", "autoaugment_imagenet", None)[name]
+                  for name in ("baseline", "RandAugment", "SuperMix + RandAugment")}))
 
 # %% ../nbs/02_recipes.ipynb #b97c6244
 DEMO = Recipe(

@@ -223,9 +223,9 @@ def load(path: str | Path,         # a file that `save` wrote
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #e8369eb3
-def _as_batch(images,      # a path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
-             info: Info,  # of the data that the network was trained on
-             ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
+def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
+              info: Info,  # of the data that the network was trained on
+              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
     "Images of any kind as one normalised batch; what is not normalised yet as a test sees it, `centred`."
     if isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one image, got an empty list.")

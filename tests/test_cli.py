@@ -195,7 +195,7 @@ def test_a_refused_run_has_trained_nothing_and_leaves_nothing(line, message, tmp
     def spy(*args, kept=runs._open_teacher):
         "Opens a teacher's file; where one would be trained, it only takes down that."
         return kept(*args) if args[3] else trained.append(args)
-    monkeypatch.setattr(runs, "open_teacher", spy)
+    monkeypatch.setattr(runs, "_open_teacher", spy)
     (command, *options), trained = line.split(), []
     with pytest.raises(SystemExit) as end: cli.main([command, *TINY, *options])
     shown = f"{end.value} {capsys.readouterr().err}"

@@ -328,7 +328,7 @@ def test_on_a_gpu(teacher, digits):
 def test_a_pass_on_a_gpu_makes_the_processor_wait_for_nothing(teacher, digits):
     engine = Engine(teacher.cuda(), digits.train[:2][0], QUICK, 16)
     slots = _Slots(engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16,
-                  engine.device)
+                   engine.device)
     slots.fill()
     for _ in range(2): _step_slots(slots)  # what is made once is made now
     torch.cuda.set_sync_debug_mode("error")

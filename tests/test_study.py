@@ -91,7 +91,7 @@ def test_prices_are_those_of_whole_runs(teacher, digits, tmp_path):
     assert kd["mixing"] == [0, 0] and all(len(took) == 2 for parts in listed.values() for took in parts.values())
     training = _run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
     mixing = rows[1].mixes * _run_trial(replace(rows[1], mixes=1, updates=2), digits, teacher,
-                                       tmp_path)["core_seconds"]["mixing"]  # 600 images, from what 60 took
+                                        tmp_path)["core_seconds"]["mixing"]  # 600 images, from what 60 took
     for price, whole in ((kd["training"], training), (supermix["mixing"], mixing)):
         assert whole / 5 < min(price) < 5 * whole  # unscaled, either would be a tenth
 

@@ -30,10 +30,10 @@ def nce_loss(similarity: torch.Tensor,    # (B, 1 + K): of unit vectors; column 
 
 # %% ../../nbs/43_distillation.contrast.ipynb #44968985
 def _draw_negatives(labels: torch.Tensor,   # int64 (B,): the class of each image
-                   classes: torch.Tensor,  # int64 (n,): the class of every training image, −1 where not known
-                   count: int,             # K, negatives for each image
-                   generator: torch.Generator | None = None,
-                   ) -> torch.Tensor:      # int64 (B, K): indices of training images, with replacement
+                    classes: torch.Tensor,  # int64 (n,): the class of every training image, −1 where not known
+                    count: int,             # K, negatives for each image
+                    generator: torch.Generator | None = None,
+                    ) -> torch.Tensor:      # int64 (B, K): indices of training images, with replacement
     """Negatives of each image: uniform over all training images of other classes;
     over all images where there is no other class."""
     ordered, order = classes.sort(stable=True)
@@ -68,9 +68,9 @@ def _similarities(embeddings: torch.Tensor,  # (B, dim)
 
 # %% ../../nbs/43_distillation.contrast.ipynb #54ac4d62
 def _estimate_log_z(similarity: torch.Tensor,   # (B, 1 + K): of unit vectors, pairs and negatives
-                   images: int,                # n, the number of training images
-                   temperature: float = 0.07,  # T
-                   ) -> torch.Tensor:          # a number
+                    images: int,                # n, the number of training images
+                    temperature: float = 0.07,  # T
+                    ) -> torch.Tensor:          # a number
     "The logarithm of Z, estimated as n times the mean of exp(similarity / T) (Tian et al. 2020)."
     return (similarity / temperature).flatten().logsumexp(0) - math.log(similarity.numel()) + math.log(images)
 

@@ -173,9 +173,9 @@ class _OneOf:
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5ad
 def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock of `make_mixes`, a `_OneOf`; None
-              batch: Batch,   # B natural images, their labels, and the generator of all draws
-              label: str,     # `Terms.label`: which soft labels a stock gives
-              ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+               batch: Batch,   # B natural images, their labels, and the generator of all draws
+               label: str,     # `Terms.label`: which soft labels a stock gives
+               ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Mixed images (B, 3, H, W) and their soft labels (B, N), from a stock or mixed from this batch. Soft labels are
     None where the teacher labels a stock's images; the whole is None where there are no mixes."""
     if isinstance(mixer, _OneOf): mixer = mixer.choose(batch.generator)
@@ -487,7 +487,8 @@ def _check_kinds(student, data, recipe, mixing, options: dict) -> None:
         if not isinstance(value, kind): raise ValueError(f"Expected {what}, got {type(value).__name__}.")
     for name in options: lookup(dict.fromkeys(("title", "minutes", "live")), name, "option of `train`")
 
-def _terms_and_mixers(method: str | Terms, mixer: object, probability, mixes: int | None) -> tuple[Terms, _OneOf | None]:
+def _terms_and_mixers(method: str | Terms, mixer: object, probability, mixes: int | None,
+                      ) -> tuple[Terms, _OneOf | None]:
     "The weights of the loss, and where mixed images come from, if from anywhere."
     mixers, terms = _as_list(mixer), method if isinstance(method, Terms) else method_terms(method)
     if mixers: return terms.mixed(), mixer if isinstance(mixer, _OneOf) else _OneOf(mixers, probability)

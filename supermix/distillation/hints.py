@@ -63,14 +63,14 @@ class FitNet(Term):
 
 # %% ../../nbs/41_distillation.hints.ipynb #e9e171c4
 def _same_size(a: torch.Tensor,  # maps (B, c, h, w)
-              b: torch.Tensor,  # maps (B, C, H, W)
-              ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, c, min(h, H), min(w, W)), (B, C, min(h, H), min(w, W))
+               b: torch.Tensor,  # maps (B, C, H, W)
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, c, min(h, H), min(w, W)), (B, C, min(h, H), min(w, W))
     "Both maps in one size: the larger ones are average-pooled."
     size = tuple(min(n, m) for n, m in zip(a.shape[2:], b.shape[2:]))
     return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
 
 def _attention(maps: torch.Tensor,  # (B, c, h, w)
-              ) -> torch.Tensor:   # (B, h·w), rows of length one
+               ) -> torch.Tensor:   # (B, h·w), rows of length one
     "Where maps are large: their mean square over channels, scaled to length one (Zagoruyko and Komodakis 2017)."
     return F.normalize(maps.square().mean(1).flatten(1))
 
@@ -116,8 +116,8 @@ class NST(_StageSum):
 
 # %% ../../nbs/41_distillation.hints.ipynb #bc53b9f2
 def _flow_matrix(lower: torch.Tensor,   # maps (B, c, h, w)
-                upper: torch.Tensor,   # maps (B, d, H, W)
-                ) -> torch.Tensor:     # (B, c, d)
+                 upper: torch.Tensor,   # maps (B, d, H, W)
+                 ) -> torch.Tensor:     # (B, c, d)
     "Mean product over places of each channel of one layer with each of another: the FSP matrix (Yim et al. 2017)."
     lower, upper = (maps.flatten(2) for maps in _same_size(lower, upper))
     return lower @ upper.transpose(1, 2) / lower.shape[2]

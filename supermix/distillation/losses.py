@@ -35,8 +35,8 @@ def _kl_divergence(student: torch.Tensor,   # log-probabilities (B, N)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 def _decouple(logits: torch.Tensor,  # (B, N)
-             target: torch.Tensor,  # int64 (B,)
-             ) -> tuple[torch.Tensor, torch.Tensor]:  # log-probabilities (B, 2) of target or not, (B, N − 1) of others
+              target: torch.Tensor,  # int64 (B,)
+              ) -> tuple[torch.Tensor, torch.Tensor]:  # log-probabilities (B, 2) of target or not, (B, N − 1) of others
     "An answer in two parts (Zhao et al. 2022): is it the target, and which of the other classes is it?"
     column = torch.arange(logits.shape[1] - 1, device=logits.device)
     others = logits.gather(1, column + (column >= target[:, None]).long())
@@ -79,8 +79,8 @@ def dist_loss(student_logits: torch.Tensor,  # (B, N)
 
 # %% ../../nbs/40_distillation.losses.ipynb #8436a60f
 def _standardize(logits: torch.Tensor,  # (B, N), N of at least 2
-                eps: float = 1e-7,     # added to the standard deviation
-                ) -> torch.Tensor:     # (B, N): each row of mean 0 and standard deviation 1
+                 eps: float = 1e-7,     # added to the standard deviation
+                 ) -> torch.Tensor:     # (B, N): each row of mean 0 and standard deviation 1
     "Each image's logits without their mean and their size (Sun et al. 2024)."
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
 

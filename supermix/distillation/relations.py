@@ -14,7 +14,7 @@ from .losses import Outputs, Term, stage_pairs, vector_pair
 
 # %% ../../nbs/42_distillation.relations.ipynb #cdbbe21f
 def _similarity_matrix(features: torch.Tensor,  # (B, …)
-                      ) -> torch.Tensor:       # (B, B), rows of length one
+                       ) -> torch.Tensor:       # (B, B), rows of length one
     "Inner products of each image's features with all images', each row scaled to length one (Tung and Mori 2019)."
     flat = features.flatten(1)
     return F.normalize(flat @ flat.T)
@@ -67,7 +67,7 @@ class CC(Term):
 
 # %% ../../nbs/42_distillation.relations.ipynb #483262af
 def _distances_and_angles(vectors: torch.Tensor,  # (B, d)
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
+                          ) -> tuple[torch.Tensor, torch.Tensor]:
     """The shape of a set of points, which stays when it is moved, turned or scaled (Park et al. 2019): distances
     (B, B), whose mean over different points is 1, and cosines of angles (B, B, B), the corner's index first."""
     apart = vectors[None] - vectors[:, None]
@@ -94,8 +94,8 @@ class RKD(Term):
 
 # %% ../../nbs/42_distillation.relations.ipynb #fdfe35c4
 def _pick_probabilities(vectors: torch.Tensor,  # (B, d)
-                       eps: float = 1e-7,      # added to the vectors' lengths
-                       ) -> torch.Tensor:      # (B, B), rows summing to 1
+                        eps: float = 1e-7,      # added to the vectors' lengths
+                        ) -> torch.Tensor:      # (B, B), rows summing to 1
     "Probabilities with which each image picks each other by their cosine (Passalis and Tefas 2018)."
     unit = vectors / (vectors.norm(dim=1, keepdim=True) + eps)
     kernel = (unit @ unit.T + 1) / 2

@@ -28,11 +28,11 @@ from ..recipes import EAGER, FAST, Mixing
 
 # %% ../../nbs/46_experiments.race.ipynb #3f77fabf
 def _solve_baseline(teacher: Callable,      # images (B, C, H, W) -> logits (B, N), in evaluation mode
-                   sets: torch.Tensor,     # images (B, k, C, H, W)
-                   lam: torch.Tensor,      # float32 (B, k): the wanted shares
-                   classes: torch.Tensor,  # int64 (B, k): the teacher's classes of the sources
-                   mixing: Mixing = Mixing(),  # mask_size, sigma, lambda_s and max_iter are used
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # θ (B, k, w, w), logits (B, N), bool (B,)
+                    sets: torch.Tensor,     # images (B, k, C, H, W)
+                    lam: torch.Tensor,      # float32 (B, k): the wanted shares
+                    classes: torch.Tensor,  # int64 (B, k): the teacher's classes of the sources
+                    mixing: Mixing = Mixing(),  # mask_size, sigma, lambda_s and max_iter are used
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # θ (B, k, w, w), logits (B, N), bool (B,)
     """The paper's iteration (equations 3 and 4) on a whole batch, as the paper tells it: two passes and a backward pass
     each time. Returns θ, the logits of the mixes that it makes, and which sets are solved."""
     size = sets.shape[-2:]
@@ -73,9 +73,9 @@ def _solve_from_zero(engine: Engine, images: Images, seed: int, blocks: range) -
     return solve_blocks(engine, images, seed, blocks), engine
 
 def _solve_in_pool(engine: Engine, images: Images, seed: int, blocks: range,
-                  pool: Executor | None,  # of `_open_pool`; None: solve here
-                  processes: int,         # of the pool
-                  ) -> Found:             # the solved sets of all blocks
+                   pool: Executor | None,  # of `_open_pool`; None: solve here
+                   processes: int,         # of the pool
+                   ) -> Found:             # the solved sets of all blocks
     "Solve the sets of some blocks, each process its share of the blocks. The engine gets the counts of all."
     if pool is None: return solve_blocks(engine, images, seed, blocks)
     n = min(processes, len(blocks))
@@ -86,10 +86,10 @@ def _solve_in_pool(engine: Engine, images: Images, seed: int, blocks: range,
 
 # %% ../../nbs/46_experiments.race.ipynb #2d1f6a50
 def _sparsity_and_kl(sets: Sets | Found,    # n sets with their λ and classes
-                    theta: torch.Tensor,   # float32 (n, k, w, w)
-                    logits: torch.Tensor,  # float32 (n, N): the teacher's, of the mixes
-                    size: tuple[int, int] | None = None,  # of the images; None: of `sets.images`
-                    ) -> torch.Tensor:     # float32 (n, 2)
+                     theta: torch.Tensor,   # float32 (n, k, w, w)
+                     logits: torch.Tensor,  # float32 (n, N): the teacher's, of the mixes
+                     size: tuple[int, int] | None = None,  # of the images; None: of `sets.images`
+                     ) -> torch.Tensor:     # float32 (n, 2)
     "m(1 − m) of each set, from 0 to 1/4, and KL(ŷ ‖ p) in nats."
     masks = masks_from_theta(theta, size or sets.images.shape[-2:])
     target = soft_labels(sets.classes, sets.lam, logits.shape[1])
@@ -239,9 +239,9 @@ def _read_report(path: str | Path) -> dict:
 
 # %% ../../nbs/46_experiments.race.ipynb #34bb0002
 def _measure_slots(teacher: nn.Module, images: Images,
-                  slots: tuple[int, ...] = (128, 512, 2048),
-                  blocks: int = 48,       # that are timed, of 128 sets each
-                  ) -> dict[int, float]:  # solved images a second, by number of slots
+                   slots: tuple[int, ...] = (128, 512, 2048),
+                   blocks: int = 48,       # that are timed, of 128 sets each
+                   ) -> dict[int, float]:  # solved images a second, by number of slots
     "The engine's speed with several numbers of slots, each after four blocks that are not counted."
     speeds = {}
     for n in slots:

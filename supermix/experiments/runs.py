@@ -37,10 +37,10 @@ from ..zoo import create, load, load_crd, names, save
 
 # %% ../../nbs/62_experiments.runs.ipynb #0b0b3b64
 def _write_cifar100(folder: str | Path,  # the folder cifar-100-python is made in it
-                   names: list[str],    # of the classes
-                   train: tuple,        # uint8 (n, 3, 32, 32), and n labels
-                   test: tuple,         # the same of the test images
-                   ) -> Path:           # the folder cifar-100-python
+                    names: list[str],    # of the classes
+                    train: tuple,        # uint8 (n, 3, 32, 32), and n labels
+                    test: tuple,         # the same of the test images
+                    ) -> Path:           # the folder cifar-100-python
     "Write images in the format of the python version of CIFAR-100 (Krizhevsky)."
     place = Path(folder) / "cifar-100-python"
     contents = {"meta": {"fine_label_names": list(names), "coarse_label_names": ["all"]}}
@@ -77,8 +77,8 @@ def _photo_patches() -> dict:  # by split and class: Pillow images of 96×96
     return images
 
 def _make_miniature(name: str,           # cifar100 or imagenet; a ValueError for another
-                   folder: str | Path,  # where it is written; a miniature that is there is kept
-                   ) -> Path:           # the same folder: what `load_data` calls `root`
+                    folder: str | Path,  # where it is written; a miniature that is there is kept
+                    ) -> Path:           # the same folder: what `load_data` calls `root`
     "Write a miniature of a data set in the real one's format."
     folder = Path(folder)
     if name == "cifar100" and not (folder / "cifar-100-python" / "test").exists():
@@ -107,8 +107,8 @@ class Places:
 
 # %% ../../nbs/62_experiments.runs.ipynb #bbc8738b
 def _open_data(recipe: Recipe,
-              root: str | Path | None = None,  # a folder in which to look for the data first
-              ) -> Data:
+               root: str | Path | None = None,  # a folder in which to look for the data first
+               ) -> Data:
     "The recipe's data, at the image size that it asks for; a ValueError where the data have another, fixed size."
     data = load_data(recipe.data, root)
     if recipe.size is None or recipe.size == data.info.size: return data
@@ -139,8 +139,8 @@ class _Impossible(ValueError):
     "These networks cannot be trained by this row."
 
 def _check_row(recipe: Recipe, variant: Variant, images: Images,
-              teacher: nn.Module | None = None,  # None: a fresh one of the recipe's, where the row needs one
-              ) -> None:
+               teacher: nn.Module | None = None,  # None: a fresh one of the recipe's, where the row needs one
+               ) -> None:
     """Raise `_Impossible` where these networks cannot be trained by this row, and a ValueError where masks cannot be
     searched for, or where the last batch is too small."""
     terms, classes = _row_terms(variant), len(images.info.classes)
@@ -210,10 +210,10 @@ def _load_teacher(recipe: Recipe, data: Data, file: str | Path) -> nn.Module:
     return teacher
 
 def _open_teacher(recipe: Recipe, data: Data,
-                 folder: str | Path,              # teachers that are trained here are kept in it
-                 file: str | Path | None = None,  # the teacher's weights; None: torchvision's, or trained here
-                 device: torch.device | str = "cpu",
-                 ) -> nn.Module:
+                  folder: str | Path,              # teachers that are trained here are kept in it
+                  file: str | Path | None = None,  # the teacher's weights; None: torchvision's, or trained here
+                  device: torch.device | str = "cpu",
+                  ) -> nn.Module:
     """The recipe's teacher, in evaluation mode: from its file, from torchvision, or trained by `teacher_training`.
     A FileNotFoundError or ValueError says what is wrong with a file."""
     classes = len(data.info.classes)
@@ -234,10 +234,10 @@ def _open_teacher(recipe: Recipe, data: Data,
 
 # %% ../../nbs/62_experiments.runs.ipynb #b7a21e0a
 def _open_mixer(recipe: Recipe, variant: Variant,
-               teacher: nn.Module | None,  # None where the row's mixer needs none
-               images: Images,             # sources of the mixes
-               folder: str | Path,         # stores of mixes are kept in it
-               ) -> Mixer | MixedDataset | None:
+                teacher: nn.Module | None,  # None where the row's mixer needs none
+                images: Images,             # sources of the mixes
+                folder: str | Path,         # stores of mixes are kept in it
+                ) -> Mixer | MixedDataset | None:
     "What makes the row's mixed images: a mixer, a store of SuperMix images (made here where it is missing), or None."
     if variant.mixer != "supermix":
         return _ROW_MIXERS[variant.mixer](teacher, images.info) if variant.mixer else None
@@ -267,8 +267,8 @@ def _augment(images: Images, variant: Variant, epochs: int, policies: str | Path
 
 # %% ../../nbs/62_experiments.runs.ipynb #dc1030b3
 def _check_names(recipe: Recipe, variant: Variant,
-                policies: str | Path = ".",  # the folder that the names of policy files start from
-                ) -> None:
+                 policies: str | Path = ".",  # the folder that the names of policy files start from
+                 ) -> None:
     "A ValueError where a name is not known or a policy file is not whole; a FileNotFoundError where there is none."
     _row_terms(variant)
     lookup(_ROW_MIXERS, variant.mixer or "", "mixer")
@@ -383,7 +383,8 @@ def run(recipe: Recipe,
     _check_row(recipe, variant, images, teacher)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claim_for_all(path):
-        if teacher is None and _needs_teacher(variant): teacher = _open_teacher(recipe, data, places.folder, None, device)
+        if teacher is None and _needs_teacher(variant):
+            teacher = _open_teacher(recipe, data, places.folder, None, device)
         student, history = _train_student(recipe, variant, places, data, teacher, device)
         figures = _history_record(history) | {"parameters": sum(p.numel() for p in student.parameters())}
         where = _device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -538,8 +539,8 @@ def _load_accuracies(recipe: Recipe, variant: Variant, results: str | Path) -> l
     return [json.loads(path.read_text())["figures"]["test_accuracy"] for path in files]
 
 def _format_cell(values: list[float],   # measured, one per seed
-                other: float | None,   # published
-                ) -> str:
+                 other: float | None,   # published
+                 ) -> str:
     "The text of a cell: '74.90 (74.92)', or 'not run (74.92)'."
     ours = (f"{sum(values) / len(values):.2f}" + (f" of {len(values)} seeds" if len(values) > 1 else "")
             if values else "not run")

@@ -95,9 +95,9 @@ def _make_trial_mixes(trial: Trial, teacher: nn.Module, images: Images, home: Pa
 
 # %% ../../nbs/60_experiments.study.ipynb #608efb99
 def _run_trial(trial: Trial, data: Data, teacher: nn.Module,
-              home: Path | None,     # the folder of SuperMix images; None where the trial has none
-              device: str = "cpu",
-              ) -> dict:             # what its file holds
+               home: Path | None,     # the folder of SuperMix images; None where the trial has none
+               device: str = "cpu",
+               ) -> dict:             # what its file holds
     """Train the student of a trial: test accuracy (%), loss, and what it took. Core seconds are a processor's only, and
     None on a GPU."""
     device = torch.device(device)
@@ -139,10 +139,10 @@ def _crop_squares(pictures: torch.Tensor,  # (n, H, W)
 
 # %% ../../nbs/60_experiments.study.ipynb #60bb0005
 def _clutter(images: ArrayImages,          # small items on black, one channel
-            photographs: torch.Tensor,    # uint8 (m, H, W): the backgrounds
-            info: Info, seed: int,
-            edge: int = 20,               # pixels of an item, of 28 before
-            ) -> tuple[ArrayImages, torch.Tensor]:  # the images, and where items cover them: float32 (n, H, W)
+             photographs: torch.Tensor,    # uint8 (m, H, W): the backgrounds
+             info: Info, seed: int,
+             edge: int = 20,               # pixels of an item, of 28 before
+             ) -> tuple[ArrayImages, torch.Tensor]:  # the images, and where items cover them: float32 (n, H, W)
     "Each item at a random place on a random piece of a photograph."
     chance, size = torch.Generator().manual_seed(seed), info.size
     done, covers = [], []
@@ -194,9 +194,9 @@ def _compare_masks(teacher: nn.Module, images: ArrayImages, cover: torch.Tensor,
 
 # %% ../../nbs/60_experiments.study.ipynb #60bb0009
 def _load_data_and_teacher(name: str,  # fashion_mnist, cifar100 or cluttered
-                          home: Path,  # the folder of the teacher that is trained here
-                          out: Path,   # the folder of the results, for its card
-                          ) -> tuple[Data, nn.Module]:
+                           home: Path,  # the folder of the teacher that is trained here
+                           out: Path,   # the folder of the results, for its card
+                           ) -> tuple[Data, nn.Module]:
     "The images of trials, and their teacher: the shipped one, or for cluttered images one that is trained here once."
     if name != "cluttered": return load_data(name), pretrained(name)
     plain = load_data("fashion_mnist")
@@ -350,9 +350,9 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
 
 # %% ../../nbs/60_experiments.study.ipynb #60dd0003
 def _measure_prices(rows: list[Trial], data: Data, teacher: nn.Module,
-                   rounds: int = 5,
-                   updates: int = 16,  # that are timed, of each row in each round
-                   ) -> dict:          # "rows": by name, for training and mixing, a list with one value for each round
+                    rounds: int = 5,
+                    updates: int = 16,  # that are timed, of each row in each round
+                    ) -> dict:          # "rows": by name, for training and mixing, a list with one value for each round
     "Core seconds that a whole run of each row takes, from some updates of all rows in turn."
     few, taken = replace(data, test=data.test.subset(100)), {}
     for seed in progress(range(rounds), "prices", unit="round"):
@@ -367,16 +367,16 @@ def _measure_prices(rows: list[Trial], data: Data, teacher: nn.Module,
             "commit": commit()}
 
 def _charge_prices(rows: dict[str, dict[int, dict]],  # results by row and seed
-                  prices: dict[str, dict],           # "rows" of `_measure_prices`
-                  ) -> dict[str, dict[int, dict]]:
+                   prices: dict[str, dict],           # "rows" of `_measure_prices`
+                   ) -> dict[str, dict[int, dict]]:
     "The results with the core seconds of their row's fastest round in place of their own."
     charge = {name: {part: min(took) for part, took in parts.items()} for name, parts in prices.items()}
     return {name: {seed: result | {"core_seconds": charge[name]} for seed, result in seeds.items()}
             for name, seeds in rows.items()}
 
 # %% ../../nbs/60_experiments.study.ipynb #2d0de900
-_T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-                      2.131, 2.120, 2.110, 2.101, 2.093), 1))  # Student's t, 97.5 %, by degrees of freedom
+_T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+                        2.145, 2.131, 2.120, 2.110, 2.101, 2.093), 1))  # Student's t, 97.5 %, by degrees of freedom
 
 def _confidence_interval(values: list[float]) -> tuple[float, float]:
     "Mean, and half the width of its 95 % interval (Student's t); the half is infinite for a single value."

@@ -42,8 +42,8 @@ class _Pictures(Dataset):
     def __getitem__(self, i): return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
 
 def _plain_loop(network: nn.Module, images: Images,
-               recipe: Training,  # batch_size, lr, momentum and weight_decay are used
-               ) -> float:        # images a second, without the start of the workers
+                recipe: Training,  # batch_size, lr, momentum and weight_decay are used
+                ) -> float:        # images a second, without the start of the workers
     "Train a network for an epoch as tutorials write it, on the network's device."
     optimiser = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
@@ -64,12 +64,12 @@ _WAYS = {"ours": {}, "ours, compiled": {"compile": True}, "ours, bfloat16": {"bf
         "ours, bfloat16, compiled": {"bfloat16": True, "compile": True}}
 
 def _measure_throughput(images: ArrayImages,
-                       network: str = "resnet20",           # of the zoo
-                       batch_size: int = 128,
-                       rounds: int = 3,                     # in each, every way trains once
-                       ways: Sequence[str] = tuple(_WAYS),   # names of `_WAYS`
-                       device: str = "cpu",                 # on cuda our loop's images are there, too
-                       ) -> dict[str, dict[str, float]]:    # "images/s" and "ratio" to the plain loop, by way
+                        network: str = "resnet20",           # of the zoo
+                        batch_size: int = 128,
+                        rounds: int = 3,                     # in each, every way trains once
+                        ways: Sequence[str] = tuple(_WAYS),   # names of `_WAYS`
+                        device: str = "cpu",                 # on cuda our loop's images are there, too
+                        ) -> dict[str, dict[str, float]]:    # "images/s" and "ratio" to the plain loop, by way
     "Time the plain loop and ours in turn: the medians of images a second and of their ratios."
     recipe = Training(epochs=2, batch_size=batch_size, milestones=())
     speeds = {"plain": [], **{way: [] for way in ways}}
@@ -84,10 +84,10 @@ def _measure_throughput(images: ArrayImages,
 
 # %% ../../nbs/23_experiments.throughput.ipynb #662ff13e
 def _matmul_speed(dtype: torch.dtype = torch.float32,
-                 n: int = 2048,     # rows and columns
-                 rounds: int = 6,   # of which the fastest counts
-                 device: str = "cpu",
-                 ) -> float:        # multiplications a second
+                  n: int = 2048,     # rows and columns
+                  rounds: int = 6,   # of which the fastest counts
+                  device: str = "cpu",
+                  ) -> float:        # multiplications a second
     "The speed of a product of two square matrices."
     a = torch.randn(n, n, device=device).to(dtype)
     times = []
@@ -98,9 +98,9 @@ def _matmul_speed(dtype: torch.dtype = torch.float32,
     return n ** 3 / min(times)
 
 def _speed_bound(network: str,           # of the zoo
-                info: Info,             # of the images: classes and size
-                multiplications: float,  # a second
-                ) -> float:             # images a second
+                 info: Info,             # of the images: classes and size
+                 multiplications: float,  # a second
+                 ) -> float:             # images a second
     "How many images could be trained if only the network's multiplications took time."
     with torch.device("meta"):
         net = create(network, num_classes=len(info.classes)).eval()

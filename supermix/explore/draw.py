@@ -58,10 +58,10 @@ def over(mask: np.ndarray,     # (H, W), in 0 … 1
 def shorten(text, length=22): return text if len(text) <= length else text[:length - 1] + "…"
 
 def _draw_bars(canvas: ImageDraw.ImageDraw, at: tuple[int, int],
-              names,                # of the classes: a function of their number
-              p: torch.Tensor,      # (N,): the teacher's probabilities
-              target: torch.Tensor, # ŷ (N,)
-              width: int = 165, rows: int = 6):
+               names,                # of the classes: a function of their number
+               p: torch.Tensor,      # (N,): the teacher's probabilities
+               target: torch.Tensor, # ŷ (N,)
+               width: int = 165, rows: int = 6):
     "The wanted classes and the highest others, as horizontal bars."
     wanted = target.nonzero().flatten().tolist()
     others = [c for c in p.argsort(descending=True).tolist()[:2 * rows] if c not in wanted]
@@ -77,9 +77,9 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, at: tuple[int, int],
 
 # %% ../../nbs/71_explore.draw.ipynb #ca612649
 def _draw_curves(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int],
-                curves,            # (name, values, colour, shape of the points) each
-                n: int,            # the iteration that is looked at
-                solved_at: int):   # the first that is solved, -1 for none
+                 curves,            # (name, values, colour, shape of the points) each
+                 n: int,            # the iteration that is looked at
+                 solved_at: int):   # the first that is solved, -1 for none
     "Curves over the iterations, the vertical axis logarithmic."
     left, top, right, bottom = box
     count, values = max(1, max(len(v) for _, v, _, _ in curves) - 1), [max(1e-3, a) for _, v, _, _ in curves for a in v]

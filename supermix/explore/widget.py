@@ -92,9 +92,9 @@ def _stop_all():
 
 # %% ../../nbs/72_explore.widget.ipynb #8fb94873
 def _take_images(images: Images | Data | torch.Tensor,  # a tensor (n, 3, H, W) is normalised
-                info: Info | None,                     # of a tensor, if it has one
-                count: int,                            # how many of a data set
-                ):                                     # images (n, 3, H, W), info or None
+                 info: Info | None,                     # of a tensor, if it has one
+                 count: int,                            # how many of a data set
+                 ):                                     # images (n, 3, H, W), info or None
     "The images that can be picked; of a data set as many classes as it goes, of `Data` the test images."
     if isinstance(images, Data): images = images.test
     if isinstance(images, Images):
@@ -216,7 +216,7 @@ def _widgets():
     return ipywidgets
 
 def _thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
-               labels: list[str], side: int = 76):
+                labels: list[str], side: int = 76):
     "A row of toggle buttons with pictures on them, and the box that holds them."
     w, key, rules = _widgets(), f"supermix-{uuid4().hex[:12]}", []
     buttons = []

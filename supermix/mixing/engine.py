@@ -93,8 +93,8 @@ def joined(parts: Iterable[Found],
 
 # %% ../../nbs/34_mixing.engine.ipynb #fec02a76
 def _encode(theta: torch.Tensor,  # (n, k, w, w)
-           held: bool,           # whether the sparsity is held: then the largest entry of each cell is REST
-           ) -> torch.Tensor:    # float16 (n, k, w, w), or (n, k − 1, w, w) where it is held
+            held: bool,           # whether the sparsity is held: then the largest entry of each cell is REST
+            ) -> torch.Tensor:    # float16 (n, k, w, w), or (n, k − 1, w, w) where it is held
     "What is kept of θ."
     return (theta[:, 1:] - theta[:, :1] if held else theta).clamp(-6e4, 6e4).half()
 
@@ -310,7 +310,7 @@ class Engine(_Tally):
         "The logits of sources that are being drawn, float32, checked: as many at a time as there are slots."
         since = time.perf_counter()
         logits = torch.cat([teacher_logits(self.logits, part, self.mixing.k) for part in images.split(self.slots)])
-        self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # no time booked twice
+        self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # none twice
         return logits.float()
 
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:

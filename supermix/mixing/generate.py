@@ -50,9 +50,9 @@ def _same_file(file, path: Path) -> bool:
 
 # %% ../../nbs/36_mixing.generate.ipynb #f56fc726
 def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of the shards that are there
-                   count: int,                          # images that are wanted
-                   shard: int,                          # sets a shard
-                   ) -> list[int]:                      # none when there are enough
+                    count: int,                          # images that are wanted
+                    shard: int,                          # sets a shard
+                    ) -> list[int]:                      # none when there are enough
     "The shards that are still to be made, as far as one can tell."
     images, sets = (sum(c[i] for c in counts.values()) for i in range(2))
     expected = shard * (images / sets if images else 1.0)

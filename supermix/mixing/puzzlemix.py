@@ -31,9 +31,9 @@ def _graph_cuts():  # the module `gco`
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #b85b6377
 def _saliency(teacher,               # any differentiable callable from images to logits
-             images: torch.Tensor,  # (B, C, H, W), normalised
-             labels: torch.Tensor | None = None,  # int64 (B,); None: the teacher's own classes
-             ):                     # float32 (B, H, W), and the teacher's logits (B, N)
+              images: torch.Tensor,  # (B, C, H, W), normalised
+              labels: torch.Tensor | None = None,  # int64 (B,); None: the teacher's own classes
+              ):                     # float32 (B, H, W), and the teacher's logits (B, N)
     "The norm over channels of the gradient of the teacher's cross-entropy."
     with torch.inference_mode(False), torch.enable_grad(), evaluating(teacher):
         leaf = images.detach().clone().requires_grad_()
@@ -47,8 +47,8 @@ def _saliency(teacher,               # any differentiable callable from images t
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #1f88c742
 def _block_shares(maps: torch.Tensor,     # saliency (..., H, W)
-                 grid: tuple[int, int],  # blocks down and across; they divide H and W
-                 ) -> torch.Tensor:      # (..., h, w), summing to 1 over the blocks
+                  grid: tuple[int, int],  # blocks down and across; they divide H and W
+                  ) -> torch.Tensor:      # (..., h, w), summing to 1 over the blocks
     "The share of an image's saliency that each block holds."
     (H, W), (h, w) = maps.shape[-2:], grid
     if H % h or W % w: raise ValueError(f"Expected numbers of blocks that divide the maps, got {h}×{w} for {H}×{W}.")
@@ -58,9 +58,9 @@ def _block_shares(maps: torch.Tensor,     # saliency (..., H, W)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #f3910f69
 def _gaps_below(sets: torch.Tensor,     # (B, 2, C, H, W), pixels that span at most 1
-               grid: tuple[int, int],  # blocks down and across
-               cell: tuple[int, int],  # pixels that are averaged, down and across; they divide the block
-               ) -> torch.Tensor:      # float64 (B, 2, 2, h − 1, w), [a, b]: the block shows source a, the one below b
+                grid: tuple[int, int],  # blocks down and across
+                cell: tuple[int, int],  # pixels that are averaged, down and across; they divide the block
+                ) -> torch.Tensor:      # float64 (B, 2, 2, h − 1, w), [a, b]: the block shows source a, the one below b
     "How much the pixels differ across the lower border of each block, for each choice of sources."
     cells = F.avg_pool2d(sets.flatten(0, 1).double(), cell).unflatten(0, sets.shape[:2])
     step = cells.shape[-2] // grid[0]                        # rows of cells a block
@@ -83,10 +83,10 @@ class _Energy(NamedTuple):
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #763c854f
 def _binomial_prior(lam: torch.Tensor,    # (B,): λ of the first source
-                   labels: int,          # L = m + 1
-                   weight: torch.Tensor, # (B,): η / n²
-                   limit: torch.Tensor,  # (B,): cost of what cannot be, for each step
-                   ) -> torch.Tensor:    # float64 (B, L)
+                    labels: int,          # L = m + 1
+                    weight: torch.Tensor, # (B,): η / n²
+                    limit: torch.Tensor,  # (B,): cost of what cannot be, for each step
+                    ) -> torch.Tensor:    # float64 (B, L)
     "−η/n² · log of the binomial probability of each label; log 0 costs `limit`."
     m, u = labels - 1, torch.arange(labels, dtype=torch.float64, device=lam.device)
     ways = math.lgamma(labels) - torch.lgamma(u + 1) - torch.lgamma(m - u + 1)
@@ -96,13 +96,13 @@ def _binomial_prior(lam: torch.Tensor,    # (B,): λ of the first source
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #f70ebd2c
 def _energy_terms(shares: torch.Tensor,  # of saliency (B, 2, h, w), each map summing to 1
-                 gaps,                  # differences at borders, of `_border_gaps`
-                 lam: torch.Tensor,     # (B,): λ of the first source
-                 labels: int = 3,       # L: how many values a mask has
-                 beta: float = 1.2,     # smoothness of the mask
-                 gamma: float = 0.5,    # smoothness of the picture, in 0 … 1
-                 eta: float = 0.2,      # weight of the prior
-                 ) -> _Energy:
+                  gaps,                  # differences at borders, of `_border_gaps`
+                  lam: torch.Tensor,     # (B,): λ of the first source
+                  labels: int = 3,       # L: how many values a mask has
+                  beta: float = 1.2,     # smoothness of the mask
+                  gamma: float = 0.5,    # smoothness of the picture, in 0 … 1
+                  eta: float = 0.2,      # weight of the prior
+                  ) -> _Energy:
     "The paper's energy of each pair of images, up to a constant."
     B, _, h, w = shares.shape
     z = torch.arange(labels, dtype=torch.float64, device=shares.device) / (labels - 1)
@@ -124,10 +124,10 @@ def _energy_terms(shares: torch.Tensor,  # of saliency (B, 2, h, w), each map su
 _UNIT, _CUTTING = 4e6, Lock()  # the largest number in a graph (the library takes up to 1e7); one graph at a time
 
 def _min_cut(first: np.ndarray,    # int (E,): one end of each edge; no two edges join the same bits
-            second: np.ndarray,   # int (E,): the other end, of a larger number
-            weights: np.ndarray,  # int (E,): 0 or more
-            costs: np.ndarray,    # int (N,): of a bit that is set, of either sign
-            ) -> np.ndarray:      # int (N,): 0 or 1
+             second: np.ndarray,   # int (E,): the other end, of a larger number
+             weights: np.ndarray,  # int (E,): 0 or more
+             costs: np.ndarray,    # int (N,): of a bit that is set, of either sign
+             ) -> np.ndarray:      # int (N,): 0 or 1
     "The bits with the least sum of their costs and of the weights of edges whose ends differ."
     library, (first, second, weights) = _graph_cuts(), map(np.ascontiguousarray, (first, second, weights))
     with _CUTTING:
@@ -160,18 +160,18 @@ def _minimise(energy: _Energy) -> torch.Tensor:  # int64 (B, h, w): the label u 
     first, second = (np.concatenate([part[n].ravel() for part in edges]) for n in (0, 1))
     weights = np.concatenate([np.rint(part[2] * scale[:, None, None, None, None]).ravel() for part in edges])
     bits = _min_cut(first, second, weights.astype(np.int64),
-                   np.rint(steps * scale[:, None, None, None]).astype(np.int64).ravel())
+                    np.rint(steps * scale[:, None, None, None]).astype(np.int64).ravel())
     return torch.from_numpy(bits.reshape(B, h, w, m).sum(-1).astype(np.int64)).to(energy.site.device)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #92aed13e
 def _puzzle_masks(sets: torch.Tensor,      # (B, 2, C, H, W), normalised
-                 maps: torch.Tensor,      # their saliency (B, 2, H, W)
-                 lam: torch.Tensor,       # (B, 2): the wanted shares
-                 n: int,                  # blocks down and across
-                 std: float = 0.25,       # what pixels of 0 … 1 were divided by; a number, or one a channel
-                 border: int = 4,         # pixels of a cell at a border
-                 **weights,               # labels, beta, gamma and eta of `_energy_terms`
-                 ) -> torch.Tensor:       # (B, 2, H, W), of the dtype of `lam`
+                  maps: torch.Tensor,      # their saliency (B, 2, H, W)
+                  lam: torch.Tensor,       # (B, 2): the wanted shares
+                  n: int,                  # blocks down and across
+                  std: float = 0.25,       # what pixels of 0 … 1 were divided by; a number, or one a channel
+                  border: int = 4,         # pixels of a cell at a border
+                  **weights,               # labels, beta, gamma and eta of `_energy_terms`
+                  ) -> torch.Tensor:       # (B, 2, H, W), of the dtype of `lam`
     "PuzzleMix's masks: the labels of least energy, drawn at the images' size."
     pixels = sets.double() * torch.as_tensor(std, dtype=torch.float64, device=sets.device).view(-1, 1, 1)
     energy = _energy_terms(_block_shares(maps, (n, n)), _border_gaps(pixels, (n, n), border), lam[:, 0], **weights)
@@ -188,9 +188,9 @@ def _distances(grid: tuple[int, int]) -> torch.Tensor:  # float64 (h·w, h·w)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #70e5d9b8
 def _transport_plans(shares: torch.Tensor,  # of saliency (S, h, w)
-                    seen: torch.Tensor,    # bool (S, h, w): where the mask shows the source
-                    xi: float = 0.8,       # cost of moving
-                    ) -> torch.Tensor:     # int64 (S, h·w): the block that comes to each place
+                     seen: torch.Tensor,    # bool (S, h, w): where the mask shows the source
+                     xi: float = 0.8,       # cost of moving
+                     ) -> torch.Tensor:     # int64 (S, h·w): the block that comes to each place
     "The assignment of blocks to places with the least cost, for each source."
     from scipy.optimize import linear_sum_assignment  # slow to import, and used here alone
     moving = xi * _distances(shares.shape[-2:]).numpy()
@@ -200,9 +200,9 @@ def _transport_plans(shares: torch.Tensor,  # of saliency (S, h, w)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #33ac27ee
 def _move_blocks(images: torch.Tensor,   # (S, C, H, W)
-                plans: torch.Tensor,    # int64 (S, h·w): the block that comes to each place
-                grid: tuple[int, int],  # blocks down and across
-                ) -> torch.Tensor:      # (S, C, H, W)
+                 plans: torch.Tensor,    # int64 (S, h·w): the block that comes to each place
+                 grid: tuple[int, int],  # blocks down and across
+                 ) -> torch.Tensor:      # (S, C, H, W)
     "Each image with its blocks rearranged."
     (S, C, H, W), (h, w) = images.shape, grid
     blocks = images.reshape(S, C, h, H // h, w, W // w).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)     # (S, h·w, C, block)
@@ -211,10 +211,10 @@ def _move_blocks(images: torch.Tensor,   # (S, C, H, W)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #154f7335
 def _transport(sets: torch.Tensor,   # (B, 2, C, H, W)
-              maps: torch.Tensor,   # their saliency (B, 2, H, W)
-              masks: torch.Tensor,  # (B, 2, H, W), of n × n blocks
-              n: int, size: int | None = None, xi: float = 0.8,  # as `PuzzleMix` has them
-              ) -> torch.Tensor:    # (B, 2, C, H, W)
+               maps: torch.Tensor,   # their saliency (B, 2, H, W)
+               masks: torch.Tensor,  # (B, 2, H, W), of n × n blocks
+               n: int, size: int | None = None, xi: float = 0.8,  # as `PuzzleMix` has them
+               ) -> torch.Tensor:    # (B, 2, C, H, W)
     "The sources with their salient blocks moved to where the masks show them."
     if size is None: size = next(size for size in (4 * 2 ** i for i in range(20)) if max(sets.shape[-2:]) <= 16 * size)
     cells = [length // n for length in sets.shape[-2:]]
@@ -277,7 +277,7 @@ class PuzzleMix(Mixer):
     def __init__(self,
                  teacher: Callable,             # any differentiable one from images (B, C, H, W) to logits (B, N)
                  alpha: float | None = 1.0,     # λ ~ Beta(alpha, alpha) (authors' command); None: always ½
-                 blocks: tuple[int, ...] = (2, 4, 8, 16),  # blocks down and across, one a set (authors'); divisors of H, W
+                 blocks: tuple[int, ...] = (2, 4, 8, 16),  # blocks down and across (authors'), divide H and W
                  labels: int = 3,               # values of a mask: 0, ½, 1 (authors' command)
                  beta: float = 1.2,             # smoothness of the mask (authors' command)
                  gamma: float = 0.5,            # smoothness of the picture, 0 to 1 (authors' command)

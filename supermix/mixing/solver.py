@@ -257,8 +257,8 @@ def _held_by(thing) -> dict:
     return {**held, "defaults": thing.__defaults__, **(thing.__kwdefaults__ or {})}
 
 def _hidden_networks(teacher,         # any callable
-                    depth: int = 4,  # how far from it to look
-                    ) -> dict[str, nn.Module]:  # by the names under which they are held
+                     depth: int = 4,  # how far from it to look
+                     ) -> dict[str, nn.Module]:  # by the names under which they are held
     "The networks that a callable holds or names, as far as Python lets us look."
     found, seen, level = {}, {id(teacher)}, [teacher]
     for _ in range(depth):

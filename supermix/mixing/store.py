@@ -39,8 +39,8 @@ def _small(t: torch.Tensor, kinds=_KINDS) -> torch.Tensor:  # t: whole numbers o
     return t.to(next(kind for kind in kinds if largest <= torch.iinfo(kind).max))
 
 def _pack(found: Found,  # solved sets
-         top: int,      # largest logits that are kept
-         ) -> dict[str, torch.Tensor]:
+          top: int,      # largest logits that are kept
+          ) -> dict[str, torch.Tensor]:
     "What is kept of solved sets, in the order of their numbers, in small types."
     found = Found(*(t[found.index.argsort()] for t in found))
     best, total = found.logits.double().topk(min(top, found.logits.shape[1]), dim=1), found.logits.double().logsumexp(1)
@@ -137,7 +137,8 @@ _MANIFEST = {
     "teacher": {"name": _TEXT, "weights": ("16 hexadecimal digits, or null", lambda v: v is None or _HASH[1](v)),
                 "logits?": ("a list of numbers", lambda v: isinstance(v, list) and all(map(_number, v)))},
     "recipe": {**_settings(Generation), "mixing": _settings(Mixing)}}
-_CARD = {"shard": _whole(0), "images": _whole(0), "sets": _whole(1), "logits": _whole(2), "tensors": _HASH, "run?": _HASH}
+_CARD = {"shard": _whole(0), "images": _whole(0), "sets": _whole(1), "logits": _whole(2), "tensors": _HASH,
+         "run?": _HASH}
 
 # %% ../../nbs/35_mixing.store.ipynb #35bb0004
 def _read_json(text: str) -> dict:

@@ -61,8 +61,8 @@ def _axis_given(layer: nn.Module, x: torch.Tensor) -> int | None:
 
 # %% ../../nbs/18_models.hooked.ipynb #0372e83f
 def _grid_of(tokens: torch.Tensor,   # (B, L, C)
-            size: tuple[int, int],  # height and width of the images
-            ) -> torch.Tensor:      # (B, C, h, w)
+             size: tuple[int, int],  # height and width of the images
+             ) -> torch.Tensor:      # (B, C, h, w)
     "The map that tokens are, without up to eight in front that are no part of it."
     for front in range(9):
         n = tokens.shape[1] - front
@@ -171,7 +171,8 @@ def _listen_before(network: nn.Module, names: dict, x: torch.Tensor, notes: dict
     return kept, [ends.get(name, heard.value) for name, heard in kept.items()]
 
 # %% ../../nbs/18_models.hooked.ipynb #6d27684c
-def _as_contract(hooked, kept: dict[str, _Kept], values: list, notes: dict | None, x: torch.Tensor) -> list[torch.Tensor]:
+def _as_contract(hooked, kept: dict[str, _Kept], values: list, notes: dict | None, x: torch.Tensor,
+                 ) -> list[torch.Tensor]:
     "Maps (B, C, H, W) and a vector, from what was heard; where there are notes, the axes of the channels are settled."
     if notes is not None:
         if hooked.layout:

@@ -16,10 +16,10 @@ from .blocks import Network, conv, global_pool, stack
 
 # %% ../../nbs/17_models.shakeshake.ipynb #f801e95b
 def _shake(a: torch.Tensor,      # (B, C, H, W): the first branch
-          b: torch.Tensor,      # (B, C, H, W): the second
-          alpha: torch.Tensor,  # (B, 1, 1, 1): the first branch's share in the value
-          beta: torch.Tensor,   # (B, 1, 1, 1): its share in the gradient
-          ) -> torch.Tensor:    # (B, C, H, W)
+           b: torch.Tensor,      # (B, C, H, W): the second
+           alpha: torch.Tensor,  # (B, 1, 1, 1): the first branch's share in the value
+           beta: torch.Tensor,   # (B, 1, 1, 1): its share in the gradient
+           ) -> torch.Tensor:    # (B, C, H, W)
     "α a + (1 − α) b, with the gradient of β a + (1 − β) b (Gastaldi 2017, section 2)."
     return beta * a + (1 - beta) * b + ((alpha - beta) * (a - b)).detach()
 

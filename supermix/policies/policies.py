@@ -30,8 +30,8 @@ _LEVELLED = (*OPS[1:12], OPS[15])  # there is a magnitude
 _SPACES = ("regular", "wide", "authors", "faa")
 
 def _ranges(space: str,  # a name of `_SPACES`
-           size: int,   # height and width of the images, in pixels
-           ) -> dict[str, tuple[float, float]]:  # by operation: the magnitudes of the lowest and of the highest level
+            size: int,   # height and width of the images, in pixels
+            ) -> dict[str, tuple[float, float]]:  # by operation: the magnitudes of the lowest and of the highest level
     """What the levels of a space mean: factor of shear, pixels, degrees, change of a factor, bits that stay,
     share of the brightest, pixels of a square's side."""
     # torchvision has no Cutout: its 60 of 331 pixels are the paper's, as its 150 for translations
@@ -69,9 +69,9 @@ def _magnitudes(space: str, bins: int, size: int) -> torch.Tensor:  # float32 (1
 
 # %% ../../nbs/03_policies.policies.ipynb #0585a72d
 def _matrices(op: str,               # one of the five geometric operations
-             m: torch.Tensor,       # magnitudes (B,), signed
-             size: tuple[int, int], # height and width of the images
-             ) -> torch.Tensor:     # float32 (B, 2, 3)
+              m: torch.Tensor,       # magnitudes (B,), signed
+              size: tuple[int, int], # height and width of the images
+              ) -> torch.Tensor:     # float32 (B, 2, 3)
     "For each image the map from new to old coordinates, in pixels from the middle."
     m = m.double()
     one, zero, (height, width) = torch.ones_like(m), torch.zeros_like(m), size
@@ -85,9 +85,9 @@ def _matrices(op: str,               # one of the five geometric operations
 
 # %% ../../nbs/03_policies.policies.ipynb #46dcdedf
 def _warp(images: torch.Tensor,  # uint8 (B, 3, H, W)
-         matrix: torch.Tensor,  # (B, 2, 3), as `_matrices` gives them
-         fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
-         ) -> torch.Tensor:     # uint8 (B, 3, H, W)
+          matrix: torch.Tensor,  # (B, 2, 3), as `_matrices` gives them
+          fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
+          ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Each image through its own affine map, by the nearest pixel."
     B, _, H, W = images.shape
     fill = torch.as_tensor(fill, device=images.device).float().reshape(-1, 1, 1)
@@ -101,9 +101,9 @@ def _warp(images: torch.Tensor,  # uint8 (B, 3, H, W)
 
 # %% ../../nbs/03_policies.policies.ipynb #2f89c3d2
 def _enhance(op: str,               # Brightness, Color, Contrast or Sharpness
-            images: torch.Tensor,  # uint8 (B, 3, H, W)
-            m: torch.Tensor,       # magnitudes (B,), -1 … 1; 0 changes nothing
-            ) -> torch.Tensor:     # uint8 (B, 3, H, W)
+             images: torch.Tensor,  # uint8 (B, 3, H, W)
+             m: torch.Tensor,       # magnitudes (B,), -1 … 1; 0 changes nothing
+             ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Each image moved away from its dull version, or towards it."
     factor = (1 + m.double())[:, None, None, None]
     x, rest = images.float(), (1 - factor).float().double()
@@ -118,10 +118,10 @@ def _enhance(op: str,               # Brightness, Color, Contrast or Sharpness
 
 # %% ../../nbs/03_policies.policies.ipynb #9d7d06b2
 def _cutout(images: torch.Tensor,   # (B, C, H, W), of any dtype
-           middle: torch.Tensor,   # int64 (B, 2): row and column of the square's middle
-           length,                 # its side, in pixels: a whole number, or one an image (B,)
-           colour=0,               # of the square: a number, or one a channel (C,)
-           ) -> torch.Tensor:      # (B, C, H, W)
+            middle: torch.Tensor,   # int64 (B, 2): row and column of the square's middle
+            length,                 # its side, in pixels: a whole number, or one an image (B,)
+            colour=0,               # of the square: a number, or one a channel (C,)
+            ) -> torch.Tensor:      # (B, C, H, W)
     "Cover a square of each image."
     length = torch.as_tensor(length, device=images.device).reshape(-1, 1)
     ends = [(torch.arange(n, device=images.device) - middle[:, i:i + 1] + length // 2)
@@ -174,10 +174,10 @@ class _Ops:
 
 # %% ../../nbs/03_policies.policies.ipynb #bfdc726f
 def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
-              ops: _Ops,              # for each image its operations
-              fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
-              colour=0,              # of the operation Cutout, likewise
-              ) -> torch.Tensor:     # uint8 (B, 3, H, W)
+               ops: _Ops,              # for each image its operations
+               fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
+               colour=0,              # of the operation Cutout, likewise
+               ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Each image through its own operations. The input stays as it was."
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"Expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
@@ -196,9 +196,9 @@ def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
 
 # %% ../../nbs/03_policies.policies.ipynb #513bcd91
 def _check_subpolicies(subpolicies,         # lists of (operation, probability, level)
-                      bins: int,           # levels are 0 … bins - 1
-                      real: bool = False,  # and may be real numbers
-                      ) -> tuple:          # the same as tuples, level 0 where an operation has no magnitude
+                       bins: int,           # levels are 0 … bins - 1
+                       real: bool = False,  # and may be real numbers
+                       ) -> tuple:          # the same as tuples, level 0 where an operation has no magnitude
     "Sub-policies as nested tuples; whatever is wrong is a ValueError that names the entry."
     kinds, what = ((int, float), "a number") if real else (int, "a whole number")
 
@@ -226,8 +226,8 @@ def _check_subpolicies(subpolicies,         # lists of (operation, probability, 
 # %% ../../nbs/03_policies.policies.ipynb #4cf0f5da
 @lru_cache(maxsize=256)
 def _tables(subpolicies: tuple,  # as `_check_subpolicies` gives them
-           space: str, bins: int, size: int,
-           ) -> tuple[torch.Tensor, ...]:  # op int64, probability, magnitude float32, signed bool; each (S, n)
+            space: str, bins: int, size: int,
+            ) -> tuple[torch.Tensor, ...]:  # op int64, probability, magnitude float32, signed bool; each (S, n)
     "A list of sub-policies as tensors that can be indexed."
     n = max(map(len, subpolicies))
     full = [subpolicy + (("Identity", 1.0, 0),) * (n - len(subpolicy)) for subpolicy in subpolicies]
@@ -242,10 +242,10 @@ def _tables(subpolicies: tuple,  # as `_check_subpolicies` gives them
 
 # %% ../../nbs/03_policies.policies.ipynb #065e50e1
 def _draw_until(probability: torch.Tensor,  # (S,), with which each row happens
-               n: int,                     # images
-               generator: torch.Generator,
-               chances: tuple,             # that 0, 1, 2, … rows are to happen
-               ) -> tuple[torch.Tensor, torch.Tensor]:  # rows (n, k) in their order, and which of them happen (n, k)
+                n: int,                     # images
+                generator: torch.Generator,
+                chances: tuple,             # that 0, 1, 2, … rows are to happen
+                ) -> tuple[torch.Tensor, torch.Tensor]:  # rows (n, k) in their order, and which of them happen (n, k)
     "Rows in an order of each image's own, until as many have happened as were drawn."
     def even(*shape): return torch.rand(shape, generator=generator, device=generator.device)
     order = even(n, len(probability)).argsort(1)
@@ -256,10 +256,10 @@ def _draw_until(probability: torch.Tensor,  # (S,), with which each row happens
     return order.gather(1, front), kept.gather(1, front)
 
 def _draw_ops(lines: tuple,                # the four tensors of `_tables`
-             n: int,                      # images
-             generator: torch.Generator,
-             picks: int | tuple = 1,      # rows an image draws; or chances, as in `_draw_until`, for rows of one entry
-             ) -> _Ops:                    # on the generator's device
+              n: int,                      # images
+              generator: torch.Generator,
+              picks: int | tuple = 1,      # rows an image draws; or chances, as in `_draw_until`, for rows of one entry
+              ) -> _Ops:                    # on the generator's device
     "Operations for `n` images, each with a draw of its own."
     where = generator.device
     op, probability, magnitude, signed = (t.to(where) for t in lines)
@@ -272,10 +272,10 @@ def _draw_ops(lines: tuple,                # the four tensors of `_tables`
 
 # %% ../../nbs/03_policies.policies.ipynb #699960ec
 def _draw_places(side: torch.Tensor,    # (B, n): sides of squares in pixels, as `_magnitude_at` gives them for Cutout
-                size: int,             # height and width of the images
-                space: str,            # a name of `_SPACES`: in "faa" squares are moved to the border
-                generator: torch.Generator,
-                ) -> torch.Tensor:     # int64 (B, n, 2): row and column of the middles
+                 size: int,             # height and width of the images
+                 space: str,            # a name of `_SPACES`: in "faa" squares are moved to the border
+                 generator: torch.Generator,
+                 ) -> torch.Tensor:     # int64 (B, n, 2): row and column of the middles
     "The middles of squares."
     u = torch.rand((*side.shape, 2), generator=generator, device=generator.device, dtype=torch.float64) * size
     if space != "faa": return u.long()
@@ -284,9 +284,9 @@ def _draw_places(side: torch.Tensor,    # (B, n): sides of squares in pixels, as
 
 # %% ../../nbs/03_policies.policies.ipynb #312f3c3c
 def _check_later(later,              # lists of (share of the training, sub-policies)
-                bins: int,          # levels are 0 … bins - 1
-                real: bool = False, # and may be real numbers
-                ) -> tuple:         # the same as tuples
+                 bins: int,          # levels are 0 … bins - 1
+                 real: bool = False, # and may be real numbers
+                 ) -> tuple:         # the same as tuples
     "The later phases of a schedule as nested tuples; whatever is wrong is a ValueError."
     if (not isinstance(later, (list, tuple))
         or any(not isinstance(phase, (list, tuple)) or len(phase) != 2 for phase in later)):
@@ -300,8 +300,8 @@ def _check_later(later,              # lists of (share of the training, sub-poli
 
 # %% ../../nbs/03_policies.policies.ipynb #1bcd2773
 def _check_picks(picks,          # a whole number, or chances of 0, 1, 2, … operations
-                lists: list,    # of sub-policies
-                ) -> int | tuple:
+                 lists: list,    # of sub-policies
+                 ) -> int | tuple:
     "How many sub-policies an image draws, or the chances of each number; whatever is wrong is a ValueError."
     if not isinstance(picks, (list, tuple)):
         if isinstance(picks, bool) or not isinstance(picks, int) or not 1 <= picks <= 100:
@@ -419,9 +419,9 @@ _PBA_OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solari
            "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout")  # in the order of its numbers
 
 def _read_pba(text: str,    # a line for each copy: [copy, original, epochs of both, the original's numbers, the copy's]
-             epochs: int,  # of the search
-             name: str = "pba",
-             ) -> Policy:
+              epochs: int,  # of the search
+              name: str = "pba",
+              ) -> Policy:
     "The schedule in a text file of Population Based Augmentation's authors."
     def lines_of(numbers):
         numbers = numbers["hp_policy"] if isinstance(numbers, dict) else numbers
@@ -445,7 +445,7 @@ def _read_pba(text: str,    # a line for each copy: [copy, original, epochs of b
                   about={"source": "a schedule of PBA's authors, arXiv 1905.05393", "epochs": epochs})
 
 # %% ../../nbs/03_policies.policies.ipynb #827cbf3d
-def load_policy(name: str | Path,           # a name of `_POLICIES`, a policy file (.json), or a schedule of PBA's (.txt)
+def load_policy(name: str | Path,           # a name of `_POLICIES`, a policy file (.json), or PBA's schedule (.txt)
                 cutout: int | None = None,  # the side of the last square in pixels; None: as the policy says
                 epochs: int | None = None,  # of the search that wrote a schedule of PBA's (theirs: CIFAR 200, SVHN 160)
                 ) -> Policy:

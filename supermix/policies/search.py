@@ -23,10 +23,10 @@ from ..zoo import create
 
 # %% ../../nbs/47_policies.search.ipynb #9d9bb0a4
 def _split_images(images: Images,
-                 n: int,       # images of the first part
-                 m: int,       # images of the second part
-                 seed: int = 0,
-                 ) -> tuple[Images, Images]:  # two parts that share no image
+                  n: int,       # images of the first part
+                  m: int,       # images of the second part
+                  seed: int = 0,
+                  ) -> tuple[Images, Images]:  # two parts that share no image
     "Two disjoint random parts, together as even over the classes as it goes."
     both = images.subset(n + m, seed)
     order = torch.randperm(n + m, generator=torch.Generator().manual_seed(seed))
@@ -35,12 +35,12 @@ def _split_images(images: Images,
 # %% ../../nbs/47_policies.search.ipynb #b65ca85c
 @torch.no_grad()
 def _judge_policy(judge,              # a trained network, or any callable from images to logits
-                 images: Images,     # that the judge was not trained on: D_A
-                 policy: Policy,
-                 draws: int = 5,     # how often each image is augmented
-                 seed: int = 0,
-                 batch_size: int = 500,
-                 ) -> torch.Tensor:  # losses (draws, n)
+                  images: Images,     # that the judge was not trained on: D_A
+                  policy: Policy,
+                  draws: int = 5,     # how often each image is augmented
+                  seed: int = 0,
+                  batch_size: int = 500,
+                  ) -> torch.Tensor:  # losses (draws, n)
     "The judge's cross-entropy for every image under several draws of the policy, on the CPU."
     if policy.later: raise ValueError(f"Expected a policy of one moment, got the schedule {policy}: policy.at(share).")
     generator, losses = torch.Generator().manual_seed(seed), []
@@ -60,9 +60,9 @@ def _judge_policy(judge,              # a trained network, or any callable from 
 _SEARCHED = OPS[1:15]  # all but Identity and Cutout
 
 def _random_policy(lines: int,                 # sub-policies
-                  generator: torch.Generator,
-                  name: str = "candidate",
-                  ) -> Policy:
+                   generator: torch.Generator,
+                   name: str = "candidate",
+                   ) -> Policy:
     "Sub-policies of two operations, with probabilities 0.1, 0.2, … 1 and levels 0 … 9, all drawn evenly."
     op, share, level = (torch.randint(low, high, (lines, 2), generator=generator).tolist()
                         for low, high in ((0, len(_SEARCHED)), (1, 11), (0, 10)))
@@ -121,14 +121,14 @@ def search_density(judge: nn.Module,    # a trained network
 _HIGHEST = torch.tensor([10, 9])  # tenths of a probability, level
 
 def _parameter_lines(parameters: torch.Tensor,  # int64 (14, 2): tenths of a probability, level; of each of `_SEARCHED`
-                    ) -> tuple:                # a sub-policy for each operation
+                     ) -> tuple:                # a sub-policy for each operation
     "The parameters as the sub-policies of a `Policy` with `picks=2`."
     return tuple(((op, share / 10, level),) for op, (share, level) in zip(_SEARCHED, parameters.tolist()))
 
 # %% ../../nbs/47_policies.search.ipynb #aa9f2e3b
 def _explore(parameters: torch.Tensor,    # int64 (..., 14, 2)
-            generator: torch.Generator,
-            ) -> torch.Tensor:           # int64 (..., 14, 2)
+             generator: torch.Generator,
+             ) -> torch.Tensor:           # int64 (..., 14, 2)
     "Parameters near the old ones."
     shape = parameters.shape
     u = torch.rand((3, *shape), generator=generator)
@@ -137,8 +137,8 @@ def _explore(parameters: torch.Tensor,    # int64 (..., 14, 2)
 
 # %% ../../nbs/47_policies.search.ipynb #6db721cf
 def _exploit(losses: torch.Tensor,        # (P,)
-            generator: torch.Generator,
-            ) -> torch.Tensor:           # int64 (P,): whose copy each member becomes; most stay themselves
+             generator: torch.Generator,
+             ) -> torch.Tensor:           # int64 (P,): whose copy each member becomes; most stay themselves
     "The worst quarter, one at least, copies random members of the best quarter."
     order, quarter = losses.argsort(), max(1, len(losses) // 4)
     parents = torch.arange(len(losses))
@@ -217,10 +217,10 @@ def search_population(images: Images,    # to learn from
 
 # %% ../../nbs/47_policies.search.ipynb #4a612dcc
 def _make_density(data: str = "fashion_mnist",          # a data set of `supermix.data`
-                 out: Path = Path("policies/fast_autoaugment_fashion.json"),  # the policy file
-                 recipe: DensityRecipe = DensityRecipe(),  # the judge and the candidates
-                 root: Path | None = None,                 # a folder in which to look for the data first
-                 ) -> Path:                                # `out`
+                  out: Path = Path("policies/fast_autoaugment_fashion.json"),  # the policy file
+                  recipe: DensityRecipe = DensityRecipe(),  # the judge and the candidates
+                  root: Path | None = None,                 # a folder in which to look for the data first
+                  ) -> Path:                                # `out`
     "Train a judge, search a policy by density matching, and write it to a file."
     source = load_data(data, root)
     images, judged = _split_images(source.train, recipe.images, recipe.judged, recipe.seed)
@@ -238,10 +238,10 @@ def _make_density(data: str = "fashion_mnist",          # a data set of `supermi
 
 # %% ../../nbs/47_policies.search.ipynb #7350ff5f
 def _make_population(data: str = "fashion_mnist",     # as in `_make_density`
-                    out: Path = Path("policies/pba_fashion.json"),      # the policy file: a schedule
-                    recipe: PopulationRecipe = PopulationRecipe(),      # the members and their rounds
-                    root: Path | None = None,        # as in `_make_density`
-                    ) -> Path:                       # `out`
+                     out: Path = Path("policies/pba_fashion.json"),      # the policy file: a schedule
+                     recipe: PopulationRecipe = PopulationRecipe(),      # the members and their rounds
+                     root: Path | None = None,        # as in `_make_density`
+                     ) -> Path:                       # `out`
     "Breed a population, and write the schedule of its best member to a file."
     source = load_data(data, root)
     found = search_population(*_split_images(source.train, recipe.images, recipe.judged, recipe.seed), recipe)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/21_training.logs.ipynb #2f6124aa
 def _write_log(path: str | Path,   # of the file; its folder is made if need be
-              rows: list[dict],   # numbers by name, one row per epoch
-              ) -> Path:          # the file
+               rows: list[dict],   # numbers by name, one row per epoch
+               ) -> Path:          # the file
     "Write rows of numbers as CSV, atomically; a value that is missing stays empty."
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
