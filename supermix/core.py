@@ -220,9 +220,13 @@ def _is_watched(file) -> bool:  # file: where a bar is written
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None or bool(getattr(file, "isatty", lambda: False)())
 
+class _Bar(bar):
+    "tqdm's bar, with a lock that no other process can hold: a forked one that is killed may keep tqdm's own forever."
+    _lock = threading.RLock()
+
 class _Lines(plain_bar):
     "Progress for a file or a pipe: a line at each tenth of the work, and after `longest` seconds without one."
-    longest = 30.0
+    longest, _lock = 30.0, _Bar._lock
 
     def __init__(self, *args, mininterval: float = 1.0, **kwargs):  # mininterval: seconds between two lines, at least
         self.shown = self.tenth = None
@@ -256,7 +260,7 @@ def progress(items=None,          # what to go through; optional where `total` i
     """A tqdm progress bar that appears only where the work takes longer than `delay` seconds;
     lines where nobody watches; TQDM_DISABLE=1 silences both."""
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    kind = bar if _is_watched(kwargs.get("file", sys.stderr)) else _Lines
+    kind = _Bar if _is_watched(kwargs.get("file", sys.stderr)) else _Lines
     return kind(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True,
                 **{"disable": silent, **kwargs})
 

@@ -215,6 +215,25 @@ def test_the_corrected_command_runs(tmp_path):
 
 # ---- progress
 
+HELD = """
+import os
+import tqdm
+from supermix.core import progress
+lock = tqdm.tqdm.get_lock()  # a semaphore that forked processes share
+child = os.fork()
+if child == 0:
+    lock.acquire()
+    os._exit(0)  # as if it were killed in the middle of a bar
+os.waitpid(child, 0)
+print(sum(progress(range(4), "work", delay=0)))
+"""
+
+
+def test_a_process_that_dies_within_tqdm_blocks_no_later_bar():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "6\n", done.stderr
+
+
 BARS = """
 import time
 from supermix.core import _Lines, progress
