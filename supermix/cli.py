@@ -116,7 +116,8 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         out: the folder of the results, one file a run.
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
-            (for a GPU), prices (a processor's; measured last, and best with nothing else at work); without: all.
+            (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing else
+            at work); without: all.
         seeds: without: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds and no core seconds are measured.
