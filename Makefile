@@ -14,14 +14,14 @@ help:  ## what there is to make
 demo: $(VENV)/.run data  ## the main job on real images: mixes, six students, one table (out/demo/)
 	$(BIN)/supermix demo
 
-check: $(VENV)/.dev  ## a minute: notebooks and package agree, ruff, the fast unit tests
+check: $(VENV)/.dev  ## a minute: notebooks and package agree, ruff (lint, format), the fast unit tests
 	$(BIN)/python tools/house.py check
-	$(BIN)/ruff check -q
+	$(BIN)/ruff check -q && $(BIN)/ruff format --check -q
 	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py) -n $(JOBS) --dist loadfile
 
 test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
-	$(BIN)/ruff check -q
+	$(BIN)/ruff check -q && $(BIN)/ruff format --check -q
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
 

@@ -1,4 +1,5 @@
 """Installs supermix; every fact comes from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,9 +25,12 @@ setup(
     packages=find_packages(include=["supermix", "supermix.*"]),
     package_data={"supermix": ["py.typed", "teachers/*"]},
     install_requires=facts["requirements"].split(),
-    extras_require={"dev": (facts["dev_requirements"] + " " + facts["book_requirements"]).split(),
-                    "book": facts["book_requirements"].split(), "puzzle": facts["puzzle_requirements"].split(),
-                    "explore": facts["explore_requirements"].split()},
+    extras_require={
+        "dev": (facts["dev_requirements"] + " " + facts["book_requirements"]).split(),
+        "book": facts["book_requirements"].split(),
+        "puzzle": facts["puzzle_requirements"].split(),
+        "explore": facts["explore_requirements"].split(),
+    },
     entry_points={"console_scripts": facts["console_scripts"].split()},
     classifiers=[
         "Development Status :: 3 - Alpha",

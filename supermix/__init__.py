@@ -19,10 +19,14 @@ if TYPE_CHECKING:  # what the names below are, for editors and type checkers
 def lazy(package, names):
     """The `__getattr__` and `__dir__` of a package (PEP 562): `names` says in which module of the package each name is
     defined. A module is imported when the first of its names is asked for, so that nothing slow is imported in vain."""
+
     def get(name):
-        if name in names: value = getattr(import_module(f"{package}.{names[name]}"), name)
-        elif not name.startswith("_") and find_spec(f"{package}.{name}"): value = import_module(f"{package}.{name}")
-        else: raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name in names:
+            value = getattr(import_module(f"{package}.{names[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
+            value = import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(modules[package], name, value)
         return value
 
@@ -30,9 +34,19 @@ def lazy(package, names):
 
 
 MODULES = {
-    "load_data": "data", "load_folder": "data", "create": "zoo", "pretrained": "zoo", "SuperMix": "mixing.solver",
-    "make_mixes": "distillation.distill", "MixedDataset": "mixing.store", "distill": "distillation.distill",
-    "accuracy": "training.loop", "save": "zoo", "load": "zoo", "predict": "zoo"}
+    "load_data": "data",
+    "load_folder": "data",
+    "create": "zoo",
+    "pretrained": "zoo",
+    "SuperMix": "mixing.solver",
+    "make_mixes": "distillation.distill",
+    "MixedDataset": "mixing.store",
+    "distill": "distillation.distill",
+    "accuracy": "training.loop",
+    "save": "zoo",
+    "load": "zoo",
+    "predict": "zoo",
+}
 
 __all__ = list(MODULES)
 __getattr__, __dir__ = lazy(__name__, MODULES)

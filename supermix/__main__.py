@@ -12,9 +12,12 @@ def leave(*_):
 
 def main():
     "Run the command `supermix` (chapter 90)."
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, leave)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, leave)
     from supermix.cli import main
+
     main()
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

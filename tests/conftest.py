@@ -24,7 +24,8 @@ from supermix.zoo import pretrained
 
 THREADS, SHIFT = (int(os.environ.get(f"SUPERMIX_TEST_{name}", n)) for name, n in (("THREADS", 1), ("SEED", 0)))
 # a program that a shell starts in the background ignores Ctrl-C, and so does all that it starts: not our tests
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # what tests start gets as many threads, too
 torch.set_num_threads(THREADS)  # networks this small gain nothing from two, and on a busy machine wait ten times longer
@@ -38,7 +39,8 @@ def manual_seed(seed):
     return torch_manual_seed(seed + 1000 * SHIFT if asked_by_test else seed)
 
 
-if SHIFT: torch.manual_seed = manual_seed
+if SHIFT:
+    torch.manual_seed = manual_seed
 
 
 def pytest_addoption(parser):
@@ -48,16 +50,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --slow only")
     config.addinivalue_line("markers", "browser: drives a real browser; skipped where there is none")
-    settings.register_profile("quick", max_examples=25, deadline=None,
-                              derandomize=not SHIFT)  # the same examples each time
+    settings.register_profile(
+        "quick", max_examples=25, deadline=None, derandomize=not SHIFT
+    )  # the same examples each time
     settings.register_profile("slow", max_examples=500, deadline=None)
     settings.load_profile("slow" if config.getoption("--slow") else "quick")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"): return
+    if config.getoption("--slow"):
+        return
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="takes long: give --slow"))
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes long: give --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +81,7 @@ def teacher():
 def photos():
     "Four colour photographs of different sizes, uint8 (H, W, 3)."
     from skimage import data
+
     return {name: getattr(data, name)() for name in ("chelsea", "coffee", "astronaut", "rocket")}
 
 

@@ -19,15 +19,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "out" / "browser"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHAPTERS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-SETTINGS = {"notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell is on the page, seen or not
-            # no pop-up, and nothing is fetched
-            "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}
-pytestmark = [pytest.mark.browser,
-              pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
+SETTINGS = {
+    "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell is on the page, seen or not
+    # no pop-up, and nothing is fetched
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+}
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
 STATE = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
  return nb.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim())\
 .map(c => c.model.executionCount) }"""
@@ -39,7 +51,8 @@ def lab(tmp_path_factory):
     pytest.importorskip("jupyterlab")
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("out", ".*"))
-    for name in ("results", "tests", "policies"): os.symlink(ROOT / name, home / name)
+    for name in ("results", "tests", "policies"):
+        os.symlink(ROOT / name, home / name)
     for name, text in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
@@ -47,20 +60,33 @@ def lab(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}",
-               f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'spaces'}",
-               "--LabApp.expose_app_in_browser=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={home}",
+        f"--LabApp.user_settings_dir={home / 'settings'}",
+        f"--LabApp.workspaces_dir={home / 'spaces'}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     env.pop("MPLBACKEND", None)  # conftest's Agg would keep every figure from the page
-    with open(home / "log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
     try:
         for _ in range(240):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=2)
                 break
-            except OSError: time.sleep(0.5)
-        else: pytest.fail("JupyterLab did not start: " + (home / "log").read_text()[-2000:])
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail("JupyterLab did not start: " + (home / "log").read_text()[-2000:])
         yield f"http://127.0.0.1:{port}", token
     finally:
         server.terminate()
@@ -71,8 +97,9 @@ def lab(tmp_path_factory):
 def page(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install playwright")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch_persistent_context(tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS,
-                                                       viewport={"width": 1500, "height": 1300})
+        browser = p.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1500, "height": 1300}
+        )
         yield browser.new_page()
         browser.close()
 
@@ -96,19 +123,23 @@ def site(tmp_path_factory):
 def test_the_book(site, page):
     asked, complaints = [], []
     page.on("request", lambda request: asked.append(request.url))
-    page.on("console",
-            lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("response",
-            lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+    page.on(
+        "response",
+        lambda response: complaints.append(f"{response.status} {response.url}") if response.status >= 400 else None,
+    )
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.goto(f"{site}/index.html")
     assert page.locator("img[src*='demo']").evaluate("image => image.complete && image.naturalWidth > 100")
     page.locator(".bd-sidebar-primary a", has_text="33 SuperMix").first.click(force=True)
     page.wait_for_url("**/33_mixing.solver.html")
     assert "SuperMix" in page.locator("article h1").inner_text() and page.locator("article math").count() > 10
-    assert (page.locator("article .cell_output img").count() > 2
-            and "#| export" not in page.locator("article").inner_text())
+    assert (
+        page.locator("article .cell_output img").count() > 2 and "#| export" not in page.locator("article").inner_text()
+    )
     page.screenshot(path=SHOTS / "book_chapter.png")
     page.get_by_role("link", name="supermix.mixing.solver").first.click()
     page.wait_for_url("**/api/supermix.mixing.solver.html")
@@ -120,19 +151,26 @@ def test_the_book(site, page):
     page.locator("#search-results li a").first.click()
     page.wait_for_url(lambda url: "search" not in url)
     assert "dirichlet" in page.locator("article").inner_text().lower()
-    assert (not complaints and len(asked) > 10
-            and all(url.startswith((site, "data:")) for url in asked)), [*complaints, *asked]
+    assert not complaints and len(asked) > 10 and all(url.startswith((site, "data:")) for url in asked), [
+        *complaints,
+        *asked,
+    ]
 
 
 def run_all(page, lab, chapter, seconds=240):
     "Open a chapter, run all its cells, and see that none has an error."
     address, token = lab
     page.goto(f"{address}/lab/tree/nbs/{chapter}.ipynb?token={token}&reset")  # no tabs of chapters before
-    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status"
-                           " == 'idle'", timeout=90_000)
-    page.evaluate("() => { window.ranAll = false; "
-                  "window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }")
-    try: page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
+    page.wait_for_function(
+        "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'",
+        timeout=90_000,
+    )
+    page.evaluate(
+        "() => { window.ranAll = false; "
+        "window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ranAll = true }) }"
+    )
+    try:
+        page.wait_for_function("() => window.ranAll", timeout=1000 * seconds)
     except Exception:  # Playwright's own TimeoutError, which cannot be imported where Playwright may be missing
         SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS / f"{chapter}_late.png")
@@ -146,11 +184,15 @@ def run_all(page, lab, chapter, seconds=240):
 def keep(page, chapter):
     "A picture of the whole chapter, cells and outputs, for somebody to look at."
     SHOTS.mkdir(parents=True, exist_ok=True)
-    height = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets"
-                           ".reduce((sum, cell) => sum + cell.node.offsetHeight, 0)")
+    height = page.evaluate(
+        "() => window.jupyterapp.shell.currentWidget.content.widgets"
+        ".reduce((sum, cell) => sum + cell.node.offsetHeight, 0)"
+    )
     page.set_viewport_size({"width": 1500, "height": min(round(height) + 250, 16_000)})  # Chromium draws no more
-    page.evaluate("() => { window.jupyterapp.shell.collapseLeft(); "
-                  "window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }")
+    page.evaluate(
+        "() => { window.jupyterapp.shell.collapseLeft(); "
+        "window.jupyterapp.shell.currentWidget.content.outerNode.scrollTop = 0 }"
+    )
     page.wait_for_timeout(1500)
     page.screenshot(path=SHOTS / f"{chapter}.jpg", type="jpeg", quality=60)
 
@@ -159,8 +201,10 @@ def stop_kernels(lab):
     "Each chapter's kernel holds its data and networks: forty would not fit."
     address, token = lab
     ask = lambda method, what: urllib.request.urlopen(
-        urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30).read()
-    for session in json.loads(ask("GET", "sessions")): ask("DELETE", f"sessions/{session['id']}")
+        urllib.request.Request(f"{address}/api/{what}?token={token}", method=method), timeout=30
+    ).read()
+    for session in json.loads(ask("GET", "sessions")):
+        ask("DELETE", f"sessions/{session['id']}")
 
 
 def until(page, what, seconds=30, why=""):
@@ -177,8 +221,10 @@ def until(page, what, seconds=30, why=""):
 
 def five_and_no_sixth(page, explorer):
     "Thumbnails up to five; then the page says no, and nothing else changes."
-    chosen, status, bar = (explorer.locator(css) for css in ("button.supermix-thumb.mod-active", ".supermix-status",
-                                                             ".widget-hprogress .widget-label"))
+    chosen, status, bar = (
+        explorer.locator(css)
+        for css in ("button.supermix-thumb.mod-active", ".supermix-status", ".widget-hprogress .widget-label")
+    )
     while (count := chosen.count()) < 5:
         explorer.locator("button.supermix-thumb:not(.mod-active)").first.click()
         until(page, lambda: chosen.count() == count + 1, why=f"a thumbnail beside {count} is not taken")
@@ -186,8 +232,9 @@ def five_and_no_sixth(page, explorer):
     until(page, lambda: bar.inner_text() == "done", 60, "five images are not solved")
     explorer.screenshot(path=SHOTS / "explorer_five.png")
     explorer.locator("button.supermix-thumb:not(.mod-active)").last.click()
-    until(page, lambda: "two to five" in status.inner_text() and chosen.count() == 5,
-          why="a sixth image is not refused")
+    until(
+        page, lambda: "two to five" in status.inner_text() and chosen.count() == 5, why="a sixth image is not refused"
+    )
 
 
 def saves(page, lab, explorer):
@@ -195,8 +242,12 @@ def saves(page, lab, explorer):
     address, token = lab
     for kind, head in (("PNG", b"\x89PNG"), ("GIF", b"GIF89a")):
         explorer.get_by_role("button", name=f"Save {kind}").click()
-        until(page, lambda: f"Saved supermix.{kind.lower()}" in explorer.locator(".supermix-status").inner_text(), 60,
-              f"{kind} is not saved")
+        until(
+            page,
+            lambda: f"Saved supermix.{kind.lower()}" in explorer.locator(".supermix-status").inner_text(),
+            60,
+            f"{kind} is not saved",
+        )
         with urllib.request.urlopen(f"{address}/files/nbs/supermix.{kind.lower()}?token={token}", timeout=30) as file:
             assert file.read().startswith(head)
 
@@ -205,9 +256,12 @@ def newer_cancels_older(page, large):
     """At 224x224 a solve takes seconds: the bar says so, the page answers meanwhile, and only the last setting is
     solved to its end."""
     large.scroll_into_view_if_needed()
-    bar, handle = (large.locator(".widget-hprogress .widget-label"),
-                   large.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('σ, smoothing')"))
-                   .locator(".noUi-handle"))
+    bar, handle = (
+        large.locator(".widget-hprogress .widget-label"),
+        large.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('σ, smoothing')")).locator(
+            ".noUi-handle"
+        ),
+    )
     until(page, lambda: bar.inner_text() == "done")
     handle.focus()
     handle.press("ArrowLeft")
@@ -230,7 +284,8 @@ def test_the_explorer(lab, page):
     first = page.locator(".supermix-explorer").first
     picture, bar = first.locator("img.supermix-picture"), first.locator(".widget-hprogress .widget-label")
 
-    def look(): return picture.get_attribute("src")
+    def look():
+        return picture.get_attribute("src")
 
     def changed(before, what):
         until(page, lambda: look() != before, why=f"{what} changes nothing")
@@ -274,8 +329,10 @@ def test_the_explorer(lab, page):
     for i, one in enumerate(small):
         picture = one.locator("img")
         now = look()
-        if one.locator("select").count(): one.locator("select").select_option(index=2)  # a list of values is a menu
-        else: one.locator(".noUi-handle").press("ArrowRight")
+        if one.locator("select").count():
+            one.locator("select").select_option(index=2)  # a list of values is a menu
+        else:
+            one.locator(".noUi-handle").press("ArrowRight")
         changed(now, f"the control of small explorer {i + 1}")
         one.screenshot(path=SHOTS / f"explorer_small_{i + 1}.png")
 
@@ -286,4 +343,5 @@ def test_a_chapter_runs_in_the_browser(lab, page, chapter):
     try:
         run_all(page, lab, chapter, seconds=600)
         keep(page, chapter)
-    finally: stop_kernels(lab)
+    finally:
+        stop_kernels(lab)

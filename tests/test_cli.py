@@ -26,8 +26,13 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 
 
 def start(*args, launcher=("-m", "supermix"), **kwargs):
-    return subprocess.Popen([sys.executable, *launcher, *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **{"env": ENV, **kwargs})
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **{"env": ENV, **kwargs},
+    )
 
 
 def ended(process, seconds=60):
@@ -83,25 +88,37 @@ def test_the_command_itself_waits_for_no_more():
 def test_the_names_of_the_package():
     from supermix.distillation.distill import distill
     from supermix.mixing.solver import SuperMix
+
     assert supermix.distill is distill and supermix.SuperMix is SuperMix
     assert supermix.models.wrn.WRN and supermix.distillation.losses.student_loss  # modules, without imports by name
     assert set(supermix.__all__) <= set(dir(supermix))
     assert not hasattr(supermix, "distil") and not hasattr(supermix, "__wrapped__")
-    with pytest.raises(ImportError, match="distil"): from supermix import distil  # noqa: F401
+    with pytest.raises(ImportError, match="distil"):
+        from supermix import distil  # noqa: F401
 
 
 # ---- what it says
 
-@pytest.mark.parametrize("command, function", [
-    ("demo", demo.demo), ("teacher", make_teacher), ("generate", command), ("study", study.study),
-    ("throughput", throughput.throughput)])
+
+@pytest.mark.parametrize(
+    "command, function",
+    [
+        ("demo", demo.demo),
+        ("teacher", make_teacher),
+        ("generate", command),
+        ("study", study.study),
+        ("throughput", throughput.throughput),
+    ],
+)
 def test_a_command_has_the_options_of_its_function(command, function):
-    told, of = ({p.name: p.default for p in inspect.signature(f).parameters.values()}
-                for f in (COMMANDS[command], function))
+    told, of = (
+        {p.name: p.default for p in inspect.signature(f).parameters.values()} for f in (COMMANDS[command], function)
+    )
     assert told == of
 
 
-def test_every_mixer_can_be_named(): assert set(MIXER_NAMES) == set(runs._ROW_MIXERS) - {""}
+def test_every_mixer_can_be_named():
+    assert set(MIXER_NAMES) == set(runs._ROW_MIXERS) - {""}
 
 
 def test_all_ways_to_start_it():
@@ -113,24 +130,31 @@ def test_all_ways_to_start_it():
     assert code == 1 and err.startswith("supermix: Expected a count of 1 or more") and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("line, message", [
-    ("distil --method kd", "Unknown command 'distil'. Did you mean 'distill'"),
-    ("distill --base crd", "Unknown base 'crd'. Did you mean 'crd_benchmark'"),
-    ("distill --scale papre", "Unknown scale 'papre'. Did you mean 'paper'"),
-    ("distill --method fitnets --only-cost", "Unknown method 'fitnets'. Did you mean 'fitnet'"),
-    ("distill --mixer SuperMix --only-cost", "Unknown mixer 'SuperMix'. Did you mean 'supermix'"),
-    ("distill --student resnet21 --only-cost", "Unknown network 'resnet21'. Did you mean 'resnet"),
-    ("distill --teacher WRN_40_2 --only-cost", "Unknown network 'WRN_40_2'. Did you mean 'wrn_40_2'"),
-    ("distill --device gpu --only-cost", "Expected a device that this machine has, such as cpu or cuda:0, got 'gpu'"),
-    ("train --policy RandAugment --only-cost", "Unknown policy 'RandAugment'. Did you mean 'randaugment'"),
-    ("train --policy mine.json --only-cost", "There is no policy file mine.json."),
-    ("train --mixer cutmixx --only-cost", "Unknown mixer 'cutmixx'. Did you mean 'cutmix'"),
-    ("teacher --data digit", "Unknown teacher's data set 'digit'. Did you mean 'digits'"),
-    ("study --groups cor", "Unknown group 'cor'. Did you mean 'core'"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("distil --method kd", "Unknown command 'distil'. Did you mean 'distill'"),
+        ("distill --base crd", "Unknown base 'crd'. Did you mean 'crd_benchmark'"),
+        ("distill --scale papre", "Unknown scale 'papre'. Did you mean 'paper'"),
+        ("distill --method fitnets --only-cost", "Unknown method 'fitnets'. Did you mean 'fitnet'"),
+        ("distill --mixer SuperMix --only-cost", "Unknown mixer 'SuperMix'. Did you mean 'supermix'"),
+        ("distill --student resnet21 --only-cost", "Unknown network 'resnet21'. Did you mean 'resnet"),
+        ("distill --teacher WRN_40_2 --only-cost", "Unknown network 'WRN_40_2'. Did you mean 'wrn_40_2'"),
+        (
+            "distill --device gpu --only-cost",
+            "Expected a device that this machine has, such as cpu or cuda:0, got 'gpu'",
+        ),
+        ("train --policy RandAugment --only-cost", "Unknown policy 'RandAugment'. Did you mean 'randaugment'"),
+        ("train --policy mine.json --only-cost", "There is no policy file mine.json."),
+        ("train --mixer cutmixx --only-cost", "Unknown mixer 'cutmixx'. Did you mean 'cutmix'"),
+        ("teacher --data digit", "Unknown teacher's data set 'digit'. Did you mean 'digits'"),
+        ("study --groups cor", "Unknown group 'cor'. Did you mean 'core'"),
+    ],
+)
 def test_an_unknown_name_is_one_line_with_the_nearest(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end: cli.main(line.split())
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
     assert str(end.value).startswith(f"supermix: {message}") and len(str(end.value).splitlines()) == 1
     assert not list(tmp_path.rglob("*"))
 
@@ -144,12 +168,20 @@ def optional():
 
 def test_none_has_one_spelling_and_others_are_understood():
     found = list(optional())
-    assert {("distill", "--mixer"), ("train", "--cutout"), ("train", "--mixer"), ("distill", "--low-lr"),
-            ("generate", "--mixing.hold"), ("generate", "--train-images"), ("distill", "--results"),
-            ("teacher", "--root")} <= set(found) and len(found) > 20
+    assert {
+        ("distill", "--mixer"),
+        ("train", "--cutout"),
+        ("train", "--mixer"),
+        ("distill", "--low-lr"),
+        ("generate", "--mixing.hold"),
+        ("generate", "--train-images"),
+        ("distill", "--results"),
+        ("teacher", "--root"),
+    } <= set(found) and len(found) > 20
     for name, option in found:
         more = ["--data", "digits"] * (name == "teacher")
-        if option.endswith("mixing.hold"): more = [option.replace("hold", "start"), "flat"]  # regions need it
+        if option.endswith("mixing.hold"):
+            more = [option.replace("hold", "start"), "flat"]  # regions need it
         plain = parse_command([name, option, "none", *more])
         for spelling in ("None", "NONE"):
             again = parse_command([name, option, spelling, *more])
@@ -170,34 +202,54 @@ def test_whoever_stops_reading_hears_no_complaint():
 
 # ---- refused commands
 
-TINY = ["--scale", "smoke", "--train-images", "40", "--training.epochs", "1", "--training.milestones",
-        "--training.first-stage", "1", "--teacher-training.epochs", "1", "--teacher-training.milestones"]
+TINY = [
+    "--scale",
+    "smoke",
+    "--train-images",
+    "40",
+    "--training.epochs",
+    "1",
+    "--training.milestones",
+    "--training.first-stage",
+    "1",
+    "--teacher-training.epochs",
+    "1",
+    "--teacher-training.milestones",
+]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("distill --mixer supermix --mixing.k 11", "at least k = 11 classes"),
-    ("distill --mixer supermix --mixing.mask-size 33", "no larger than the images"),
-    ("distill --mixer supermix --mixing.start region", "Unknown start 'region'. Did you mean 'regions'"),
-    ("distill --mixer supermix --mixing.step 0", "step above 0"),
-    ("distill --training.held-out 40", "hold out fewer than the 40 images"),
-    ("distill --teacher-training.held-out 320", "hold out fewer than the 320 images"),
-    ("distill --training.lr -1", "lr above 0"), ("distill --teacher-training.lr nan", "lr above 0"),
-    ("distill --method ab --training.first-stage 1", "shorter than the 1 epochs"),
-    ("distill --method fsp --teacher wrn_16_2", "wrn_16_2 → resnet8 by fsp"),
-    ("distill --size 64", "Expected size=None"), ("distill --minutes nan", "0 or more minutes"),
-    ("distill --student imagenet_resnet18 --training.batch-size 39", "choose another batch_size than 39"),
-    ("distill --teacher-file nowhere.pth", "no teacher's file nowhere.pth"),
-    ("train --policy RandAugment", "Did you mean 'randaugment'"),
-    ("train --mixer supermix --mixing.k 1", "k of 2 or more"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("distill --mixer supermix --mixing.k 11", "at least k = 11 classes"),
+        ("distill --mixer supermix --mixing.mask-size 33", "no larger than the images"),
+        ("distill --mixer supermix --mixing.start region", "Unknown start 'region'. Did you mean 'regions'"),
+        ("distill --mixer supermix --mixing.step 0", "step above 0"),
+        ("distill --training.held-out 40", "hold out fewer than the 40 images"),
+        ("distill --teacher-training.held-out 320", "hold out fewer than the 320 images"),
+        ("distill --training.lr -1", "lr above 0"),
+        ("distill --teacher-training.lr nan", "lr above 0"),
+        ("distill --method ab --training.first-stage 1", "shorter than the 1 epochs"),
+        ("distill --method fsp --teacher wrn_16_2", "wrn_16_2 → resnet8 by fsp"),
+        ("distill --size 64", "Expected size=None"),
+        ("distill --minutes nan", "0 or more minutes"),
+        ("distill --student imagenet_resnet18 --training.batch-size 39", "choose another batch_size than 39"),
+        ("distill --teacher-file nowhere.pth", "no teacher's file nowhere.pth"),
+        ("train --policy RandAugment", "Did you mean 'randaugment'"),
+        ("train --mixer supermix --mixing.k 1", "k of 2 or more"),
+    ],
+)
 def test_a_refused_run_has_trained_nothing_and_leaves_nothing(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+
     def spy(*args, kept=runs._open_teacher):
         "Opens a teacher's file; where one would be trained, it only takes down that."
         return kept(*args) if args[3] else trained.append(args)
+
     monkeypatch.setattr(runs, "_open_teacher", spy)
     (command, *options), trained = line.split(), []
-    with pytest.raises(SystemExit) as end: cli.main([command, *TINY, *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, *TINY, *options])
     shown = f"{end.value} {capsys.readouterr().err}"
     told = " ".join(shown.replace("│", " ").split())  # tyro's errors stand in a box
     assert message in told and "Traceback" not in told and not trained
@@ -242,22 +294,27 @@ for _ in progress(range({n}), "work", **{options}): time.sleep(0.02)
 """
 
 
-@pytest.mark.parametrize("longest, options, least, most", [
-    (30.0, {"mininterval": 0, "delay": 0.1}, lambda took: 9, lambda took: 11),  # a line at each tenth
-    (30.0, {"delay": 0.1}, lambda took: 2, lambda took: took + 1),              # but a second apart, at least
-    (30.0, {"delay": 60}, lambda took: 0, lambda took: 0),                      # nothing where it is soon over
-    # what shall vanish leaves lines only where it takes long
-    (0.5, {"delay": 0.1, "leave": False}, lambda took: 1, lambda took: took / 0.5),
-    (30.0, {"delay": 0.1, "leave": False}, lambda took: 0, lambda took: 0),
-    (30.0, {"delay": 0.1, "disable": True}, lambda took: 0, lambda took: 0),
-], ids=["tenths", "seconds apart", "soon over", "vanishes", "vanishes soon", "disabled"])
+@pytest.mark.parametrize(
+    "longest, options, least, most",
+    [
+        (30.0, {"mininterval": 0, "delay": 0.1}, lambda took: 9, lambda took: 11),  # a line at each tenth
+        (30.0, {"delay": 0.1}, lambda took: 2, lambda took: took + 1),  # but a second apart, at least
+        (30.0, {"delay": 60}, lambda took: 0, lambda took: 0),  # nothing where it is soon over
+        # what shall vanish leaves lines only where it takes long
+        (0.5, {"delay": 0.1, "leave": False}, lambda took: 1, lambda took: took / 0.5),
+        (30.0, {"delay": 0.1, "leave": False}, lambda took: 0, lambda took: 0),
+        (30.0, {"delay": 0.1, "disable": True}, lambda took: 0, lambda took: 0),
+    ],
+    ids=["tenths", "seconds apart", "soon over", "vanishes", "vanishes soon", "disabled"],
+)
 def test_where_nobody_watches_there_are_lines(longest, options, least, most):
     began = time.monotonic()
     code, out, err = ended(start("-c", BARS.format(longest=longest, n=100, options=options), launcher=()))
     lines, took = err.splitlines(), time.monotonic() - began
     assert code == 0 and out == "" and least(took) <= len(lines) <= most(took), err
     assert "\r" not in err and "█" not in err and all(re.match(r"work: \d+%, \d+/100 \[", line) for line in lines)
-    if options.get("leave", True) and lines: assert lines[-1].startswith("work: 100%, 100/100 ")
+    if options.get("leave", True) and lines:
+        assert lines[-1].startswith("work: 100%, 100/100 ")
 
 
 def test_in_a_terminal_there_is_a_bar():
@@ -268,9 +325,12 @@ def test_in_a_terminal_there_is_a_bar():
     os.close(theirs)
     shown = b""
     while True:
-        try: shown += (more := os.read(ours, 1000))
-        except OSError: break  # the other end was closed
-        if not more: break
+        try:
+            shown += (more := os.read(ours, 1000))
+        except OSError:
+            break  # the other end was closed
+        if not more:
+            break
     assert process.wait() == 0 and shown.count(b"\rwork: ") > 3 and b"100/100" in shown
 
 
@@ -284,11 +344,18 @@ with progress(title="images", total=100, initial=45, unit="image", delay=0, mini
 """
     _, _, err = ended(start("-c", program, launcher=()))
     found = [(line.split(",")[0], line.rpartition("loss=")[2]) for line in err.splitlines()]
-    assert found == [("images: 50%", "0]"), ("images: 60%", "2]"), ("images: 70%", "4]"), ("images: 80%", "6]"),
-                     ("images: 90%", "8]"), ("images: 100%", "10]")]
+    assert found == [
+        ("images: 50%", "0]"),
+        ("images: 60%", "2]"),
+        ("images: 70%", "4]"),
+        ("images: 80%", "6]"),
+        ("images: 90%", "8]"),
+        ("images: 100%", "10]"),
+    ]
 
 
 # ---- Ctrl-C
+
 
 def during_imports(line):
     "Start a command that imports all it has, send SIGINT when so many modules were imported, and see it end."
@@ -298,7 +365,8 @@ def during_imports(line):
     for text in process.stderr:
         ours = ours or text.endswith("| supermix\n")
         line -= ours
-        if line < 0: break
+        if line < 0:
+            break
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process, 30)
     return code, text.rpartition("|")[2].strip(), [t for t in err.splitlines() if not t.startswith("import time:")]
@@ -360,21 +428,27 @@ def children(pid):
     "The processes that a process started."
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try: parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError): continue
-        if parent == pid: found.append(int(stat.parent.name))
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == pid:
+            found.append(int(stat.parent.name))
     return found
 
 
 def alive(pid):
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError): return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def wait_for(true, seconds=60):
     "Whether it becomes true in time."
     end = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < end: time.sleep(0.02)
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.02)
     return found
 
 
@@ -385,11 +459,16 @@ def test_ctrl_c_ends_what_swallows_it(tmp_path):
         file = tmp_path / f"spin{i}.py"
         file.write_text(PROGRAM.format(work=work))
         running[name] = start(file, launcher=())
-    for process in running.values(): assert process.stdout.readline() == "begun\n"
-    workers = {name: wait_for(lambda: len(c := children(running[name].pid)) >= 2 and c)
-               for name in running if "processes" in name}
+    for process in running.values():
+        assert process.stdout.readline() == "begun\n"
+    workers = {
+        name: wait_for(lambda: len(c := children(running[name].pid)) >= 2 and c)
+        for name in running
+        if "processes" in name
+    }
     time.sleep(0.3)
-    for process in running.values(): process.send_signal(signal.SIGINT)
+    for process in running.values():
+        process.send_signal(signal.SIGINT)
     for name, process in running.items():
         code, _, err = ended(process, 30)  # they would take 100 seconds
         assert (code, err) == (130, "supermix: stopped.\n"), name
@@ -403,7 +482,8 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     process.stdout.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired): process.wait(1)  # the first one got lost
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)  # the first one got lost
     process.send_signal(signal.SIGINT)
     assert ended(process)[::2] == (130, "supermix: stopped.\n")
 
@@ -421,25 +501,51 @@ def test_a_job_in_the_background_is_left_alone(tmp_path):
 def test_whoever_calls_main_keeps_their_ctrl_c(capsys):
     before = signal.getsignal(signal.SIGINT)
     cli.main(["--version"])
-    with pytest.raises(SystemExit): cli.main(["demo", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
     assert signal.getsignal(signal.SIGINT) is before and "supermix 0." in capsys.readouterr().out
 
 
 WORK = {  # commands at work: how they are started, and when they have begun
-    "generate": (["generate", "--data", "digits", "--count", "100000", "--out", "store"],
-                 lambda folder, process: list(folder.glob("store/.0*.lock"))),
-    "distill": (["distill", *TINY, "--teacher-training.epochs", "500", "--out", "out"],
-                lambda folder, process: list(folder.glob("out/teachers/*/step*"))),
-    "puzzlemix": (["distill", *TINY, "--mixer", "puzzlemix", "--training.epochs", "500", "--training.batch-size", "8",
-                   "--out", "out"], lambda folder, process: list(folder.glob("out/students/*/step*"))),
-    "supermix": (["distill", *TINY, "--mixer", "supermix", "--mixes", "100000", "--out", "out"],
-                 lambda folder, process: list(folder.glob("out/mixes/*/.0*.lock"))),
-    "teacher": (["teacher", "--data", "digits", "--out", "out"],
-                lambda folder, process: "resnet20 on digits" in process.stderr.readline()),
-    "race": (["race", "--data", "digits", "--out", "out/race.json"],
-             lambda folder, process: len(children(process.pid)) > 1),
-    "throughput": (["throughput", "--data", "digits", "--images", "1200", "--out", "out/t.json"],
-                   lambda folder, process: len(children(process.pid)) > 1),
+    "generate": (
+        ["generate", "--data", "digits", "--count", "100000", "--out", "store"],
+        lambda folder, process: list(folder.glob("store/.0*.lock")),
+    ),
+    "distill": (
+        ["distill", *TINY, "--teacher-training.epochs", "500", "--out", "out"],
+        lambda folder, process: list(folder.glob("out/teachers/*/step*")),
+    ),
+    "puzzlemix": (
+        [
+            "distill",
+            *TINY,
+            "--mixer",
+            "puzzlemix",
+            "--training.epochs",
+            "500",
+            "--training.batch-size",
+            "8",
+            "--out",
+            "out",
+        ],
+        lambda folder, process: list(folder.glob("out/students/*/step*")),
+    ),
+    "supermix": (
+        ["distill", *TINY, "--mixer", "supermix", "--mixes", "100000", "--out", "out"],
+        lambda folder, process: list(folder.glob("out/mixes/*/.0*.lock")),
+    ),
+    "teacher": (
+        ["teacher", "--data", "digits", "--out", "out"],
+        lambda folder, process: "resnet20 on digits" in process.stderr.readline(),
+    ),
+    "race": (
+        ["race", "--data", "digits", "--out", "out/race.json"],
+        lambda folder, process: len(children(process.pid)) > 1,
+    ),
+    "throughput": (
+        ["throughput", "--data", "digits", "--images", "1200", "--out", "out/t.json"],
+        lambda folder, process: len(children(process.pid)) > 1,
+    ),
 }
 
 
@@ -451,8 +557,10 @@ def stopped(name, folder, everybody, delay):
     assert wait_for(lambda: process.poll() is not None or begun(folder, process), 120)
     time.sleep(delay)
     helpers, began = children(process.pid), time.monotonic()
-    if everybody: os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else: process.send_signal(signal.SIGINT)
+    if everybody:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.send_signal(signal.SIGINT)
     code, out, err = ended(process, 60)
     took, rest = time.monotonic() - began, [line for line in err.splitlines() if not re.search(r": \d+%, \d", line)]
     assert code == 130 and len(rest) == 1, (name, everybody, delay, code, out, err)

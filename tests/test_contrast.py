@@ -8,12 +8,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from supermix.distillation.contrast import (CRD, _draw_negatives, _estimate_log_z, _gather_ranks, _similarities,
-                                            _update_memory, nce_loss)
+from supermix.distillation.contrast import (
+    CRD,
+    _draw_negatives,
+    _estimate_log_z,
+    _gather_ranks,
+    _similarities,
+    _update_memory,
+    nce_loss,
+)
 from supermix.distillation.losses import Outputs
 
 
-def random(seed, *shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @given(B=st.integers(1, 4), K=st.integers(1, 6), T=st.sampled_from([0.07, 0.5]), seed=st.integers(0, 1000))
@@ -36,8 +44,9 @@ def test_the_loss_is_finite_for_any_similarity():
 
 
 def test_the_losss_gradient():
-    assert torch.autograd.gradcheck(lambda x: nce_loss(x, torch.tensor(1.0).double(), 10, 0.5),
-                                    random(0, 2, 4).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: nce_loss(x, torch.tensor(1.0).double(), 10, 0.5), random(0, 2, 4).requires_grad_()
+    )
 
 
 @given(n=st.integers(1, 30), K=st.integers(1, 20), number=st.integers(1, 4), seed=st.integers(0, 1000))
@@ -48,7 +57,8 @@ def test_negatives_are_of_other_classes(n, K, number, seed):
     drawn = _draw_negatives(labels, classes, K, g)
     assert drawn.shape == (3, K) and drawn.min() >= 0 and drawn.max() < n
     for label, row in zip(labels, drawn):
-        if (classes != label).any(): assert (classes[row] != label).all()
+        if (classes != label).any():
+            assert (classes[row] != label).all()
 
 
 def test_negatives_are_uniform_and_repeatable(seeded):
@@ -69,7 +79,7 @@ def test_similarities_in_plain_loops_and_their_gradient(n, K):
     expected = torch.stack([torch.stack([(u[i] * memory[j]).sum() for j in chosen[i]]) for i in range(3)])
     torch.testing.assert_close(ours, expected)
     weights = random(3, 3, K)
-    wanted, = torch.autograd.grad((expected * weights).sum(), u)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), u)
     memory.zero_()  # it changes between loss and gradient
     torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), u)[0], wanted)
 
@@ -88,8 +98,10 @@ def test_remembering_in_plain_loops(seed, momentum):
 
 
 def seen(seed, B=6, width=8, graph=False):
-    return Outputs([random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2),
-                 random(seed + 2, B, width).requires_grad_(graph)], random(seed + 3, B, 3))
+    return Outputs(
+        [random(seed, B, 4, 2, 2), random(seed + 1, B, 4, 2, 2), random(seed + 2, B, width).requires_grad_(graph)],
+        random(seed + 3, B, 3),
+    )
 
 
 def term(images=20, **options):
@@ -106,8 +118,10 @@ def test_the_whole_term_in_plain_loops():
     classes = torch.full((20,), -1)
     classes[INDICES] = LABELS
     chosen = _draw_negatives(LABELS, classes, 7, torch.Generator().manual_seed(5))
-    us, ut = ([list(F.normalize(embed(x.features[-1]), dim=1).detach())
-               for embed, x in ((crd.embed_student, s), (crd.embed_teacher, t))])
+    us, ut = [
+        list(F.normalize(embed(x.features[-1]), dim=1).detach())
+        for embed, x in ((crd.embed_student, s), (crd.embed_teacher, t))
+    ]
     expected = 0
     for u, memory in ((us, memory_t), (ut, memory_s)):
         e = [[math.exp(float(u[i] @ memory[j]) / 0.07) for j in [INDICES[i], *chosen[i]]] for i in range(6)]
@@ -120,7 +134,8 @@ def test_the_whole_term_in_plain_loops():
     assert torch.equal(crd.classes, classes)
     for memory, before, new in ((crd.memory_student, memory_s, us), (crd.memory_teacher, memory_t, ut)):
         after = before.clone()
-        for i, at in enumerate(INDICES): after[at] = F.normalize(0.5 * before[at] + 0.5 * new[i], dim=0)
+        for i, at in enumerate(INDICES):
+            after[at] = F.normalize(0.5 * before[at] + 0.5 * new[i], dim=0)
         torch.testing.assert_close(memory, after)
 
 
@@ -148,20 +163,25 @@ def test_nothing_is_written_in_evaluation_mode(seeded):
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_same(seeded, tmp_path):
-    def step(crd, i): return crd(seen(i), seen(10 + i, width=5), LABELS, INDICES, seeded(i)).item()
+    def step(crd, i):
+        return crd(seen(i), seen(10 + i, width=5), LABELS, INDICES, seeded(i)).item()
+
     through, first = term(), term()
-    for i in range(2): assert step(through, i) == step(first, i)
+    for i in range(2):
+        assert step(through, i) == step(first, i)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(99)
     later = CRD(seen(0), seen(10, width=5), 20, dim=4).double()
     later.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for i in (2, 3): assert step(through, i) == step(later, i)
+    for i in (2, 3):
+        assert step(through, i) == step(later, i)
 
 
 def test_small_sets_and_mistakes():
     assert CRD(seen(0), seen(1), 20).negatives == 19
     assert CRD(seen(0), seen(1), 20_000).negatives == 16_384
-    with pytest.raises(ValueError, match="at least 2 training images to tell apart, got 1"): CRD(seen(0), seen(1), 1)
+    with pytest.raises(ValueError, match="at least 2 training images to tell apart, got 1"):
+        CRD(seen(0), seen(1), 1)
 
 
 def test_lower_precision_of_what_is_seen():
@@ -180,10 +200,14 @@ def work(rank, port, folder):
     crd, losses = term(negatives=7), []
     for i in range(3):
         s, t = ([f[part] for f in x.features] for x in (seen(i), seen(10 + i, width=5)))
-        losses.append(crd(Outputs(s, None), Outputs(t, None), LABELS[part], INDICES[part],
-                          torch.Generator().manual_seed(rank)).item())
-    torch.save((crd.state_dict(), losses, _gather_ranks(torch.arange(3)[part.start // 2:] + 10 * rank)),
-               f"{folder}/{rank}.pt")
+        losses.append(
+            crd(
+                Outputs(s, None), Outputs(t, None), LABELS[part], INDICES[part], torch.Generator().manual_seed(rank)
+            ).item()
+        )
+    torch.save(
+        (crd.state_dict(), losses, _gather_ranks(torch.arange(3)[part.start // 2 :] + 10 * rank)), f"{folder}/{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -193,21 +217,24 @@ def test_two_processes_keep_equal_memories(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
-    (one, losses_one, gathered), (two, losses_two, _) = (torch.load(tmp_path / f"{i}.pt", weights_only=True)
-                                                         for i in range(2))
+    (one, losses_one, gathered), (two, losses_two, _) = (
+        torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)
+    )
     assert all(torch.equal(v, two[k]) for k, v in one.items()) and one["log_z"].isfinite().all()
     assert gathered.tolist() == [0, 1, 2, 12]
     assert losses_one != losses_two
     alone = term(negatives=7)  # what one process would remember of the whole batches
-    for i in range(3): alone(seen(i), seen(10 + i, width=5), LABELS, INDICES, torch.Generator().manual_seed(0))
+    for i in range(3):
+        alone(seen(i), seen(10 + i, width=5), LABELS, INDICES, torch.Generator().manual_seed(0))
     for name in ("memory_student", "memory_teacher", "classes"):
         torch.testing.assert_close(one[name], alone.state_dict()[name])
 
 
 def test_z_is_n_times_the_mean():
     x = random(0, 5, 4).tanh()
-    assert (_estimate_log_z(x, 30, 0.5).exp().item()
-            == pytest.approx(30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12))
+    assert _estimate_log_z(x, 30, 0.5).exp().item() == pytest.approx(
+        30 * sum(math.exp(v / 0.5) for v in x.flatten().tolist()) / 20, rel=1e-12
+    )
 
 
 @pytest.mark.slow
@@ -216,7 +243,9 @@ def test_compiled_it_has_the_same_gradient():
         torch.manual_seed(0)
         student, teacher = (Outputs([torch.randn(32, 64)], torch.randn(32, 10)) for _ in range(2))
         term, indices = CRD(student, teacher, 80).train(), torch.randperm(80)[:32]
-        wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices,
-                                   torch.Generator().manual_seed(1)))(student, teacher).backward()
+        wrap(lambda s, t: 2 * term(s, t, torch.arange(32) % 10, indices, torch.Generator().manual_seed(1)))(
+            student, teacher
+        ).backward()
         return [p.grad for p in term.parameters()] + [term.memory_student, term.memory_teacher]
+
     torch.testing.assert_close(gradients(torch.compile), gradients(lambda f: f), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,8 @@ TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(re.findall(r"## Adding a (\w+)\n.*?```python\n(.*?)```", TEXT, re.DOTALL))
 
 
-def test_there_is_one_for_each_kind(): assert set(EXAMPLES) == {"mixer", "loss", "network"}
+def test_there_is_one_for_each_kind():
+    assert set(EXAMPLES) == {"mixer", "loss", "network"}
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
@@ -26,8 +27,10 @@ def test_an_example_runs(kind, monkeypatch):
         lam = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
         masks = made["Bands"](10).choose_masks(torch.rand(2, 2, 3, 4, 4), Draw(None, None, lam, 10))
         assert torch.equal(masks.sum(1), torch.ones(2, 4, 4)) and masks[0, 0].sum() == 4 and masks[1, 0].sum() == 16
-    if kind == "loss": assert made["mse_loss"](torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5
-    if kind == "network": assert not set(made["NETWORKS"]) & set(_NETWORKS)
+    if kind == "loss":
+        assert made["mse_loss"](torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5
+    if kind == "network":
+        assert not set(made["NETWORKS"]) & set(_NETWORKS)
 
 
 def test_its_links_lead_somewhere():

@@ -32,15 +32,22 @@ def few(digits, n=96):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, digits, there):
     torch.manual_seed(0)
-    history = distill(there if METHODS[method].teaches else None, create("resnet8", 10).cuda(), few(digits), method,
-                      "mixup" if METHODS[method].mixes else None, SHORT)
+    history = distill(
+        there if METHODS[method].teaches else None,
+        create("resnet8", 10).cuda(),
+        few(digits),
+        method,
+        "mixup" if METHODS[method].mixes else None,
+        SHORT,
+    )
     assert len(history.loss) == 2 and history.loss[1] != history.loss[0] and history.images == 192
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("method", ["kd", "alone"])
 def test_every_mixer(method, mixer, digits, there):
-    if mixer == "puzzlemix": pytest.importorskip("gco")
+    if mixer == "puzzlemix":
+        pytest.importorskip("gco")
     history = distill(there, create("resnet8", 10).cuda(), few(digits), method, mixer, SHORT)
     assert history.loss[1] < history.loss[0] * 1.5
 
@@ -51,7 +58,8 @@ def test_a_stock_of_mixes(at, digits, there, tmp_path):
     store = generate(Generation(data="digits", count=200, shard=256), tmp_path, images, there)
     mixed = MixedDataset(store.folder, images)
     batch = mixed.batch(range(200))
-    with torch.no_grad(): again = there(batch.images.cuda()).cpu()
+    with torch.no_grad():
+        again = there(batch.images.cuda()).cpu()
     torch.testing.assert_close(again, batch.logits.cpu(), rtol=1e-2, atol=0.1)
     assert 0.5 < quality(mixed, there).solved[-1] <= 1
 
@@ -62,8 +70,15 @@ def test_a_student_learns_as_much(digits, there):
         student, teacher = create("resnet8", 10).to(device), there.to(device)
         images = digits.train.subset(500).to(device)
         mixes = make_mixes(teacher, images, 1000, Mixing(**FAST))
-        return distill(teacher, student, Data(digits.info, images, digits.test, digits.source), "kd", mixes,
-                       Training(epochs=15, batch_size=50, lr=0.1, milestones=(10,))).test
+        return distill(
+            teacher,
+            student,
+            Data(digits.info, images, digits.test, digits.source),
+            "kd",
+            mixes,
+            Training(epochs=15, batch_size=50, lr=0.1, milestones=(10,)),
+        ).test
+
     here, gpu = reached("cpu"), reached("cuda")
     assert gpu > 80 and abs(here - gpu) < 8
 
@@ -74,12 +89,14 @@ def test_a_killed_run_goes_on(digits, tmp_path):
         network = create("resnet8", 10).cuda()
         history = train(network, digits.train.subset(100).to("cuda"), replace(SHORT, epochs=epochs), folder=folder)
         return network.state_dict(), history
+
     whole, history = go(tmp_path / "whole", 2)
     newest = checkpoints(tmp_path / "whole")
-    newest[-1].unlink()                    # as if it had been killed in the second epoch
+    newest[-1].unlink()  # as if it had been killed in the second epoch
     again, other = go(tmp_path / "whole", 2)
     assert other.loss == pytest.approx(history.loss, rel=1e-2)
-    for name, tensor in whole.items(): torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize("optimizer, lr", [("sgd", 0.02), ("adamw", 0.002)])
@@ -88,22 +105,28 @@ def test_a_run_goes_on_on_another_device(first, then, optimizer, lr, digits, tmp
     def go(device, folder):
         torch.manual_seed(0)
         network = create("resnet8", 10).to(device)
-        history = train(network, digits.train.subset(96).to(device), replace(SHORT, optimizer=optimizer, lr=lr),
-                        folder=folder)
+        history = train(
+            network, digits.train.subset(96).to(device), replace(SHORT, optimizer=optimizer, lr=lr), folder=folder
+        )
         return {name: tensor.cpu() for name, tensor in network.state_dict().items()}, history
+
     go(first, tmp_path)
-    checkpoints(tmp_path)[-1].unlink()                    # as if it had been killed in the second epoch
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the second epoch
     moved, history = go(then, tmp_path)
     stayed, expected = go(then, None)
     assert history.loss == pytest.approx(expected.loss, rel=2e-2) and history.images == 192
-    for name, tensor in stayed.items(): torch.testing.assert_close(moved[name], tensor, rtol=5e-2, atol=5e-3)
+    for name, tensor in stayed.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=5e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize("options", [{"bfloat16": True}, {"compile": True}, {"bfloat16": True, "compile": True}])
 def test_precision_and_compiler(options, digits):
     torch.manual_seed(0)
-    history = train(create("resnet8", 10).cuda(), digits.train.subset(640).to("cuda"),
-                    Training(epochs=4, batch_size=64, milestones=(), **options))
+    history = train(
+        create("resnet8", 10).cuda(),
+        digits.train.subset(640).to("cuda"),
+        Training(epochs=4, batch_size=64, milestones=(), **options),
+    )
     assert history.loss[-1] < 0.8 * history.loss[0]
 
 

@@ -37,5 +37,6 @@ def test_the_demo_at_smoke_scale(tmp_path):
 
 def test_an_error_is_one_line_that_names_the_fix(tmp_path):
     done = supermix("teacher", "--data", "digit", folder=tmp_path)
-    assert (done.returncode == 1
-            and done.stderr.startswith("supermix: Unknown teacher's data set 'digit'. Did you mean 'digits'?"))
+    assert done.returncode == 1 and done.stderr.startswith(
+        "supermix: Unknown teacher's data set 'digit'. Did you mean 'digits'?"
+    )

@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from supermix.core import seeded as place
 from supermix.data import ArrayImages, Data
 from supermix.distillation.contrast import TERMS
-from supermix.distillation.distill import (MIXERS, Distillation, Ensemble, _OneOf, _foreign_mixes, _mix_batch, distill,
-                                           make_mixes)
+from supermix.distillation.distill import (
+    MIXERS,
+    Distillation,
+    Ensemble,
+    _OneOf,
+    _foreign_mixes,
+    _mix_batch,
+    distill,
+    make_mixes,
+)
 from supermix.distillation.losses import LOGIT_LOSSES, outputs_of
 from supermix.mixing.masks import areas, soft_labels
 from supermix.mixing.mixers import CutMix, MixUp
@@ -31,11 +39,13 @@ SHORT = Training(epochs=1, batch_size=16, milestones=())
 
 
 @pytest.fixture(scope="module")
-def few(digits): return digits.train.subset(40)
+def few(digits):
+    return digits.train.subset(40)
 
 
 @pytest.fixture(scope="module")
-def mixes(teacher, few): return make_mixes(teacher, few, 60)
+def mixes(teacher, few):
+    return make_mixes(teacher, few, 60)
 
 
 def alone(name):
@@ -52,7 +62,8 @@ def test_a_stock_of_mixes_is_solved_and_counted(teacher, mixes, few):
     everything = mixes.batch(range(60))
     assert everything.images.shape == (60, 3, 32, 32) and len(mixes) == 60
     assert is_solved(everything.logits, everything.classes).all()
-    with torch.no_grad(): logits = teacher(everything.images)
+    with torch.no_grad():
+        logits = teacher(everything.images)
     torch.testing.assert_close(logits, everything.logits, rtol=2e-3, atol=2e-2)
     again, other = (make_mixes(teacher, few, 60, seed=seed).batch(range(60)).images for seed in (0, 1))
     assert torch.equal(everything.images, again) and not torch.equal(everything.images, other)
@@ -85,15 +96,28 @@ def counting(teacher):
     return counted, shown
 
 
-@pytest.mark.parametrize("method, mixer, passes", [
-    ("kd", None, 16), ("kd", "mixup", 32), ("crd_kd", None, 16), ("crd_kd", "mixup", 32), ("at", None, 16),
-    ("at", "mixup", 32), ("ab", None, 0), ("fsp", None, 0), ("alone", "mixup", 16)])
+@pytest.mark.parametrize(
+    "method, mixer, passes",
+    [
+        ("kd", None, 16),
+        ("kd", "mixup", 32),
+        ("crd_kd", None, 16),
+        ("crd_kd", "mixup", 32),
+        ("at", None, 16),
+        ("at", "mixup", 32),
+        ("ab", None, 0),
+        ("fsp", None, 0),
+        ("alone", "mixup", 16),
+    ],
+)
 def test_the_teacher_sees_no_image_twice(method, mixer, passes, teacher, few):
     counted, shown = counting(teacher)
     student, terms = create("resnet8", 10), METHODS[method] if mixer is None else METHODS[method].mixed()
     objective = Distillation(counted, terms, mixer and MixUp(10), student, few, first_stage=1)
-    if terms.features: objective.begin_epoch(student, 1)  # behind the first stage, where there is one
-    else: objective._outside = [counted]                # no copy with folded norms
+    if terms.features:
+        objective.begin_epoch(student, 1)  # behind the first stage, where there is one
+    else:
+        objective._outside = [counted]  # no copy with folded norms
     shown.clear()
     objective(student, batch_of(few))
     assert sum(shown) == passes
@@ -108,6 +132,7 @@ def test_a_terms_first_weights_follow_the_seed(teacher, few):
         loss = distill(teacher, student, few, "fitnet", recipe=replace(SHORT, seed=seed)).loss
         assert torch.equal(torch.get_rng_state(), before)
         return loss
+
     assert go(0, 1) == go(0, 2) != go(1, 1)
 
 
@@ -144,10 +169,11 @@ def test_puzzlemix_gets_the_deviation_of_the_data(teacher, digits):
 
 
 def test_rows_of_a_store_are_numbers_or_a_mask(mixes):
-    few = mixes.small["lam"][:len(mixes), 0] > 0.6
+    few = mixes.small["lam"][: len(mixes), 0] > 0.6
     assert torch.equal(mixes.batch(few).images, mixes.batch(few.nonzero().flatten()).images) and few.sum() > 1
     assert mixes[torch.tensor(3)][0].shape == (3, 32, 32) and torch.equal(mixes[torch.tensor(3)][0], mixes[3][0])
-    with pytest.raises(IndexError, match=f"a mask of {len(mixes)} rows, got one of 2"): mixes.batch([True, False])
+    with pytest.raises(IndexError, match=f"a mask of {len(mixes)} rows, got one of 2"):
+        mixes.batch([True, False])
 
 
 @pytest.mark.parametrize("pad", [0, 2])
@@ -156,11 +182,12 @@ def test_a_sample_is_a_window_of_a_mix(pad, mixes, seeded):
     views, known = mixes.sample(50, seeded())
     black = mixes.info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
     framed = black.expand(50, 3, 32 + 2 * pad, 32 + 2 * pad).clone()
-    framed[..., pad:pad + 32, pad:pad + 32] = known.images
+    framed[..., pad : pad + 32, pad : pad + 32] = known.images
     # all there are; digits are never mirrored
     windows = framed.unfold(2, 32, 1).unfold(3, 32, 1).movedim(1, 3).reshape(50, -1, 3, 32, 32)
-    assert (views.shape == (50, 3, 32, 32)
-            and all((w == view).flatten(1).all(1).any() for w, view in zip(windows, views)))
+    assert views.shape == (50, 3, 32, 32) and all(
+        (w == view).flatten(1).all(1).any() for w, view in zip(windows, views)
+    )
     assert torch.equal(views, mixes.sample(50, seeded())[0]) and not torch.equal(views, mixes.sample(50, seeded(1))[0])
     mixes.pad = 2
 
@@ -187,9 +214,14 @@ def test_what_label_a_mixed_image_gets(label, teacher, few, mixes):
     torch.manual_seed(0)
     student, batch = create("resnet8", 10).eval(), batch_of(few)
     mixed, known = mixes.sample(16, place(0))
-    with torch.no_grad(): mt = teacher(mixed)
-    wanted = {"teacher": mt.argmax(1), "softmax": mt.softmax(1), "lam": soft_labels(known.classes, known.lam, 10),
-              "area": soft_labels(known.classes, areas(known.masks), 10)}[label]
+    with torch.no_grad():
+        mt = teacher(mixed)
+    wanted = {
+        "teacher": mt.argmax(1),
+        "softmax": mt.softmax(1),
+        "lam": soft_labels(known.classes, known.lam, 10),
+        "area": soft_labels(known.classes, areas(known.masks), 10),
+    }[label]
     ours = Distillation(teacher, Terms(mixed_ce=1.0, label=label), mixes, student, few)(student, batch)
     torch.testing.assert_close(ours, F.cross_entropy(student(mixed), wanted), rtol=1e-4, atol=1e-5)
 
@@ -199,16 +231,20 @@ def test_what_label_a_mixed_image_gets(label, teacher, few, mixes):
 def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few):
     torch.manual_seed(0)
     student, terms = create("resnet8", 10).eval(), alone(name)
-    if mixer: terms = terms.mixed()
+    if mixer:
+        terms = terms.mixed()
     objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few).eval()
-    if not objective.features[name].later: return
+    if not objective.features[name].later:
+        return
     batch = batch_of(few)
     with torch.no_grad():
         ours, without = (
             obj(student, batch._replace(generator=place(0)))
-            for obj in (objective, Distillation(teacher, replace(terms, features=()), objective.mixer, student, few)))
+            for obj in (objective, Distillation(teacher, replace(terms, features=()), objective.mixer, student, few))
+        )
     g = place(0)
-    if mixer: MixUp(10)(batch.images, batch.labels, generator=g)  # what is drawn for the mixes comes first
+    if mixer:
+        MixUp(10)(batch.images, batch.labels, generator=g)  # what is drawn for the mixes comes first
     with torch.no_grad():
         natural = outputs_of(student, batch.images), outputs_of(teacher, batch.images)
         term = objective.features[name](*natural, batch.labels, batch.indices, g)
@@ -233,8 +269,12 @@ def test_mixed_images_come_from_a_stock_a_mixer_or_a_name(source, teacher, digit
     assert all(part.training for part in teacher.modules())  # as it was given; but it answered in evaluation mode,
     teacher.eval()
     assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())  # for no statistics have moved
-    assert (history.images == len(few) and history.test is None and not student.training
-            and all(p.grad is None for p in teacher.parameters()))
+    assert (
+        history.images == len(few)
+        and history.test is None
+        and not student.training
+        and all(p.grad is None for p in teacher.parameters())
+    )
 
 
 def test_a_data_set_with_test_images_is_told_their_accuracy(teacher, digits, few):
@@ -258,8 +298,13 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
             super().begin_epoch(network, epoch)
             own = {id(p) for p in self.features[name].first_parameters(network)}
             everything = [*network.parameters(), *self.features.parameters()]
-            seen.append((self.in_first_stage, all(p.requires_grad == (id(p) in own) for p in everything),
-                         all(p.requires_grad for p in network.parameters())))
+            seen.append(
+                (
+                    self.in_first_stage,
+                    all(p.requires_grad == (id(p) in own) for p in everything),
+                    all(p.requires_grad for p in network.parameters()),
+                )
+            )
 
     recipe = Training(epochs=3, batch_size=20, lr=0.01, milestones=())
     history = train(student, few, recipe, Watched(teacher, alone(name), None, student, few, first_stage=1))
@@ -279,8 +324,13 @@ def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
     own = 0.01 if name == "ft" else min(lr, 0.05)
     assert [row["lr"] for row in history.rows] == pytest.approx([own] * 3 + [lr] * 5 + [lr / 10])
     assert history.loss[2] < history.loss[0] and history.loss[8] < history.loss[3]
-    slower = distill(teacher, create("resnet8", 10), images.subset(20), alone(name),
-                     recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()))
+    slower = distill(
+        teacher,
+        create("resnet8", 10),
+        images.subset(20),
+        alone(name),
+        recipe=replace(recipe, first_lr=0.001, epochs=4, milestones=()),
+    )
     assert [row["lr"] for row in slower.rows] == pytest.approx([0.001] * 3 + [lr])
 
 
@@ -290,14 +340,18 @@ def test_the_weight_is_for_the_later_stage(name, teacher, few):
     student, batch = create("resnet8", 10).eval(), batch_of(few)
     objective = Distillation(teacher, alone(name), None, student, few, first_stage=1).eval()
     objective.begin_epoch(student, 0)
-    torch.testing.assert_close(objective(student, batch),
-                               objective.features[name].first_loss(student, teacher, batch.images))
+    torch.testing.assert_close(
+        objective(student, batch), objective.features[name].first_loss(student, teacher, batch.images)
+    )
 
 
 def test_crops_of_mixed_images(teacher, digits):
     images, students = digits.train.subset(20), []
-    for mixer, options in (("supermix", {"mixed_pad": 0}), (make_mixes(teacher, images, 30, mixed_pad=0), {}),
-                           ("supermix", {})):
+    for mixer, options in (
+        ("supermix", {"mixed_pad": 0}),
+        (make_mixes(teacher, images, 30, mixed_pad=0), {}),
+        ("supermix", {}),
+    ):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
         distill(teacher, students[-1], images, "kd", mixer, SHORT, mixes=30, **options)
@@ -315,8 +369,10 @@ def test_what_is_held_out_is_in_no_memory(teacher, digits, tmp_path):
 
 
 def test_networks_that_do_not_fit_are_told_before_anything_is_mixed(teacher, few, tmp_path):
-    for classes, message in ((12, "the same classes, got 12 and 10"),
-                             (8, "a student of at least the 10 classes of digits, got 8")):
+    for classes, message in (
+        (12, "the same classes, got 12 and 10"),
+        (8, "a student of at least the 10 classes of digits, got 8"),
+    ):
         with pytest.raises(ValueError, match=message):
             distill(teacher, create("resnet8", classes), few, "kd", "supermix", SHORT, folder=tmp_path)
     with pytest.raises(ValueError, match="a student of at least the 10"):
@@ -329,56 +385,83 @@ MISFITS = {
     "no teacher": (lambda t, few, m: distill(None, create("resnet8", 10), few, "kd"), "needs a teacher, got None"),
     "no teacher for mixes": (
         lambda t, few, m: distill(None, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="lam"), "supermix"),
-        "needs a teacher, got None"),
-    "method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m),
-               "'fitnets'. Did you mean 'fitnet'"),
-    "another method": (lambda t, few, m: distill(t, create("resnet8", 10), few, "crb", m),
-                       "Unknown method 'crb'. Did you mean 'crd'"),
-    "mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"),
-              "Unknown mixer 'mixupp'. Did you mean 'mixup'"),
-    "label": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m),
-              "label of mixed images 'arae'. Did you mean 'area'"),
+        "needs a teacher, got None",
+    ),
+    "method": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "fitnets", m),
+        "'fitnets'. Did you mean 'fitnet'",
+    ),
+    "another method": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "crb", m),
+        "Unknown method 'crb'. Did you mean 'crd'",
+    ),
+    "mixer": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixupp"),
+        "Unknown mixer 'mixupp'. Did you mean 'mixup'",
+    ),
+    "label": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="arae"), m),
+        "label of mixed images 'arae'. Did you mean 'area'",
+    ),
     "classes": (lambda t, few, m: distill(t, create("resnet8", 12), few, "kd", recipe=SHORT), "12.* 10|10.* 12"),
     "a teacher of too few classes": (
         lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), create("resnet8", 10), few),
-        "at least the 10 classes of digits, got 5"),
+        "at least the 10 classes of digits, got 5",
+    ),
     "no mixes": (lambda t, few, m: make_mixes(t, few, 0), "Expected .*got.* 0"),
     "none of the stock": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=0),
-        "count of 1 or more.* got count 0"),
+        "count of 1 or more.* got count 0",
+    ),
     "a number of mixes and no mixer": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100),
-        "mixer='supermix' where a number of mixes is given, got None"),
-    "a recipe in words": (lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}),
-                          "recipe that is a .*Training.*got dict"),
-    "a pair": (lambda t, few, m: distill(t, create("resnet8", 10), few[:]),
-               "data of `load_data` or `load_folder`.*got tuple"),
+        "mixer='supermix' where a number of mixes is given, got None",
+    ),
+    "a recipe in words": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}),
+        "recipe that is a .*Training.*got dict",
+    ),
+    "a pair": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few[:]),
+        "data of `load_data` or `load_folder`.*got tuple",
+    ),
     "no student": (lambda t, few, m: distill(t, None, few), "student that is a network, got NoneType"),
     "the teacher itself": (lambda t, few, m: distill(t, t, few), "student beside the teacher"),
-    **{f"a first stage of {method} and nothing after it": (
-        lambda t, few, m, method=method: distill(t, create("resnet8", 10), few, method,
-                                                 recipe=Training(epochs=5, milestones=(4,))),
-        f"first stage of {method} of at least one epoch, and shorter than the 5 epochs .* got first_stage 30")
-       for method in ("ab", "ft", "fsp")},
-    "no first stage": (lambda t, few, m: distill(t, create("resnet8", 10), few, "ab",
-                                                 recipe=Training(epochs=5, milestones=(), first_stage=0)),
-                       "of at least one epoch, .* got first_stage 0"),
+    **{
+        f"a first stage of {method} and nothing after it": (
+            lambda t, few, m, method=method: distill(
+                t, create("resnet8", 10), few, method, recipe=Training(epochs=5, milestones=(4,))
+            ),
+            f"first stage of {method} of at least one epoch, and shorter than the 5 epochs .* got first_stage 30",
+        )
+        for method in ("ab", "ft", "fsp")
+    },
+    "no first stage": (
+        lambda t, few, m: distill(
+            t, create("resnet8", 10), few, "ab", recipe=Training(epochs=5, milestones=(), first_stage=0)
+        ),
+        "of at least one epoch, .* got first_stage 0",
+    ),
     "a loss that there is not": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(kd=0.9, logits="dkdd"), "supermix"),
-        "Unknown loss on logits 'dkdd'. Did you mean 'dkd'"),
+        "Unknown loss on logits 'dkdd'. Did you mean 'dkd'",
+    ),
     "no features": (
         lambda t, few, m: distill(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), create("resnet8", 10), few, "crd"),
-        "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked"),
+        "teacher with `features` for 'crd', got Sequential: wrap it, as in Hooked",
+    ),
     "a function, which has no features": (
         lambda t, few, m: distill(lambda x: t(x), create("resnet8", 10), few, "crd"),
-        "teacher with `features` for 'crd', got function: wrap it, as in Hooked"),
+        "teacher with `features` for 'crd', got function: wrap it, as in Hooked",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_what_does_not_fit_together(case, teacher, few, mixes):
     act, message = MISFITS[case]
-    with pytest.raises(ValueError, match=message): act(teacher, few, mixes)
+    with pytest.raises(ValueError, match=message):
+        act(teacher, few, mixes)
 
 
 def test_a_stock_of_a_whole_data_set(teacher, digits):
@@ -388,15 +471,22 @@ def test_a_stock_of_a_whole_data_set(teacher, digits):
 @pytest.mark.parametrize("method, epochs", [("kd", 2), ("alone", 1)])
 def test_a_stock_is_mixed_ahead_and_changes_nothing(method, epochs, teacher, few, mixes, monkeypatch):
     "The images that are mixed in a thread while the network learns are those that it would mix itself."
+
     def go():
         torch.manual_seed(0)
         student, by = create("resnet8", 10), []
         kept = MixedDataset.sample
-        monkeypatch.setattr(MixedDataset, "sample", lambda self, n, generator: by.append(
-            threading.current_thread() is threading.main_thread()) or kept(self, n, generator))
+        monkeypatch.setattr(
+            MixedDataset,
+            "sample",
+            lambda self, n, generator: (
+                by.append(threading.current_thread() is threading.main_thread()) or kept(self, n, generator)
+            ),
+        )
         distill(teacher, student, few, method, mixes, replace(SHORT, epochs=epochs))
         monkeypatch.undo()
         return student.state_dict(), by
+
     ahead, by = go()
     assert by and not any(by)
     monkeypatch.setattr(Distillation, "prepares", lambda self, epoch: False)
@@ -429,18 +519,24 @@ def test_images_under_a_policy_are_mixed_without_it(teacher, few):
 def test_students_of_another_contract_are_told_what_is_missing(teacher, few):
     class Two(nn.Module):  # as torchvision's GoogLeNet
         aux_logits = True
+
     with pytest.raises(ValueError, match="one head, got Two with auxiliary ones: make it with aux_logits=False"):
         distill(teacher, Two(), few, "kd", None, SHORT)
+
     class Sequence(nn.Module):  # as torchvision's Swin: `features` is no method
         def __init__(self):
             super().__init__()
             self.features, self.head = nn.Sequential(nn.Flatten()), nn.Linear(3 * 32 * 32, 10)
-        def forward(self, x): return self.head(self.features(x))
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
     with pytest.raises(ValueError, match="Expected a student with `features` for 'at', got Sequence: wrap it"):
         distill(teacher, Sequence(), few, "at", None, SHORT)
 
 
 # ---- mixers of other libraries
+
 
 def timms(**options):
     timm = pytest.importorskip("timm.data.mixup", reason="timm is not here")
@@ -473,11 +569,18 @@ def test_mixers_of_other_libraries_are_taken_as_they_are(name, method, label, te
     assert torch.equal(torch.get_rng_state(), noise) and np.array_equal(np.random.get_state()[1], numpy_noise)
     mixed, soft = _foreign_mixes(mixer, batch_of(few, 16, seed=5))
     assert not torch.equal(mixed, kept) and soft.shape == (16, 10)
-    with torch.no_grad(): zs, zt, zs_mixed, zt_mixed = student(kept), teacher(kept), student(mixed), teacher(mixed)
-    if method == "kd": wanted = (0.1 * F.cross_entropy(zs, batch.labels) + 0.9 * LOGIT_LOSSES["kd"](zs, zt, None, 4.0)
-                                 + 0.9 * LOGIT_LOSSES["kd"](zs_mixed, zt_mixed, None, 4.0))
-    else: wanted = (F.cross_entropy(zs, batch.labels)
-                    + F.cross_entropy(zs_mixed, soft if label == "lam" else zt_mixed.argmax(1)))
+    with torch.no_grad():
+        zs, zt, zs_mixed, zt_mixed = student(kept), teacher(kept), student(mixed), teacher(mixed)
+    if method == "kd":
+        wanted = (
+            0.1 * F.cross_entropy(zs, batch.labels)
+            + 0.9 * LOGIT_LOSSES["kd"](zs, zt, None, 4.0)
+            + 0.9 * LOGIT_LOSSES["kd"](zs_mixed, zt_mixed, None, 4.0)
+        )
+    else:
+        wanted = F.cross_entropy(zs, batch.labels) + F.cross_entropy(
+            zs_mixed, soft if label == "lam" else zt_mixed.argmax(1)
+        )
     torch.testing.assert_close(loss.detach(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -486,11 +589,13 @@ def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp
     "33 images in batches of 16: the last one is a single image, for timm too few."
     images, mixer, recipe, calls = digits.train.subset(33), FOREIGN[name](), replace(SHORT, epochs=2), []
 
-    class Stopped(Exception): pass
+    class Stopped(Exception):
+        pass
 
     def stops(*args):  # in the second epoch
         calls.append(1)
-        if len(calls) == 5: raise Stopped
+        if len(calls) == 5:
+            raise Stopped
         return _foreign_mixes(*args)
 
     def go(folder):
@@ -498,9 +603,11 @@ def test_a_run_with_another_librarys_mixer_is_resumed(name, teacher, digits, tmp
         student = create("resnet8", 10)
         distill(teacher, student, images, "kd", mixer, recipe, folder=folder)
         return student.state_dict()
+
     whole = go(None)
     monkeypatch.setattr("supermix.distillation.distill._foreign_mixes", stops)
-    with pytest.raises(Stopped): go(tmp_path)
+    with pytest.raises(Stopped):
+        go(tmp_path)
     monkeypatch.undo()
     assert len(checkpoints(tmp_path)) == 1
     resumed = go(tmp_path)
@@ -521,12 +628,20 @@ BAD_MIXERS = {
 def test_a_mixer_that_does_not_fit_is_told_before_anything(case, teacher, few, tmp_path):
     make, message = BAD_MIXERS[case]
     with pytest.raises(ValueError, match=message):
-        distill(teacher, create("resnet8", 10), few, replace(METHODS["alone"].mixed(), label="lam"), make(), SHORT,
-                folder=tmp_path / "run")
+        distill(
+            teacher,
+            create("resnet8", 10),
+            few,
+            replace(METHODS["alone"].mixed(), label="lam"),
+            make(),
+            SHORT,
+            folder=tmp_path / "run",
+        )
     assert not list(tmp_path.iterdir())
 
 
 # ---- several mixers, several teachers
+
 
 def test_a_list_of_mixers_takes_turns(teacher, few, mixes, seeded):
     named = {"mixup": MixUp(10), "cutmix": CutMix(10)}
@@ -549,15 +664,30 @@ def test_a_student_of_a_list_of_mixers(probability, teacher, few):
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
-        losses.append(distill(teacher, create("resnet8", 10), few, "kd", mixers, replace(SHORT, epochs=2), mixes=30,
-                              probability=probability).loss)
+        losses.append(
+            distill(
+                teacher,
+                create("resnet8", 10),
+                few,
+                "kd",
+                mixers,
+                replace(SHORT, epochs=2),
+                mixes=30,
+                probability=probability,
+            ).loss
+        )
     assert losses[0] == losses[1]
 
 
 def test_the_same_mixer_alone_and_in_a_list(teacher, few):
     students = []
-    for mixer, options in (("mixup", {}), (["mixup"], {}), (["mixup"], {"probability": 1.0}),
-                           ("mixup", {"probability": 1}), (["mixup", "cutmix"], {"probability": [0.0, 0.0001]})):
+    for mixer, options in (
+        ("mixup", {}),
+        (["mixup"], {}),
+        (["mixup"], {"probability": 1.0}),
+        ("mixup", {"probability": 1}),
+        (["mixup", "cutmix"], {"probability": [0.0, 0.0001]}),
+    ):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
         distill(teacher, students[-1], few, "kd", mixer, SHORT, **options)
@@ -569,8 +699,9 @@ def test_the_same_mixer_alone_and_in_a_list(teacher, few):
     assert torch.equal(weights[4], plain.head.weight)  # no batch had mixes
 
 
-@pytest.mark.parametrize("probability", [0, 1.5, -0.1, float("nan"), [0.5], [0.7, 0.7], [0.5, -0.1], "often",
-                                         [None, 1]])
+@pytest.mark.parametrize(
+    "probability", [0, 1.5, -0.1, float("nan"), [0.5], [0.7, 0.7], [0.5, -0.1], "often", [None, 1]]
+)
 def test_probabilities_that_there_are_not(probability, teacher, few):
     with pytest.raises(ValueError, match="probability above 0 and of 1 at most"):
         distill(teacher, create("resnet8", 10), few, "kd", ["mixup", "cutmix"], SHORT, probability=probability)
@@ -606,7 +737,8 @@ def test_lists_of_teachers_that_cannot_be_one(case, teacher, few):
     make, message = TEACHERS[case]
     student = create("resnet8", 10)
     tutors = make(teacher) if case != "the student" else [teacher, student]
-    with pytest.raises(ValueError, match=message): distill(tutors, student, few, "kd", None, SHORT)
+    with pytest.raises(ValueError, match=message):
+        distill(tutors, student, few, "kd", None, SHORT)
 
 
 def test_maps_of_several_teachers_have_no_mean(teacher, few):
@@ -616,10 +748,12 @@ def test_maps_of_several_teachers_have_no_mean(teacher, few):
 
 # ---- what is found out before anything long
 
+
 @pytest.mark.parametrize("mixer", [None, "supermix"])
 def test_the_teacher_is_compared_with_the_labels(mixer, teacher, digits, few, tmp_path):
     history = distill(teacher, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=mixer and 20, folder=tmp_path)
-    with torch.no_grad(): right = 100 * (teacher(few[:][0]).argmax(1) == few.labels).float().mean().item()
+    with torch.no_grad():
+        right = 100 * (teacher(few[:][0]).argmax(1) == few.labels).float().mean().item()
     assert history.teacher == pytest.approx(right) and f"a teacher that is right in {right:.1f} %" in repr(history)
     assert read_log(tmp_path / "log.csv")[0]["teacher"] == pytest.approx(right)
     assert distill(None, create("resnet8", 10), few, "alone", None, SHORT).teacher is None
@@ -631,11 +765,13 @@ def test_a_teacher_whose_classes_are_in_another_order_is_told(mixer, teacher, fe
     order = torch.tensor([int(name) for name in names])
     wrong = copy.deepcopy(teacher)
     with torch.no_grad():
-        for p in wrong.head.parameters(): p.copy_(p[order])
+        for p in wrong.head.parameters():
+            p.copy_(p[order])
     with pytest.warns(UserWarning, match="where chance is 10.0 %.*classes are in another order.*mean or std.*its head"):
         history = distill(wrong, create("resnet8", 10), few, "kd", mixer, SHORT, mixes=mixer and 20)
     assert history.teacher < 20
-    with pytest.warns(UserWarning, match="classes are in another order"): make_mixes(wrong, few, 20)
+    with pytest.warns(UserWarning, match="classes are in another order"):
+        make_mixes(wrong, few, 20)
 
 
 OTHERS = {
@@ -644,8 +780,9 @@ OTHERS = {
     "another mean": lambda few, digits: ArrayImages(replace(few.info, mean=(0.5,) * 3), few.kept, few.labels),
     "another std": lambda few, digits: ArrayImages(replace(few.info, std=(0.25,) * 3), few.kept, few.labels),
     "other labels": lambda few, digits: ArrayImages(few.info, few.kept, few.labels.flip(0)),
-    "another pixel": lambda few, digits: ArrayImages(few.info, few.kept ^ (torch.arange(few.kept.numel()) == 77).byte()
-                                                     .view_as(few.kept), few.labels),
+    "another pixel": lambda few, digits: ArrayImages(
+        few.info, few.kept ^ (torch.arange(few.kept.numel()) == 77).byte().view_as(few.kept), few.labels
+    ),
 }
 
 
@@ -654,8 +791,15 @@ OTHERS = {
 def test_a_stock_of_other_images_is_an_error(case, listed, teacher, digits, few, mixes, tmp_path):
     other = OTHERS[case](few, digits)
     with pytest.raises(ValueError, match=r"The stock was made from .*, and the student learns from .*make_mixes\("):
-        distill(teacher, create("resnet8", 10), other, "kd", ["mixup", mixes] if listed else mixes, SHORT,
-                folder=tmp_path / "run")
+        distill(
+            teacher,
+            create("resnet8", 10),
+            other,
+            "kd",
+            ["mixup", mixes] if listed else mixes,
+            SHORT,
+            folder=tmp_path / "run",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -690,11 +834,21 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refused_call_leaves_nothing_behind(case, teacher, few, tmp_path):
     changes, message = REFUSED[case]
-    settings = dict(method="kd", mixer="supermix", recipe=SHORT, mixes=20, folder=tmp_path / "run",
-                    student=lambda: create("resnet8", 10)) | changes
+    settings = (
+        dict(
+            method="kd",
+            mixer="supermix",
+            recipe=SHORT,
+            mixes=20,
+            folder=tmp_path / "run",
+            student=lambda: create("resnet8", 10),
+        )
+        | changes
+    )
     student = settings.pop("student")()
     before = {name: t.clone() for name, t in student.state_dict().items()}
-    with pytest.raises(ValueError, match=message): distill(teacher, student, few, **settings)
+    with pytest.raises(ValueError, match=message):
+        distill(teacher, student, few, **settings)
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
 
@@ -705,7 +859,8 @@ def test_a_folder_that_is_a_file_is_refused(teacher, few, tmp_path):
     for folder in (file, 5):
         with pytest.raises(ValueError, match="Expected a folder, or a place where one can be made"):
             distill(teacher, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=20, folder=folder)
-        with pytest.raises(ValueError, match="Expected a folder"): make_mixes(teacher, few, 20, folder=folder)
+        with pytest.raises(ValueError, match="Expected a folder"):
+            make_mixes(teacher, few, 20, folder=folder)
     assert file.read_text() == "mine"
 
 
@@ -729,8 +884,9 @@ def test_wrapped_networks_learn_the_same(wrap, method, mixer, teacher, few):
     for laid in (lambda network: network, WRAPPERS[wrap]):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
-        distill(laid(teacher), laid(students[-1]), few, method, mixer, recipe,
-                mixes=20 if mixer == "supermix" else None)
+        distill(
+            laid(teacher), laid(students[-1]), few, method, mixer, recipe, mixes=20 if mixer == "supermix" else None
+        )
     one, other = (student.state_dict() for student in students)
     assert all(torch.allclose(one[key].float(), other[key].float(), atol=1e-6) for key in one)
 

@@ -11,8 +11,21 @@ import supermix.mixing.engine
 import torch
 from supermix.data import load_data
 from supermix.experiments.race import _RACES, _open_pool, _read_report, _solve_baseline, _solve_in_pool, race
-from supermix.mixing.engine import (BLOCK, PASSES, Engine, Found, Sets, _Slots, _encode, _round_theta, _step_slots,
-                                    decode, draw_block, joined, solve_blocks)
+from supermix.mixing.engine import (
+    BLOCK,
+    PASSES,
+    Engine,
+    Found,
+    Sets,
+    _Slots,
+    _encode,
+    _round_theta,
+    _step_slots,
+    decode,
+    draw_block,
+    joined,
+    solve_blocks,
+)
 from supermix.mixing.folding import fold_norms
 from supermix.mixing.masks import REST, areas, hold_sparsity, masks_from_theta, mix, regions, sparsity
 from supermix.mixing.solver import SuperMix, is_solved
@@ -30,12 +43,19 @@ def solve(teacher, images, mixing=QUICK, blocks=1, slots=128, seed=0, first=0):
     return engine, Found(*(t[found.index.argsort()] for t in found))
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in (
-    "wrn_28_10a", "shakeshake26_2x96d", "imagenet_resnet50", "imagenet_resnet34", "resnet50")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in names()
+        if n not in ("wrn_28_10a", "shakeshake26_2x96d", "imagenet_resnet50", "imagenet_resnet34", "resnet50")
+    ],
+)
 def test_folding_leaves_the_logits(name):
     torch.manual_seed(0)
     network = create(name, 10)
-    for _ in range(3): network(torch.randn(16, 3, 32, 32))
+    for _ in range(3):
+        network(torch.randn(16, 3, 32, 32))
     state, x = {k: v.clone() for k, v in network.state_dict().items()}, torch.randn(3, 3, 32, 32)
     folded = fold_norms(network, x)
     assert network.training and not folded.training
@@ -49,10 +69,15 @@ def test_folding_leaves_the_logits(name):
 def test_a_norm_that_cannot_be_folded_is_left_alone():
     class Twice(nn.Module):
         "One convolution with two norms: folding either would be wrong for the other."
+
         def __init__(self):
             super().__init__()
-            self.conv, self.a, self.b, self.head = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4),
-                                                    nn.Linear(4, 2))
+            self.conv, self.a, self.b, self.head = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.BatchNorm2d(4),
+                nn.Linear(4, 2),
+            )
 
         def forward(self, x):
             y = self.conv(x)
@@ -60,9 +85,11 @@ def test_a_norm_that_cannot_be_folded_is_left_alone():
 
     torch.manual_seed(0)
     network, x = Twice(), torch.randn(4, 3, 8, 8)
-    for _ in range(3): network(x)
+    for _ in range(3):
+        network(x)
     folded = fold_norms(network, x)
-    with torch.no_grad(): torch.testing.assert_close(folded(x), network.eval()(x))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network.eval()(x))
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -79,8 +106,9 @@ def test_holding_the_sparsity():
     theta = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for target in (0.03, 0.06, 0.1):
         held = hold_sparsity(theta, target, (32, 32), rounds=6)
-        torch.testing.assert_close(sparsity(masks_from_theta(held, (32, 32))).mean(), torch.tensor(target),
-                                   atol=3e-3, rtol=0)
+        torch.testing.assert_close(
+            sparsity(masks_from_theta(held, (32, 32))).mean(), torch.tensor(target), atol=3e-3, rtol=0
+        )
         assert torch.equal(held.amax(1), torch.full((50, 8, 8), REST)) and torch.equal(held.argmax(1), theta.argmax(1))
     shifted = hold_sparsity(theta + torch.randn(50, 1, 8, 8), 0.06, (32, 32))  # what all sources share does not matter
     torch.testing.assert_close(shifted, hold_sparsity(theta, 0.06, (32, 32)), atol=1e-4, rtol=1e-4)
@@ -114,8 +142,12 @@ def test_draws_depend_on_seed_and_number_alone(teacher, digits):
 def test_what_is_stored_is_what_the_teacher_approved(mixing, teacher, digits):
     engine, found = solve(teacher, digits.train, mixing)
     sets = draw_block(digits.train, engine.source_logits, mixing, 0, 0)
-    assert (engine.tried == BLOCK and 0.3 * BLOCK < len(found.index) < BLOCK
-            and (found.steps >= 1).all() and (found.steps <= mixing.max_iter).all())
+    assert (
+        engine.tried == BLOCK
+        and 0.3 * BLOCK < len(found.index) < BLOCK
+        and (found.steps >= 1).all()
+        and (found.steps <= mixing.max_iter).all()
+    )
     rows = found.index
     for name in ("sources", "crop", "flip", "lam", "classes"):
         assert torch.equal(getattr(found, name), getattr(sets, name)[rows])
@@ -140,11 +172,15 @@ def test_the_papers_update_is_chapter_33s(teacher, digits):
 def test_giving_up_early_loses_sets_and_changes_none(teacher, digits):
     patient, all_found = solve(teacher, digits.train, QUICK)
     hasty, found = solve(teacher, digits.train, replace(QUICK, give_up=2.0))
-    assert (hasty.tried == patient.tried == BLOCK and hasty.passes < 0.9 * patient.passes
-            and 0.5 < len(found.index) / len(all_found.index) < 1)
+    assert (
+        hasty.tried == patient.tried == BLOCK
+        and hasty.passes < 0.9 * patient.passes
+        and 0.5 < len(found.index) / len(all_found.index) < 1
+    )
     mine = {int(i): (int(n), code) for i, n, code in zip(all_found.index, all_found.steps, all_found.code)}
-    assert (set(found.index.tolist()) < set(mine)
-            and all(mine[int(i)][0] == n for i, n in zip(found.index, found.steps.tolist())))
+    assert set(found.index.tolist()) < set(mine) and all(
+        mine[int(i)][0] == n for i, n in zip(found.index, found.steps.tolist())
+    )
     torch.testing.assert_close(torch.stack([mine[int(i)][1] for i in found.index]), found.code, rtol=5e-3, atol=5e-3)
 
 
@@ -158,6 +194,7 @@ def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
 
 class Steady(_Slots):
     "Slots as they are on a GPU: sets wait in a pool, looks are few, and the batch keeps its size."
+
     def __init__(self, teacher, mixing, queue, n, device):
         super().__init__(teacher, mixing, queue, n, device)
         self.shrinks, self.spare = False, 4 * n
@@ -181,11 +218,16 @@ def test_a_pass_waits_for_no_number(mixing, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device does not have
     network, k = create("resnet8", 10).eval().to("meta"), mixing.k
     shapes = {"lam": (9, k), "angle": (9,), "images": (9, k, 3, 32, 32)}
-    sets = Sets(*(torch.zeros(shapes.get(name, (9, k)), dtype=None if name in shapes else torch.int64, device="meta")
-                  for name in Sets._fields))
+    sets = Sets(
+        *(
+            torch.zeros(shapes.get(name, (9, k)), dtype=None if name in shapes else torch.int64, device="meta")
+            for name in Sets._fields
+        )
+    )
     slots = _Slots(network, mixing, iter(()), 4, torch.device("meta"))
     slots.open(sets)
-    for _ in range(3): _step_slots(slots)
+    for _ in range(3):
+        _step_slots(slots)
     assert slots.rows.shape == (4,) and slots.logits.shape == (17, 10) and slots.theta.device.type == "meta"
 
 
@@ -200,19 +242,25 @@ def test_any_callable_and_bad_ones(teacher, digits):
     engine = Engine(lambda images: teacher.eval()(images), x, QUICK)
     assert len(list(engine.run([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)])))
     assert list(engine.run([])) == []
-    with pytest.raises(ValueError, match="1 or more slots, got 0"): Engine(teacher, x, QUICK, slots=0)
+    with pytest.raises(ValueError, match="1 or more slots, got 0"):
+        Engine(teacher, x, QUICK, slots=0)
     with pytest.raises(ValueError, match="Expected the teacher to give logits"):
         list(Engine(lambda i: i, x, QUICK).run([draw_block(digits.train, teacher, QUICK, 0, 0)]))
-    with pytest.raises(ValueError, match="hold above 0 and below 0.25, or None, got 0.5"): SuperMix(teacher, hold=0.5)
-    with pytest.raises(ValueError, match="Did you mean 'regions'"): SuperMix(teacher, hold=0.06, start="region")
-    with pytest.raises(ValueError, match="sparsity to hold for start='regions'"): SuperMix(teacher, start="regions")
+    with pytest.raises(ValueError, match="hold above 0 and below 0.25, or None, got 0.5"):
+        SuperMix(teacher, hold=0.5)
+    with pytest.raises(ValueError, match="Did you mean 'regions'"):
+        SuperMix(teacher, hold=0.06, start="region")
+    with pytest.raises(ValueError, match="sparsity to hold for start='regions'"):
+        SuperMix(teacher, start="regions")
 
 
 @pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 5], [200, 1, 300, 7], [1] * 300])
 def test_joined_parts_are_their_concatenation(sizes):
     g = torch.Generator().manual_seed(0)
-    parts = [Found(*(torch.randint(100, (n, 3)[:1 + (i > 0)], generator=g) for i in range(len(Found._fields))))
-             for n in sizes]
+    parts = [
+        Found(*(torch.randint(100, (n, 3)[: 1 + (i > 0)], generator=g) for i in range(len(Found._fields))))
+        for n in sizes
+    ]
     whole = joined(iter(parts))
     for field, of_parts in zip(whole, zip(*parts)):
         # and no spare room is kept
@@ -221,8 +269,11 @@ def test_joined_parts_are_their_concatenation(sizes):
 
 def test_a_teacher_without_a_gradient_is_an_error_and_no_store_of_chance(teacher, digits):
     x, _ = digits.train[:2]
+
     @torch.no_grad()
-    def deaf(images): return teacher(images)
+    def deaf(images):
+        return teacher(images)
+
     for mixing in (QUICK, replace(QUICK, hold=None, start="flat")):
         engine = Engine(deaf, x, mixing)
         with pytest.raises(ValueError, match="differentiable, got logits without a gradient"):
@@ -236,14 +287,22 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
     half = Engine(copy.deepcopy(network).bfloat16(), x, QUICK)
     logits = half.source_logits(x)
     assert logits.dtype == torch.float32 and logits.allclose(network(x), rtol=0.1, atol=0.1)
-    loose = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False),
-                                torch.nn.Flatten(), torch.nn.Linear(4 * 30 * 30, 10))
+    loose = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4, track_running_stats=False),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4 * 30 * 30, 10),
+    )
     assert fold_norms(loose, x)(x).allclose(loose.eval()(x), atol=1e-4)  # and yet an image's logits are not its own
     with pytest.raises(ValueError, match="do not depend on the other images.*running statistics"):
         Engine(loose, x, QUICK)
+
     class Pair(torch.nn.Module):
-        def forward(self, images): return network(images), None
-    with pytest.raises(ValueError, match="Expected the teacher to give logits"): Engine(Pair(), x, QUICK)
+        def forward(self, images):
+            return network(images), None
+
+    with pytest.raises(ValueError, match="Expected the teacher to give logits"):
+        Engine(Pair(), x, QUICK)
     with pytest.raises(ValueError, match="does not take images"):
         Engine(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 10)), x, QUICK)
 
@@ -251,28 +310,37 @@ def test_odd_teachers_work_or_say_what_is_wrong(digits):
 def test_more_processes_than_blocks(teacher, digits):
     engine = Engine(teacher, digits.train[:2][0], QUICK, 32)
     alone = solve_blocks(engine, digits.train, 0, range(1))
-    with _open_pool(2) as pool: found = _solve_in_pool(engine, digits.train, 0, range(1), pool, 2)
+    with _open_pool(2) as pool:
+        found = _solve_in_pool(engine, digits.train, 0, range(1), pool, 2)
     assert found.index.tolist() == alone.index.tolist()
 
 
 def test_nothing_to_join_is_an_error():
-    with pytest.raises(ValueError, match="None of the sets was solved"): joined([])
+    with pytest.raises(ValueError, match="None of the sets was solved"):
+        joined([])
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(teacher, digits):
     "The bytes of all living tensors, looked at whenever sets are handed out: as many in 6 blocks as in 2."
     engine = Engine(teacher, digits.train[:2][0], QUICK, 64)
+
     def peak(blocks):
         high = 0
         for _ in engine.run(draw_block(digits.train, engine.source_logits, QUICK, 0, b) for b in range(blocks)):
-            living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                      for t in gc.get_objects() if type(t) is torch.Tensor}
+            living = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in gc.get_objects()
+                if type(t) is torch.Tensor
+            }
             high = max(high, sum(living.values()))
         return high
+
     gc.freeze()  # what was there before need not be looked through each time
-    try: assert peak(6) < 1.1 * peak(2)
-    finally: gc.unfreeze()
+    try:
+        assert peak(6) < 1.1 * peak(2)
+    finally:
+        gc.unfreeze()
 
 
 def test_the_baseline_solves_what_chapter_33_solves(teacher, digits):
@@ -282,11 +350,13 @@ def test_the_baseline_solves_what_chapter_33_solves(teacher, digits):
     mixed = SuperMix(teacher, max_iter=4).solve(sets.images, sets.lam)
     assert (solved == mixed.solved).float().mean() > 0.95
     same = solved & mixed.solved
-    torch.testing.assert_close(masks_from_theta(theta, (32, 32))[same].mean(), mixed.masks[same].mean(),
-                               atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        masks_from_theta(theta, (32, 32))[same].mean(), mixed.masks[same].mean(), atol=0.02, rtol=0
+    )
     with torch.no_grad():
-        torch.testing.assert_close(teacher(mix(sets.images, masks_from_theta(theta, (32, 32))))[solved],
-                                   logits[solved], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            teacher(mix(sets.images, masks_from_theta(theta, (32, 32))))[solved], logits[solved], rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("name", ["races", "races in one process"])
@@ -297,8 +367,12 @@ def test_the_kept_race(name):
         baseline, *ways = report[name][k].values()
         assert list(report[name][k]) == ["baseline", *_RACES[k]]
         for ours in ways:
-            assert (ours["ratio"] >= least and ours["solved"] >= baseline["solved"] and ours["m(1-m)"] <= 0.065
-                    and ours["share of time in passes"] >= 0.9)
+            assert (
+                ours["ratio"] >= least
+                and ours["solved"] >= baseline["solved"]
+                and ours["m(1-m)"] <= 0.065
+                and ours["share of time in passes"] >= 0.9
+            )
             assert ours["KL on sets that both solve"] <= ours["baseline's KL on the same sets"]
 
 
@@ -308,8 +382,10 @@ def test_the_race(k, least):
     "The issue of speed itself, measured here and now."
     before, images = torch.get_num_threads(), load_data("fashion_mnist").train
     torch.set_num_threads(2)
-    try: result = race(pretrained("fashion_mnist"), images, _RACES[str(k)], rounds=2, processes=2)
-    finally: torch.set_num_threads(before)
+    try:
+        result = race(pretrained("fashion_mnist"), images, _RACES[str(k)], rounds=2, processes=2)
+    finally:
+        torch.set_num_threads(before)
     for name in _RACES[str(k)]:
         ours = result[name]
         assert ours["ratio"] >= least and ours["solved"] >= result["baseline"]["solved"]
@@ -327,13 +403,16 @@ def test_on_a_gpu(teacher, digits):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_pass_on_a_gpu_makes_the_processor_wait_for_nothing(teacher, digits):
     engine = Engine(teacher.cuda(), digits.train[:2][0], QUICK, 16)
-    slots = _Slots(engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16,
-                   engine.device)
+    slots = _Slots(
+        engine.logits, QUICK, iter([draw_block(digits.train, engine.source_logits, QUICK, 0, 0)]), 16, engine.device
+    )
     slots.fill()
-    for _ in range(2): _step_slots(slots)  # what is made once is made now
+    for _ in range(2):
+        _step_slots(slots)  # what is made once is made now
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5): _step_slots(slots)
+        for _ in range(5):
+            _step_slots(slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         teacher.cpu()
@@ -342,15 +421,28 @@ def test_a_pass_on_a_gpu_makes_the_processor_wait_for_nothing(teacher, digits):
 
 def norm_of(make):
     torch.manual_seed(0)
-    network = torch.nn.Sequential(make(torch.nn.Conv2d(3, 8, 3)), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3),
-                                  torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4 * 28 * 28, 10))
-    with torch.no_grad(): network.train()(torch.randn(16, 3, 32, 32))
+    network = torch.nn.Sequential(
+        make(torch.nn.Conv2d(3, 8, 3)),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Conv2d(8, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4 * 28 * 28, 10),
+    )
+    with torch.no_grad():
+        network.train()(torch.randn(16, 3, 32, 32))
     return network.eval()
 
 
-@pytest.mark.parametrize("make", [torch.nn.utils.parametrizations.spectral_norm,
-                                  torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm],
-                         ids=["spectral norm", "weight norm", "old spectral norm"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.spectral_norm,
+    ],
+    ids=["spectral norm", "weight norm", "old spectral norm"],
+)
 def test_weights_that_are_made_by_another_stay(make, digits):
     network, x = norm_of(make), digits.train[:4][0]
     folded = fold_norms(network, x)

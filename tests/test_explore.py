@@ -22,7 +22,8 @@ from supermix.training.loop import accuracy
 pytest.importorskip("ipywidgets")
 
 
-def alive(): return [t for t in threading.enumerate() if t.name == "supermix-explore"]
+def alive():
+    return [t for t in threading.enumerate() if t.name == "supermix-explore"]
 
 
 @pytest.fixture
@@ -36,15 +37,17 @@ def explorer(digits, teacher):
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("options", [dict(max_iter=10), FAST], ids=["paper", "fast"])
 def test_the_trace_ends_where_the_solver_does(digits, teacher, options, k, seeded):
-    sets = digits.test[:6 * k][0].view(6, k, 3, 32, 32)
+    sets = digits.test[: 6 * k][0].view(6, k, 3, 32, 32)
     lam = torch.full((6, k), 1 / k)
     mixer = SuperMix(teacher, k=k, **options)
     theta = mixer.first_theta(lam, (32, 32), seeded())
     ours, theirs = trace(mixer, sets, lam, theta), mixer.solve(sets, lam, theta)
     for name in ("theta", "masks", "images", "logits", "solved"):
         assert torch.equal(getattr(ours[-1], name), getattr(theirs, name)), name
-    assert (torch.equal(ours.solved_at[theirs.solved], theirs.steps[theirs.solved])
-            and (ours.solved_at[~theirs.solved] == -1).all())
+    assert (
+        torch.equal(ours.solved_at[theirs.solved], theirs.steps[theirs.solved])
+        and (ours.solved_at[~theirs.solved] == -1).all()
+    )
     assert len(ours) == theirs.steps.max() + 1 and ours.kl.shape == ours.sparsity.shape == (len(ours), 6)
 
 
@@ -56,7 +59,8 @@ def test_a_paused_generator_leaves_no_gradients_and_no_mode_behind(digits, teach
             next(way)
             assert not torch.is_grad_enabled() and teacher.training
             way.close()
-    finally: teacher.eval()
+    finally:
+        teacher.eval()
 
 
 def test_boxes_in_turn_are_cutmix_for_two(seeded):
@@ -101,11 +105,13 @@ def test_thumbnails_change_the_set(explorer):
     explorer.wait()
     assert explorer.setting.pick == (0, 1, 4) and sum(explorer.setting.lam) == pytest.approx(1)
     assert [s.layout.display for s in explorer.controls["lam"]] == ["flex"] * 3 + ["none"] * 2
-    for i in (0, 1): explorer.thumbs[i].value = False
+    for i in (0, 1):
+        explorer.thumbs[i].value = False
     assert "two to five" in explorer.controls["status"].value and explorer.setting.pick == (1, 4)  # one image is no set
     explorer.thumbs[7].value = True
     assert explorer.wait().setting.pick == (4, 7)
-    for i in (8, 9, 10, 11): explorer.thumbs[i].value = True
+    for i in (8, 9, 10, 11):
+        explorer.thumbs[i].value = True
     assert explorer.wait().setting.pick == (4, 7, 8, 9, 10) and not explorer.thumbs[11].value  # a sixth is refused
 
 
@@ -116,7 +122,8 @@ def test_shares_of_a_third_are_no_endless_wish(explorer):
     assert shares == [0.33] * 3 and explorer.setting.lam == pytest.approx((1 / 3,) * 3)
     for slider in explorer.controls["lam"][:3]:
         slider.set_state({"value": 0.33000000000000002})  # what a page sends back
-    for slider in explorer.controls["lam"][:3]: slider.set_state({"value": 0.3300000001})
+    for slider in explorer.controls["lam"][:3]:
+        slider.set_state({"value": 0.3300000001})
     assert explorer.worker.number == solves
     explorer.controls["lam"][0].value = 0.34
     assert explorer.wait().setting.lam == pytest.approx((0.34, 0.33, 0.33)) and explorer.worker.number == solves + 1
@@ -129,7 +136,8 @@ def test_one_threads_writing_does_not_silence_another(explorer):
     try:
         thread.start()
         thread.join()
-    finally: explorer.quiet.on = False
+    finally:
+        explorer.quiet.on = False
     assert told == [False]
 
 
@@ -140,19 +148,26 @@ def test_scrubbing_shows_each_iteration(explorer):
         pictures.add(explorer.controls["picture"].value)
         assert explorer.n == n
     assert len(pictures) == len(explorer.board) == 7
-    with pytest.raises(ValueError, match="from 0 to 6, got 7"): explorer.board.frame(7)
+    with pytest.raises(ValueError, match="from 0 to 6, got 7"):
+        explorer.board.frame(7)
 
 
 def test_only_the_newest_setting_is_shown(digits, teacher):
     changed = threading.Event()
+
     def slow(x):
-        if threading.current_thread() is not threading.main_thread(): changed.wait()
+        if threading.current_thread() is not threading.main_thread():
+            changed.wait()
         return teacher(x)
+
     session = Session(digits, slow, max_iter=20, stop=False)
     finished, publish = [], Session.publish
-    session.publish = lambda board: (finished.append(board.scene.setting.lambda_s) if board.finished else None,
-                                     publish(session, board))
-    for lambda_s in (1, 5, 20, 60): session.change(lambda_s=lambda_s)
+    session.publish = lambda board: (
+        finished.append(board.scene.setting.lambda_s) if board.finished else None,
+        publish(session, board),
+    )
+    for lambda_s in (1, 5, 20, 60):
+        session.change(lambda_s=lambda_s)
     assert len(alive()) == 1
     changed.set()
     session.wait()
@@ -162,7 +177,8 @@ def test_only_the_newest_setting_is_shown(digits, teacher):
 def test_an_error_in_the_thread_is_told():
     worker = _Newest()
     worker.submit(lambda cancelled: 1 / 0)
-    with pytest.raises(ZeroDivisionError): worker.wait()
+    with pytest.raises(ZeroDivisionError):
+        worker.wait()
     worker.submit(lambda cancelled: None)
     worker.wait()
     assert not alive()
@@ -172,27 +188,34 @@ def test_a_teacher_that_fails_is_told_of_on_the_page(digits, teacher):
     wrong = []
 
     def moody(x):
-        if wrong: raise RuntimeError("no <memory> left")
+        if wrong:
+            raise RuntimeError("no <memory> left")
         return teacher(x)
+
     made = explore(digits, moody, max_iter=3).wait()
     try:
         status, picture = made.controls["status"], made.controls["picture"].value
         wrong.append(True)
-        with pytest.raises(RuntimeError, match="no <memory> left"): made.change(lambda_s=3).wait()
+        with pytest.raises(RuntimeError, match="no <memory> left"):
+            made.change(lambda_s=3).wait()
         assert "failed" in status.value and "RuntimeError: no &lt;memory&gt; left" in status.value
         assert made.controls["progress"].description == "failed" and made.controls["picture"].value == picture
         wrong.clear()
         made.change(lambda_s=4).wait()
         assert status.value.startswith("Iteration") and made.controls["progress"].description == "done"
-    finally: made.close()
+    finally:
+        made.close()
     assert not alive()
 
 
 def test_telling_of_an_error_may_fail_too():
-    def told(error): raise RuntimeError("the page is gone")
+    def told(error):
+        raise RuntimeError("the page is gone")
+
     worker = _Newest(told)
     worker.submit(lambda cancelled: 1 / 0)
-    with pytest.raises(ZeroDivisionError): worker.wait()
+    with pytest.raises(ZeroDivisionError):
+        worker.wait()
     assert not alive()
 
 
@@ -217,16 +240,20 @@ def test_a_teacher_that_is_used_elsewhere_is_left_alone(digits, teacher):
     shared = copy.deepcopy(teacher).train()
     before = copy.deepcopy(shared.state_dict())
     sessions = [Session(digits, shared, max_iter=20, stop=False).change() for _ in range(2)]
-    for _ in range(5): accuracy(shared, digits.test.subset(100))
-    for session in sessions: session.wait()
+    for _ in range(5):
+        accuracy(shared, digits.test.subset(100))
+    for session in sessions:
+        session.wait()
     assert shared.training and all(torch.equal(v, before[k]) for k, v in shared.state_dict().items())
-    with pytest.raises(ValueError, match="nothing is solved yet"): Session(digits, shared).save_png("no.png")
+    with pytest.raises(ValueError, match="nothing is solved yet"):
+        Session(digits, shared).save_png("no.png")
 
 
 def test_every_explorer_has_pictures_of_its_own(digits, teacher):
     made = [explore(digits, teacher, max_iter=1) for _ in range(4)]
     keys = {name for one in made for name in one.thumbs[0]._dom_classes if name.endswith("-0")}
-    for one in made: one.close()
+    for one in made:
+        one.close()
     assert len(keys) == 4
 
 
@@ -234,8 +261,10 @@ def test_an_old_solve_that_fails_is_not_told_of():
     told, worker = [], _Newest(lambda error: told.append(error))
 
     def late(cancelled):
-        while not cancelled(): time.sleep(0.001)
+        while not cancelled():
+            time.sleep(0.001)
         raise RuntimeError("of old")
+
     worker.submit(late)
     worker.submit(lambda cancelled: None)
     worker.wait()
@@ -252,9 +281,14 @@ def test_saved_files_are_read_back(explorer, tmp_path):
     c["gif"].click()
     with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
         assert np.array_equal(np.asarray(picture), np.asarray(shown))
-    with Image.open(tmp_path / "supermix.gif") as film: assert film.n_frames == len(explorer.board)
-    assert told == ["Saving supermix.png …", f"Saved {tmp_path / 'supermix.png'}.",
-                    "Saving supermix.gif …", f"Saved {tmp_path / 'supermix.gif'}."]
+    with Image.open(tmp_path / "supermix.gif") as film:
+        assert film.n_frames == len(explorer.board)
+    assert told == [
+        "Saving supermix.png …",
+        f"Saved {tmp_path / 'supermix.png'}.",
+        "Saving supermix.gif …",
+        f"Saved {tmp_path / 'supermix.gif'}.",
+    ]
     c["folder"].value = str(tmp_path / "supermix.png")  # a file, no folder
     c["gif"].click()
     assert told[-1].startswith("Not saved: ")
@@ -262,17 +296,26 @@ def test_saved_files_are_read_back(explorer, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 6])
 def test_two_to_five_images(explorer, digits, teacher, count):
-    with pytest.raises(ValueError, match=f"two to five images, got {count}"): explorer.change(pick=range(count))
+    with pytest.raises(ValueError, match=f"two to five images, got {count}"):
+        explorer.change(pick=range(count))
     with pytest.raises(ValueError, match=f"two to five images, got {count}"):
         Explorer(digits, teacher, pick=tuple(range(count)))
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(pick=(0, 0)), "different images"), (dict(pick=(0, 99)), "from 0 to 15"), (dict(lam=(0.5, 0.6)), "sum to 1"),
-    (dict(mask_size=64), "no larger than the images"), (dict(search="quick"), "Unknown search"),
-    (dict(sigma=-1.0), "sigma")])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(pick=(0, 0)), "different images"),
+        (dict(pick=(0, 99)), "from 0 to 15"),
+        (dict(lam=(0.5, 0.6)), "sum to 1"),
+        (dict(mask_size=64), "no larger than the images"),
+        (dict(search="quick"), "Unknown search"),
+        (dict(sigma=-1.0), "sigma"),
+    ],
+)
 def test_errors_say_what_was_expected(digits, teacher, wrong, words):
-    with pytest.raises(ValueError, match=words): Session(digits, teacher, **wrong)
+    with pytest.raises(ValueError, match=words):
+        Session(digits, teacher, **wrong)
 
 
 def test_a_tensor_and_any_teacher():
@@ -280,5 +323,6 @@ def test_a_tensor_and_any_teacher():
     images, head = torch.randn(4, 3, 16, 16), torch.randn(3 * 256, 5)
     session = Session(images, lambda x: x.flatten(1) @ head, mask_size=4, max_iter=3).change().wait()
     assert session.names(2) == "class 2" and Image.open(io.BytesIO(session.board.frame(0))).size[0] > 1000
-    with pytest.raises(ValueError, match="at least two"): Session(images[:1], lambda x: x.flatten(1) @ head)
+    with pytest.raises(ValueError, match="at least two"):
+        Session(images[:1], lambda x: x.flatten(1) @ head)
     assert Setting(pick=(1, 2, 3)).checked(4).lam == pytest.approx((1 / 3,) * 3)

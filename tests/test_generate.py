@@ -27,11 +27,18 @@ OPTIONS = ["--data", "digits", "--count", "500", "--shard", "128"]
 
 def start(folder, *options, launcher=(), **kwargs):
     command = [sys.executable, "-m", *launcher, "supermix.generate", *OPTIONS, "--out", str(folder), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
 
 
-def contents(folder): return {p.name: file_hash(p) for p in Path(folder).iterdir()}
+def contents(folder):
+    return {p.name: file_hash(p) for p in Path(folder).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +47,19 @@ def whole(tmp_path_factory):
     return generate(RECIPE, tmp_path_factory.mktemp("whole") / "store").folder
 
 
-def shards(folder): return sorted(Path(folder).glob("[0-9]*.safetensors"))
+def shards(folder):
+    return sorted(Path(folder).glob("[0-9]*.safetensors"))
 
 
 def at_work(folder, since):
     "Whether a process that was started then has begun a shard: it holds a lock that is younger."
     for lock in Path(folder).glob(".[0-9]*.lock"):
-        try: young = lock.stat().st_mtime >= since
-        except FileNotFoundError: continue
-        if young: return True
+        try:
+            young = lock.stat().st_mtime >= since
+        except FileNotFoundError:
+            continue
+        if young:
+            return True
     return False
 
 
@@ -58,8 +69,10 @@ def killed(folder, kills, whole, seed=0):
     chance, there, ended = random.Random(seed), [], 0
     while len(there) < kills:
         since, process = time.time(), start(folder)
-        while process.poll() is None and not at_work(folder, since): time.sleep(0.01)
-        try: process.wait(chance.uniform(0, 3))
+        while process.poll() is None and not at_work(folder, since):
+            time.sleep(0.01)
+        try:
+            process.wait(chance.uniform(0, 3))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -83,18 +96,24 @@ def test_killed_twice(whole, tmp_path):
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_write(whole, tmp_path):
     "Of the manifest, of the first shard and of the third, and once the disk has it but the name is not there yet."
-    die = ("import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\n"
-           "def fsync(file):\n"
-           "    calls.append(sync(file))\n"
-           "    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
-           "os.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)")
+    die = (
+        "import os, runpy, signal, sys; at, sync, calls = int(sys.argv.pop(1)), os.fsync, []\n"
+        "def fsync(file):\n"
+        "    calls.append(sync(file))\n"
+        "    if len(calls) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.fsync = fsync; runpy.run_module('supermix.generate', run_name='__main__', alter_sys=True)"
+    )
     for at in (1, 2, 2):
         process = subprocess.run(
             [sys.executable, "-c", die, str(at), *OPTIONS, "--out", str(tmp_path / "store")],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert process.returncode == -signal.SIGKILL, process.stderr
         assert [p for p in (tmp_path / "store").iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")], (
-            "nothing was left behind: the test tests nothing")
+            "nothing was left behind: the test tests nothing"
+        )
     process = start(tmp_path / "store")
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -106,16 +125,24 @@ def test_killed_fifty_times(whole, tmp_path):
     "Kept in results/kills.json."
     there, ended = killed(tmp_path / "store", 50, whole)
     assert max(there) > 0 and 0 in there  # before the first shard, and after
-    result = {"kills": len(there), "shards at each kill": there, "runs that ended": ended, "byte-identical": True,
-              "command": "pytest tests/test_generate.py --slow -k fifty"}
+    result = {
+        "kills": len(there),
+        "shards at each kill": there,
+        "runs that ended": ended,
+        "byte-identical": True,
+        "command": "pytest tests/test_generate.py --slow -k fifty",
+    }
     (ROOT / "results" / "kills.json").write_text(json.dumps(result) + "\n")
 
 
 def test_the_kept_kills():
     "What the chapter shows."
     kept = json.loads((ROOT / "results" / "kills.json").read_text())
-    assert (kept["kills"] == len(kept["shards at each kill"]) == 50 and kept["byte-identical"]
-            and max(kept["shards at each kill"]) > 0)
+    assert (
+        kept["kills"] == len(kept["shards at each kill"]) == 50
+        and kept["byte-identical"]
+        and max(kept["shards at each kill"]) > 0
+    )
     assert json.loads((ROOT / "results" / "scaling.json").read_text())["speedup"] >= 1.8
 
 
@@ -130,7 +157,8 @@ def test_two_processes_make_the_same(whole, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(whole, tmp_path):
     first, second = (start(tmp_path / "store") for _ in range(2))
-    while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
+    while not list(tmp_path.glob("store/[0-9]*.safetensors")):
+        time.sleep(0.05)
     first.kill()
     first.wait()
     out, err = second.communicate()
@@ -140,8 +168,9 @@ def test_a_worker_that_dies_is_replaced(whole, tmp_path):
 
 @pytest.mark.slow
 def test_under_torchrun(whole, tmp_path):
-    process = start(tmp_path / "store",
-                    launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))
+    process = start(
+        tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     assert out.count("500 mixed images") == 1  # one of them reports
@@ -150,9 +179,12 @@ def test_under_torchrun(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
-    process = start(tmp_path / "store", launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                                  "--max-restarts", "3", "-m"))
-    while not shards(tmp_path / "store"): time.sleep(0.05)
+    process = start(
+        tmp_path / "store",
+        launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m"),
+    )
+    while not shards(tmp_path / "store"):
+        time.sleep(0.05)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
@@ -167,14 +199,20 @@ def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
         # a shell's background jobs, and their children, ignore it
         process = start(tmp_path / "store", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        while not list(tmp_path.glob("store/[0-9]*.safetensors")): time.sleep(0.05)
+        while not list(tmp_path.glob("store/[0-9]*.safetensors")):
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         begun = time.time()
         out, err = process.communicate(timeout=300)
         took.append(time.time() - begun)
-        assert (process.returncode == 1 and "of 500 images are kept in" in err
-                and "Run the same command again" in err and "Traceback" not in err)
-        if took[-1] < 5: break
+        assert (
+            process.returncode == 1
+            and "of 500 images are kept in" in err
+            and "Run the same command again" in err
+            and "Traceback" not in err
+        )
+        if took[-1] < 5:
+            break
     assert min(took) < 5, took
     assert start(tmp_path / "store").wait() == 0 and contents(tmp_path / "store") == contents(whole)
 
@@ -194,7 +232,8 @@ def test_a_full_disk_keeps_what_was_done(whole, tmp_path):
         assert all(file_hash(disk / "store" / name) == file_hash(whole / name) for name in kept)
         subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
         assert start(disk / "store").wait() == 0 and contents(disk / "store") == contents(whole)
-    finally: subprocess.run(["umount", disk], check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow
@@ -204,38 +243,54 @@ def test_threads_do_not_matter(tmp_path):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             generate(few, tmp_path / f"{threads}")
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "00001.safetensors was changed: its SHA-256 is not"),
-    (lambda content: content[:500], "00001.safetensors was changed"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "00001.safetensors was changed: its SHA-256 is not"),
+        (lambda content: content[:500], "00001.safetensors was changed"),
+    ],
+)
 def test_a_run_that_is_repeated_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(whole, store)
     (store / "00001.safetensors").write_bytes(spoil((store / "00001.safetensors").read_bytes()))
-    with pytest.raises(ValueError, match=message): generate(RECIPE, store)
+    with pytest.raises(ValueError, match=message):
+        generate(RECIPE, store)
     (store / "00001.safetensors").unlink()  # as the message says
     generate(RECIPE, store)
     assert contents(store) == contents(whole)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda store: (store / "00001.safetensors").write_bytes((store / "00000.safetensors").read_bytes()),
-     "it holds shard 0"),
-    (lambda store: (store / "00001.safetensors").write_bytes(
-        (store / "00001.safetensors").read_bytes()[:-1] + b"\x07"), "its tensors are not those of its card"),
-    (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda store: (store / "00001.safetensors").write_bytes((store / "00000.safetensors").read_bytes()),
+            "it holds shard 0",
+        ),
+        (
+            lambda store: (store / "00001.safetensors").write_bytes(
+                (store / "00001.safetensors").read_bytes()[:-1] + b"\x07"
+            ),
+            "its tensors are not those of its card",
+        ),
+        (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
+    ],
+)
 def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(whole, store)
-    Store(store).write({key: value for key, value in Store(store).manifest().items()
-                        if key not in ("shards", "images")})  # as before the end
+    Store(store).write(
+        {key: value for key, value in Store(store).manifest().items() if key not in ("shards", "images")}
+    )  # as before the end
     spoil(store)
-    with pytest.raises(ValueError, match=f"00001.safetensors was changed: {message}"): generate(RECIPE, store)
+    with pytest.raises(ValueError, match=f"00001.safetensors was changed: {message}"):
+        generate(RECIPE, store)
 
 
 @pytest.mark.parametrize("size", ["4k", "16k"])
@@ -246,24 +301,38 @@ def test_a_disk_that_is_full_from_the_beginning(size, tmp_path):
         pytest.skip("a small disk cannot be mounted here")
     try:
         (disk / "filler").write_bytes(b"x" * 4096)
-        with pytest.raises(OSError, match="is full. 0 images are kept"): generate(RECIPE, disk / "store")
-    finally: subprocess.run(["umount", disk], check=True)
+        with pytest.raises(OSError, match="is full. 0 images are kept"):
+            generate(RECIPE, disk / "store")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_claims(tmp_path):
     with claimed(tmp_path / "a") as first:
-        code = ("import sys; from pathlib import Path; from supermix.mixing.generate import claimed\n"
-                "with claimed(Path(sys.argv[1])) as mine: print(mine)")
-        assert first and subprocess.run([sys.executable, "-c", code, tmp_path / "a"],
-                                        capture_output=True, text=True).stdout == "False\n"
-    with claimed(tmp_path / "a") as again: assert again
+        code = (
+            "import sys; from pathlib import Path; from supermix.mixing.generate import claimed\n"
+            "with claimed(Path(sys.argv[1])) as mine: print(mine)"
+        )
+        assert (
+            first
+            and subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True).stdout
+            == "False\n"
+        )
+    with claimed(tmp_path / "a") as again:
+        assert again
 
 
-@pytest.mark.parametrize("counts, count, missing", [
-    ({}, 500, [0, 1, 2, 3]), ({0: (64, 128)}, 500, [1, 2, 3, 4, 5, 6, 7]),
-    ({0: (128, 128), 3: (128, 128)}, 500, [1, 2]), ({0: (128, 128)}, 128, []),
-])
-def test_which_shards_are_missing(counts, count, missing): assert _missing_shards(counts, count, 128) == missing
+@pytest.mark.parametrize(
+    "counts, count, missing",
+    [
+        ({}, 500, [0, 1, 2, 3]),
+        ({0: (64, 128)}, 500, [1, 2, 3, 4, 5, 6, 7]),
+        ({0: (128, 128), 3: (128, 128)}, 500, [1, 2]),
+        ({0: (128, 128)}, 128, []),
+    ],
+)
+def test_which_shards_are_missing(counts, count, missing):
+    assert _missing_shards(counts, count, 128) == missing
 
 
 def test_a_shard_too_many_is_let_go(whole, tmp_path):
@@ -275,22 +344,30 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(shard=100), "multiple of 128 sets, got count 500 and shard 100"), (dict(count=0), "count of 1 or more"),
-    (dict(teacher="nobody"), "Unknown teacher 'nobody'"), (dict(data="digit"), "Did you mean 'digits'"),
-    (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"),
-    (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
-    (dict(top=1), "top of at least k = 2 logits.*got 1"), (dict(slots=0), "slots of 1 or more, got 0"),
-    (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(shard=100), "multiple of 128 sets, got count 500 and shard 100"),
+        (dict(count=0), "count of 1 or more"),
+        (dict(teacher="nobody"), "Unknown teacher 'nobody'"),
+        (dict(data="digit"), "Did you mean 'digits'"),
+        (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"),
+        (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
+        (dict(top=1), "top of at least k = 2 logits.*got 1"),
+        (dict(slots=0), "slots of 1 or more, got 0"),
+        (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
+    ],
+)
 def test_what_cannot_be_made(changes, message, tmp_path):
     "And no folder is left behind, in which the corrected command would find another run."
-    with pytest.raises(ValueError, match=message): generate(replace(RECIPE, **changes), tmp_path / "store")
+    with pytest.raises(ValueError, match=message):
+        generate(replace(RECIPE, **changes), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
 class Torn(torch.nn.Module):
     "Sees bright or dark, and always 'neither' right behind: the two are never on top together."
+
     def forward(self, x):
         m = 10 * x.mean((1, 2, 3))
         return torch.stack([m, -m, 0 * m], 1)
@@ -321,6 +398,7 @@ def test_a_teacher_whose_sets_are_never_solved_is_an_error(tmp_path):
 
 class Hard(torch.nn.Module):
     "Torn, but for one set in some hundred, which it knows by the last digits of its pixels."
+
     def forward(self, x):
         m = 10 * x.mean((1, 2, 3))
         rare = (100 * x.detach().abs().sum((1, 2, 3))).frac() < 0.005
@@ -340,34 +418,54 @@ def test_a_shard_without_a_solved_set_does_not_end_a_run(tmp_path):
         assert contents(store.folder) == before
 
 
-@pytest.mark.parametrize("row, ends", [([0] * 32, True), ([0] * 31, False), ([1, *[0] * 32], True),
-                                       ([*[0] * 31, 1, *[0] * 31], False), ([0] * 20 + [None] + [0] * 20, False)])
+@pytest.mark.parametrize(
+    "row, ends",
+    [
+        ([0] * 32, True),
+        ([0] * 31, False),
+        ([1, *[0] * 32], True),
+        ([*[0] * 31, 1, *[0] * 31], False),
+        ([0] * 20 + [None] + [0] * 20, False),
+    ],
+)
 def test_how_many_empty_shards_end_a_run(row, ends):
     counts = {i: (images, 128) for i, images in enumerate(row) if images is not None}
-    if not ends: return _check_solved(counts)
+    if not ends:
+        return _check_solved(counts)
     with pytest.raises(ValueError, match=f"4,096 sets in a row, shards {len(row) - 32} to {len(row) - 1}"):
         _check_solved(counts)
 
 
-@pytest.mark.parametrize("answer, kind, message", [
-    (lambda x: Hard()(x).detach(), ValueError, "differentiable"),
-    (lambda x: Hard()(x) * 0 + torch.tensor([3.0, 2.0, 1.0]), ValueError, "at least k = 2 different classes"),
-    (lambda x: [][0], IndexError, "out of range"),
-])
+@pytest.mark.parametrize(
+    "answer, kind, message",
+    [
+        (lambda x: Hard()(x).detach(), ValueError, "differentiable"),
+        (lambda x: Hard()(x) * 0 + torch.tensor([3.0, 2.0, 1.0]), ValueError, "at least k = 2 different classes"),
+        (lambda x: [][0], IndexError, "out of range"),
+    ],
+)
 def test_a_command_that_fails_before_its_first_image_leaves_nothing(answer, kind, message, tmp_path):
     folder = tmp_path / "new" / "store"
-    def teacher(x): return answer(x) if (folder / "manifest.json").exists() else Hard()(x)
-    with pytest.raises(kind, match=message): generate(QUICK, folder, small_images(), teacher)
+
+    def teacher(x):
+        return answer(x) if (folder / "manifest.json").exists() else Hard()(x)
+
+    with pytest.raises(kind, match=message):
+        generate(QUICK, folder, small_images(), teacher)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_command_that_fails_later_keeps_what_was_made(tmp_path):
     network = Hard()
+
     def tired(x):
-        if len(list(tmp_path.glob("store/*.safetensors"))) > 8: raise RuntimeError("enough")
+        if len(list(tmp_path.glob("store/*.safetensors"))) > 8:
+            raise RuntimeError("enough")
         return network(x)
+
     recipe = replace(QUICK, count=20)
-    with pytest.raises(RuntimeError, match="enough"): generate(recipe, tmp_path / "store", small_images(), tired)
+    with pytest.raises(RuntimeError, match="enough"):
+        generate(recipe, tmp_path / "store", small_images(), tired)
     assert len(shards(tmp_path / "store")) == 9 and any(n for n, _ in Store(tmp_path / "store").counts().values())
     assert sorted(p.name for p in (tmp_path / "store").iterdir())[0] == "00000.safetensors"  # and no lock
     whole = generate(recipe, tmp_path / "whole", small_images(), lambda x: network(x)).folder
@@ -378,12 +476,14 @@ def test_a_command_that_fails_later_keeps_what_was_made(tmp_path):
 @pytest.mark.slow
 def test_what_a_killed_command_left_before_its_first_image_is_replaced(whole, tmp_path):
     process = start(tmp_path / "store", "--seed", "7")
-    while not (tmp_path / "store" / "manifest.json").exists(): time.sleep(0.01)
+    while not (tmp_path / "store" / "manifest.json").exists():
+        time.sleep(0.01)
     with pytest.raises(ValueError, match="recipe.seed: 7 there, 0 now"):  # as long as it lives
         generate(RECIPE, tmp_path / "store")
     process.kill()
     process.communicate()
-    if shards(tmp_path / "store"): pytest.skip("the machine was too slow to kill it before its first shard")
+    if shards(tmp_path / "store"):
+        pytest.skip("the machine was too slow to kill it before its first shard")
     assert (tmp_path / "store" / "manifest.json").exists()
     generate(RECIPE, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(whole)
@@ -391,22 +491,26 @@ def test_what_a_killed_command_left_before_its_first_image_is_replaced(whole, tm
 
 def test_a_store_with_an_image_is_never_replaced(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "store")
-    for path in shards(tmp_path / "store")[1:]: path.unlink()
+    for path in shards(tmp_path / "store")[1:]:
+        path.unlink()
     before = contents(tmp_path / "store")
     for changes in ({"seed": 1}, {"count": 501}, {"slots": 64}):
-        with pytest.raises(ValueError, match="made otherwise"): generate(replace(RECIPE, **changes), tmp_path / "store")
+        with pytest.raises(ValueError, match="made otherwise"):
+            generate(replace(RECIPE, **changes), tmp_path / "store")
     assert contents(tmp_path / "store") == before
 
 
 def test_more_slots_than_sets_are_as_many_as_sets(tmp_path):
-    few, many = (generate(replace(QUICK, count=5, shard=512, slots=slots), tmp_path / str(slots), small_images(),
-                          Hard()) for slots in (512, 10 ** 9))
+    few, many = (
+        generate(replace(QUICK, count=5, shard=512, slots=slots), tmp_path / str(slots), small_images(), Hard())
+        for slots in (512, 10**9)
+    )
     for a, b in zip(shards(few.folder), shards(many.folder), strict=True):
         assert _load_card(a)["tensors"] == _load_card(b)["tensors"]
 
 
 def test_a_request_that_cannot_fit_says_so(tmp_path):
-    recipe = replace(RECIPE, slots=10 ** 9, shard=128 * 10 ** 7)
+    recipe = replace(RECIPE, slots=10**9, shard=128 * 10**7)
     with pytest.raises(ValueError, match=r"000,000,000 need more than [\d,.]+ GB, .* are free. Take [\d,]+ slots"):
         generate(recipe, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -420,19 +524,43 @@ def test_a_teacher_from_a_file(teacher, digits, tmp_path):
 
 def test_python_has_nothing_to_say_of_the_module(tmp_path):
     "`python -m supermix.generate` runs a module that nobody has imported before."
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import sys, supermix; "
-                           "assert 'supermix.mixing.generate' not in sys.modules; "
-                           "assert supermix.distill and supermix.make_mixes"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            "import sys, supermix; "
+            "assert 'supermix.mixing.generate' not in sys.modules; "
+            "assert supermix.distill and supermix.make_mixes",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "RuntimeWarning" not in subprocess.run([sys.executable, "-m", "supermix.generate", "--help"],
-                                                  capture_output=True, text=True).stderr
+    assert (
+        "RuntimeWarning"
+        not in subprocess.run(
+            [sys.executable, "-m", "supermix.generate", "--help"], capture_output=True, text=True
+        ).stderr
+    )
 
 
 def test_the_command_line():
-    shown = subprocess.run([Path(sys.executable).with_name("supermix"), "generate", "--help"],
-                           capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}).stdout
-    for text in ("--count", "--mixing.k", "--mixing.hold", "--out", "sets that are drawn for a file",
-                 "images a mixing set"):
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("supermix"), "generate", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+    ).stdout
+    for text in (
+        "--count",
+        "--mixing.k",
+        "--mixing.hold",
+        "--out",
+        "sets that are drawn for a file",
+        "images a mixing set",
+    ):
         assert text in shown
 
 
@@ -440,14 +568,21 @@ def test_the_command_line():
 def test_two_processes_are_nearly_twice_as_fast(tmp_path):
     """One thread each, shards of Fashion-MNIST; kept in results/scaling.json. Times are the processes' own, without
     starting Python."""
+
     def took(name, n):
         options = ["--data", "fashion_mnist", "--count", "8000", "--shard", "256"]
         running = [start(tmp_path / f"{name}", *options) for _ in range(n)]
         said = [process.communicate()[0] for process in running]
         return max(float(text.rsplit(" ", 2)[-2]) for text in said)
+
     rounds = [(took(f"one{i}", 1), took(f"two{i}", 2)) for i in range(2)]
     speedup = sum(a for a, _ in rounds) / sum(b for _, b in rounds)
-    result = {"images": 8000, "seconds with one process": [a for a, _ in rounds], "with two": [b for _, b in rounds],
-              "speedup": speedup, "command": "pytest tests/test_generate.py --slow -k twice"}
+    result = {
+        "images": 8000,
+        "seconds with one process": [a for a, _ in rounds],
+        "with two": [b for _, b in rounds],
+        "speedup": speedup,
+        "command": "pytest tests/test_generate.py --slow -k twice",
+    }
     (ROOT / "results" / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     assert speedup >= 1.8

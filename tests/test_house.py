@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 ALL = ["00_core", "31_mixing.mixers", "index", "runs/01_cifar100_distillation", "solutions/33_mixing.solver"]
 
 
-def uses_of(house, path): return house.dependencies(house.House(house.ROOT), path)
+def uses_of(house, path):
+    return house.dependencies(house.House(house.ROOT), path)
 
 
 @pytest.fixture
@@ -33,13 +34,15 @@ def house(tmp_path, monkeypatch):
         shutil.copy(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "nbs" / f"{name}.ipynb")
     shutil.copy(ROOT / "nbs" / "33_mixing.solver.ipynb", tmp_path / "solutions")
     monkeypatch.syspath_prepend(tmp_path / "tools")
-    for name in ("freshness", "course"): monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("freshness", "course"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("house", tmp_path / "tools" / "house.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.stale()[0] == dict.fromkeys(ALL, ["never executed"])
-    module.write_stamps({module.name_of(path): {"uses": uses_of(module, path), "seconds": 1.0}
-                         for path in module.notebooks()})
+    module.write_stamps(
+        {module.name_of(path): {"uses": uses_of(module, path), "seconds": 1.0} for path in module.notebooks()}
+    )
     assert module.stale() == ({}, [])
     return module
 
@@ -51,7 +54,8 @@ def edit(path, change):
     path.write_text(json.dumps(notebook))
 
 
-def cells_of(kind, cells): return [cell for cell in cells if cell["cell_type"] == kind and cell["source"]]
+def cells_of(kind, cells):
+    return [cell for cell in cells if cell["cell_type"] == kind and cell["source"]]
 
 
 def write_notebook(path, code):
@@ -61,16 +65,22 @@ def write_notebook(path, code):
 
 
 def test_a_code_cell_makes_its_notebook_stale(house):
-    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
-         lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"))
+    edit(
+        house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
+        lambda cells: cells_of("code", cells)[-1]["source"].append("\n1 + 1"),
+    )
     assert house.stale() == ({"31_mixing.mixers": ["its cells"]}, [])
 
 
 def test_prose_and_outputs_do_not(house):
     def change(cells):
-        for cell in cells_of("markdown", cells): cell["source"].append("\nMore words.")
-        for cell in cells_of("code", cells): cell.update(outputs=[], execution_count=7)
-    for path in house.notebooks(): edit(path, change)
+        for cell in cells_of("markdown", cells):
+            cell["source"].append("\nMore words.")
+        for cell in cells_of("code", cells):
+            cell.update(outputs=[], execution_count=7)
+
+    for path in house.notebooks():
+        edit(path, change)
     assert house.stale() == ({}, [])
 
 
@@ -80,15 +90,29 @@ def change_code(house, module, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-@pytest.mark.parametrize("module, old, new, name, changed", [
-    ("mixing/masks", "def areas(", "@no_grad\ndef areas(", "areas",
-     {"31_mixing.mixers", "runs/01_cifar100_distillation", "index"}),
-    # through create, a registry and a class: no cell names it
-    ("models/blocks", "class Block(nn.Module)", "class Block(nn.Module, object)", "Block",
-     {"index", "runs/01_cifar100_distillation"}),
-    ("explore/trace", "def share_out(", "def share_out(more, ", "share_out", set()),
-    # in a module that every notebook imports, but reached by few
-    ("core", "def commit(", "def commit(more, ", "commit", {"runs/01_cifar100_distillation"})])
+@pytest.mark.parametrize(
+    "module, old, new, name, changed",
+    [
+        (
+            "mixing/masks",
+            "def areas(",
+            "@no_grad\ndef areas(",
+            "areas",
+            {"31_mixing.mixers", "runs/01_cifar100_distillation", "index"},
+        ),
+        # through create, a registry and a class: no cell names it
+        (
+            "models/blocks",
+            "class Block(nn.Module)",
+            "class Block(nn.Module, object)",
+            "Block",
+            {"index", "runs/01_cifar100_distillation"},
+        ),
+        ("explore/trace", "def share_out(", "def share_out(more, ", "share_out", set()),
+        # in a module that every notebook imports, but reached by few
+        ("core", "def commit(", "def commit(more, ", "commit", {"runs/01_cifar100_distillation"}),
+    ],
+)
 def test_a_definition_makes_those_stale_that_reach_it(house, module, old, new, name, changed):
     change_code(house, module, old, new)
     found, gone = house.stale()
@@ -98,8 +122,9 @@ def test_a_definition_makes_those_stale_that_reach_it(house, module, old, new, n
 
 def test_words_layout_and_moves_do_not(house):
     "Comments, docstrings, line breaks, and the module that a definition lives in."
-    change_code(house, "core", "def commit() -> str:\n    \"",
-                "def commit(\n) -> str:  # a comment\n\n    \"In other words: ")
+    change_code(
+        house, "core", "def commit() -> str:\n    \"", "def commit(\n) -> str:  # a comment\n\n    \"In other words: "
+    )
     package = house.ROOT / "supermix" / "mixing"
     text = (package / "masks.py").read_text()
     start = text.index("def areas(")
@@ -129,13 +154,18 @@ def test_results_make_those_stale_that_show_them(house):
     for name, text in (("one.json", "1"), ("study/core/KD-0.json", "2"), ("study/core/KD-0.json", "3")):
         (house.ROOT / "results" / name).write_text(text)
         seen.add(tuple(uses_of(house, shows)))
-    for name in ("study/core/.KD-0.json.lock", "two.json"): (house.ROOT / "results" / name).write_text("")
+    for name in ("study/core/.KD-0.json.lock", "two.json"):
+        (house.ROOT / "results" / name).write_text("")
     assert tuple(uses_of(house, shows)) in seen and len(seen) == 4
 
 
 def test_a_notebook_that_there_is_not(house):
-    done = subprocess.run([sys.executable, "tools/house.py", "execute", "00", "99_nothing"], cwd=house.ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/house.py", "execute", "00", "99_nothing"],
+        cwd=house.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "no notebook whose name starts with 99_nothing" in done.stderr
 
 
@@ -149,18 +179,27 @@ def test_executing_what_is_stale(house):
     write_notebook(good, "import supermix.core\nprint(supermix.core.__file__)")
     write_notebook(bad, "1 / 0")
     write_notebook(old, "print('as it was')")
-    kept = house.stamps() | {"02_bad": {"uses": {"00000000": "its cells"}, "seconds": 2.0},
-                             "03_old": {"uses": uses_of(house, old), "seconds": 3.0}}
+    kept = house.stamps() | {
+        "02_bad": {"uses": {"00000000": "its cells"}, "seconds": 2.0},
+        "03_old": {"uses": uses_of(house, old), "seconds": 3.0},
+    }
     house.write_stamps(kept)
     before = bad.read_text(), old.read_text()
     command = [sys.executable, "tools/house.py", "execute", "--stale", "--workers", "2", "01", "02", "03"]
-    done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.returncode == 1 and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
-            and "ZeroDivisionError" in done.stderr)
+    done = subprocess.run(
+        command, cwd=house.ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
+        and "ZeroDivisionError" in done.stderr
+    )
     assert (bad.read_text(), old.read_text()) == before
-    assert (house.stale() == ({"02_bad": ["its cells"]}, []) and house.stamps()["02_bad"] == kept["02_bad"]
-            and house.stamps()["03_old"] == kept["03_old"])
+    assert (
+        house.stale() == ({"02_bad": ["its cells"]}, [])
+        and house.stamps()["02_bad"] == kept["02_bad"]
+        and house.stamps()["03_old"] == kept["03_old"]
+    )
     outputs = json.loads(good.read_text())["cells"][0]["outputs"]
     assert "".join(outputs[0]["text"]).strip() == str(house.ROOT / "supermix" / "core.py")  # of its own tree's package
     assert house.stamps()["01_good"]["seconds"] > 0 and not list((house.ROOT / "nbs").glob(".*"))
@@ -168,15 +207,22 @@ def test_executing_what_is_stale(house):
 
 # ---- the table of chapters
 
+
 def test_the_table_of_chapters_is_written_from_the_chapters(house):
     table = course_of(house)
     rows = {re.match(r"\| \[(?:run )?(\d\d) ", line)[1]: line for line in table.splitlines() if line.startswith("| [")}
     assert list(rows) == ["00", "31", "01"] and "runs/01_cifar100_distillation.ipynb) |" in rows["01"]
     two = ["## Exercises\n\n1. One.\n2. Two."]
-    edit(house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
-         lambda cells: [cell.update(source=two) for cell in cells if "## Exercises\n" in cell["source"]])
-    edit(house.ROOT / "nbs" / "00_core.ipynb", lambda cells: cells_of("markdown", cells)[0].update(
-        source=["# Another title\n", "\n", "> Another | line.\n", "\n", "word " * 1500]))
+    edit(
+        house.ROOT / "nbs" / "31_mixing.mixers.ipynb",
+        lambda cells: [cell.update(source=two) for cell in cells if "## Exercises\n" in cell["source"]],
+    )
+    edit(
+        house.ROOT / "nbs" / "00_core.ipynb",
+        lambda cells: cells_of("markdown", cells)[0].update(
+            source=["# Another title\n", "\n", "> Another | line.\n", "\n", "word " * 1500]
+        ),
+    )
     house.write_stamps(house.stamps() | {"00_core": house.stamps()["00_core"] | {"seconds": 21.0}})
     changed = {line for line in course_of(house).splitlines() if line not in table.splitlines()}
     core = next(line for line in changed if "00_core" in line)
@@ -196,12 +242,15 @@ def test_check_says_when_the_table_or_the_readme_is_old(house):
     (house.ROOT / "README.md").write_text("")
     with pytest.raises(SystemExit, match="README.md is not what nbs/index.ipynb says: run `make readme`"):
         house.check_readme()
-    edit(house.ROOT / "nbs" / "00_core.ipynb",
-         lambda cells: cells_of("markdown", cells)[0]["source"].insert(0, "# Another title\n"))
+    edit(
+        house.ROOT / "nbs" / "00_core.ipynb",
+        lambda cells: cells_of("markdown", cells)[0]["source"].insert(0, "# Another title\n"),
+    )
     with pytest.raises(SystemExit, match="The table of chapters .* is not what the chapters say: run `make readme`"):
         house.check_readme()
     edit(house.ROOT / "nbs" / "index.ipynb", lambda cells: [cell.update(source=["nothing"]) for cell in cells])
-    with pytest.raises(SystemExit, match="Expected a cell of nbs/index.ipynb with the lines"): house.write_readme()
+    with pytest.raises(SystemExit, match="Expected a cell of nbs/index.ipynb with the lines"):
+        house.write_readme()
 
 
 def test_needs_leave_out_what_others_build_on(house):
@@ -213,13 +262,24 @@ def test_needs_leave_out_what_others_build_on(house):
 
 
 def test_no_line_of_code_has_more_than_120_columns():
-    cells = {f"{path.relative_to(ROOT)}, cell {cell['id']}": "".join(cell["source"])
-             for folder in ("nbs", "solutions") for path in (ROOT / folder).rglob("*.ipynb")
-             if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-             for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"}
-    files = {str(path.relative_to(ROOT)): path.read_text() for folder in ("tests", "tools")
-             for path in (ROOT / folder).glob("*.py")}
+    cells = {
+        f"{path.relative_to(ROOT)}, cell {cell['id']}": "".join(cell["source"])
+        for folder in ("nbs", "solutions")
+        for path in (ROOT / folder).rglob("*.ipynb")
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    }
+    files = {
+        str(path.relative_to(ROOT)): path.read_text()
+        for folder in ("tests", "tools")
+        for path in (ROOT / folder).glob("*.py")
+    }
     assert len(cells) > 500 and len(files) > 30
-    long = [f"{name}: {line.strip()[:60]}" for name, text in {**cells, **files}.items()
-            for line in text.splitlines() if len(line) > 120 and not line.startswith("#|")]
+    long = [
+        f"{name}: {line.strip()[:60]}"
+        for name, text in {**cells, **files}.items()
+        for line in text.splitlines()
+        if len(line) > 120 and not line.startswith("#|")
+    ]
     assert not long

@@ -7,8 +7,18 @@ from shutil import copytree
 from zipfile import ZipFile
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("nbdev", "fastcore", "execnb", "IPython", "ipykernel", "ipywidgets", "jupyterlab", "jupyter_core", "nbformat",
-         "nbconvert")
+TOOLS = (
+    "nbdev",
+    "fastcore",
+    "execnb",
+    "IPython",
+    "ipykernel",
+    "ipywidgets",
+    "jupyterlab",
+    "jupyter_core",
+    "nbformat",
+    "nbconvert",
+)
 
 
 def test_supermix_imports_without_any_notebook_tool():
@@ -35,9 +45,13 @@ def test_the_wheel_holds_the_package_and_the_teachers(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel = ZipFile(next((tmp_path / "wheels").glob("*.whl")))
     names = wheel.namelist()
-    assert {"supermix/py.typed", "supermix/mixing/solver.py", "supermix/models/wrn.py",
-            "supermix/teachers/digits.safetensors",
-            "supermix/teachers/fashion_mnist.json"} <= set(names)
+    assert {
+        "supermix/py.typed",
+        "supermix/mixing/solver.py",
+        "supermix/models/wrn.py",
+        "supermix/teachers/digits.safetensors",
+        "supermix/teachers/fashion_mnist.json",
+    } <= set(names)
     metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert len(required) >= 6 and not any(tool.lower() in line.lower() for line in required for tool in TOOLS)

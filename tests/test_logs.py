@@ -16,10 +16,12 @@ def test_the_table_comes_back(tmp_path):
 
 def test_a_resumed_log_has_no_row_twice(tmp_path):
     log = Log(tmp_path)
-    for row in ROWS[:4]: log.add(**row)
+    for row in ROWS[:4]:
+        log.add(**row)
     log.close()
     log = Log(tmp_path, ROWS[:2])  # its checkpoint was of the second epoch
-    for row in ROWS[2:]: log.add(**row)
+    for row in ROWS[2:]:
+        log.add(**row)
     log.close()
     assert read_log(tmp_path / "log.csv") == ROWS
 

@@ -74,6 +74,7 @@ def test_soft_labels_are_weighted_one_hots(k, N, seed):
 @pytest.mark.parametrize("k, titles", [(2, None), (3, ["one", "two"])])
 def test_the_picture_has_a_panel_for_each_source_mask_and_mix(k, titles, digits):
     import matplotlib.pyplot as plt
+
     figure = show_mixes(digits.info, torch.randn(2, k, 3, 8, 8), torch.full((2, k, 8, 8), 1 / k), titles, "a mixer")
     assert len(figure.axes) == 2 * (2 * k + 1) and all(len(axes.images) == 1 for axes in figure.axes)
     plt.close(figure)

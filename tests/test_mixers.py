@@ -81,7 +81,8 @@ def test_weights_follow_a_dirichlet_distribution(k, alpha, seeded):
     lam = draw_lam(20_000, k, alpha, seeded())
     torch.testing.assert_close(lam.sum(1), torch.ones(20_000))
     marginal = stats.beta(alpha, (k - 1) * alpha)
-    for i in range(k): assert stats.kstest(lam[:, i].double().numpy(), marginal.cdf).pvalue > 1e-3
+    for i in range(k):
+        assert stats.kstest(lam[:, i].double().numpy(), marginal.cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("which", ["MixUp", "CutMix", "SuperMix"])
@@ -93,7 +94,7 @@ def test_a_generator_decides_everything(which, teacher, digits, seeded):
     assert torch.equal(a, b) and torch.equal(ya, yb) and not torch.equal(a, c) and not torch.equal(ya, yc)
     assert torch.equal(torch.get_rng_state(), state)  # torch's global generator was not touched
     torch.manual_seed(0)
-    d, _ = mixer(images, labels)                      # without one it is the global generator that decides
+    d, _ = mixer(images, labels)  # without one it is the global generator that decides
     torch.manual_seed(0)
     assert torch.equal(mixer((images, labels))[0], d) and not torch.equal(mixer(images, labels)[0], d)
 
@@ -128,27 +129,35 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     arguments, message = BAD[case]
-    with pytest.raises(ValueError, match=message): MixUp(10)(*arguments)
+    with pytest.raises(ValueError, match=message):
+        MixUp(10)(*arguments)
 
 
 @pytest.mark.parametrize("mixer", [MixUp, CutMix])
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_an_alpha_that_no_dirichlet_distribution_has(mixer, alpha):
-    with pytest.raises(ValueError, match=f"alpha.* got {alpha}"): mixer(10, alpha=alpha)
+    with pytest.raises(ValueError, match=f"alpha.* got {alpha}"):
+        mixer(10, alpha=alpha)
 
 
 def test_what_makes_no_batch_is_said(digits):
     x, labels = digits.train[:4]
-    with pytest.raises(ValueError, match="samples that are alike"): MixUp(10)((x[0], labels))
-    with pytest.raises(ValueError, match=r"samples \(image, label\), got 3"): MixUp(10)([(i, 1, 2) for i in x])
-    with pytest.raises(ValueError, match="alpha of at least 0.01"): draw_lam(4, 2, 0.001)
+    with pytest.raises(ValueError, match="samples that are alike"):
+        MixUp(10)((x[0], labels))
+    with pytest.raises(ValueError, match=r"samples \(image, label\), got 3"):
+        MixUp(10)([(i, 1, 2) for i in x])
+    with pytest.raises(ValueError, match="alpha of at least 0.01"):
+        draw_lam(4, 2, 0.001)
 
 
 # ---- batches that cannot be mixed
 
+
 class Quick(SuperMix):
     "SuperMix without its search: what is tested stands before it."
-    def choose_masks(self, sets, draw, generator=None): return constant_masks(draw.lam, sets.shape[-2:])
+
+    def choose_masks(self, sets, draw, generator=None):
+        return constant_masks(draw.lam, sets.shape[-2:])
 
 
 def of_class(digits, label, n):
@@ -175,13 +184,16 @@ def test_a_single_image_comes_back_as_it_is(make, digits):
     with pytest.warns(UserWarning, match="1 images of 1 classes cannot be mixed in sets of 2.*drop_last=True"):
         mixed, soft = make(10)(images, labels)
     assert torch.equal(mixed, images) and torch.equal(soft, torch.eye(10)[labels])
-    with pytest.raises(ValueError, match="labels from 0 to 9, got 12 to 12"): make(10)(images, torch.tensor([12]))
+    with pytest.raises(ValueError, match="labels from 0 to 9, got 12 to 12"):
+        make(10)(images, torch.tensor([12]))
 
 
 def test_a_single_image_without_a_label_has_the_teachers(teacher, digits):
     images, _ = digits.test[:1]
-    with pytest.warns(UserWarning, match="cannot be mixed"): mixed, soft = SuperMix(teacher)(images)
-    with torch.no_grad(): assert torch.equal(soft, torch.eye(10)[teacher(images).argmax(1)])
+    with pytest.warns(UserWarning, match="cannot be mixed"):
+        mixed, soft = SuperMix(teacher)(images)
+    with torch.no_grad():
+        assert torch.equal(soft, torch.eye(10)[teacher(images).argmax(1)])
     assert torch.equal(mixed, images)
 
 
@@ -198,7 +210,8 @@ def test_epochs_of_small_batches_of_two_classes_do_not_end_early(teacher, digits
     assert seen == len(data) and 0 < alone < len(data) / 8
 
 
-def blind(x): return torch.tensor([[2.0, 1.0, 0.0]]).repeat(len(x), 1) + 0 * x.mean((1, 2, 3))[:, None]
+def blind(x):
+    return torch.tensor([[2.0, 1.0, 0.0]]).repeat(len(x), 1) + 0 * x.mean((1, 2, 3))[:, None]
 
 
 @pytest.mark.filterwarnings("ignore:A batch of")
@@ -206,11 +219,15 @@ def test_a_teacher_that_sees_one_class_everywhere_is_still_an_error(digits):
     images, labels = digits.train[:64]
     with pytest.raises(ValueError, match="sees at least k = 2 different classes in the 64 images, got 1"):
         SuperMix(blind)(images, labels % 3)
-    with pytest.raises(ValueError, match="sees at least k = 2"): SuperMix(blind)(images[:8])  # nothing else is known
-    with pytest.raises(ValueError, match="sees at least k = 2"): SuperMix(blind)(images[:40], labels[:40] % 2)
+    with pytest.raises(ValueError, match="sees at least k = 2"):
+        SuperMix(blind)(images[:8])  # nothing else is known
+    with pytest.raises(ValueError, match="sees at least k = 2"):
+        SuperMix(blind)(images[:40], labels[:40] % 2)
     mixer = SuperMix(blind)
-    for _ in range(8): mixer(images[:4], torch.tensor([0, 1, 2, 0]))  # it may happen in a small batch
-    with pytest.raises(ValueError, match="sees at least k = 2"): mixer(images[:4], torch.tensor([0, 1, 2, 0]))
+    for _ in range(8):
+        mixer(images[:4], torch.tensor([0, 1, 2, 0]))  # it may happen in a small batch
+    with pytest.raises(ValueError, match="sees at least k = 2"):
+        mixer(images[:4], torch.tensor([0, 1, 2, 0]))
 
 
 def test_a_teacher_with_other_names_for_its_classes_is_told(teacher, digits):
@@ -228,12 +245,14 @@ def test_a_teacher_with_other_names_for_its_classes_is_told(teacher, digits):
 
 # ---- labels that are soft already
 
+
 @pytest.mark.parametrize("make", [MixUp, CutMix, CutMixInside])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
 def test_one_hot_labels_give_what_class_indices_give(make, dtype, digits, seeded):
     images, labels = digits.test[:8]
-    (a, hard), (b, soft) = (make(10, alpha=1.0)(images, y, generator=seeded())
-                            for y in (labels, torch.eye(10)[labels].to(dtype)))
+    (a, hard), (b, soft) = (
+        make(10, alpha=1.0)(images, y, generator=seeded()) for y in (labels, torch.eye(10)[labels].to(dtype))
+    )
     assert torch.equal(a, b)
     torch.testing.assert_close(soft, hard)
 
@@ -247,7 +266,9 @@ def test_soft_labels_are_mixed_as_torchvision_mixes_them(digits):
     lam = float(v2.MixUp(num_classes=10)._dist.sample(()))
 
     class Neighbours(MixUp):  # torchvision's pairs and λ
-        def draw(self, images, labels, generator=None): return neighbours(images, labels, lam)[1]
+        def draw(self, images, labels, generator=None):
+            return neighbours(images, labels, lam)[1]
+
     torch.testing.assert_close(Neighbours(10)(images, smooth)[1], theirs)
     torch.testing.assert_close(theirs.sum(1), torch.ones(8))
 
@@ -266,6 +287,7 @@ def test_a_collate_function_takes_samples_with_one_hot_labels(digits):
 
 
 # ---- the box of the SuperMix authors' comparison
+
 
 def test_a_box_inside_has_one_area_and_all_places(seeded):
     draw = Draw(torch.zeros(4000, 2).long(), torch.zeros(4000, 2).long(), torch.full((4000, 2), 0.5), 10)

@@ -26,32 +26,50 @@ from supermix.zoo import create, names
 from torch import nn
 
 SMALL = {  # a family each, small enough to run often
-    "resnet": lambda: ResNet(10, depth=8), "bottleneck": lambda: BottleneckResNet(10, (1, 2), (8, 16, 32)),
-    "wrn": lambda: WRN(10, 10, 1), "vgg": lambda: VGG(10, widths=(8, 8, 16, 16, 16)),
-    "mobilenetv2": lambda: MobileNetV2(10, 0.25, 64), "shufflenetv1": lambda: ShuffleNetV1(10, (60, 120), (2, 2)),
+    "resnet": lambda: ResNet(10, depth=8),
+    "bottleneck": lambda: BottleneckResNet(10, (1, 2), (8, 16, 32)),
+    "wrn": lambda: WRN(10, 10, 1),
+    "vgg": lambda: VGG(10, widths=(8, 8, 16, 16, 16)),
+    "mobilenetv2": lambda: MobileNetV2(10, 0.25, 64),
+    "shufflenetv1": lambda: ShuffleNetV1(10, (60, 120), (2, 2)),
     "shufflenetv2": lambda: ShuffleNetV2(10, (16, 32), (2, 2), 32),
-    "shakeshake": lambda: ShakeShake(10, 8, 8), "imagenet_resnet": lambda: imagenet_resnet(10),
-    "timm": lambda: Hooked(timm.create_model("regnetx_002", num_classes=10, zero_init_last=False), "stem",
-                           ["s1", "s2", "s3", "s4"], "head.fc"),
+    "shakeshake": lambda: ShakeShake(10, 8, 8),
+    "imagenet_resnet": lambda: imagenet_resnet(10),
+    "timm": lambda: Hooked(
+        timm.create_model("regnetx_002", num_classes=10, zero_init_last=False),
+        "stem",
+        ["s1", "s2", "s3", "s4"],
+        "head.fc",
+    ),
 }
 LINEAR_ENDS = {"mobilenetv2", "shakeshake"}  # nothing of a ReLU stands at a stage's end
-LARGE = {"wrn_28_10a", "shakeshake26_2x96d", "resnet50", "resnet32x4", "imagenet_resnet34", "imagenet_resnet50",
-         "imagenet_resnet18"}
+LARGE = {
+    "wrn_28_10a",
+    "shakeshake26_2x96d",
+    "resnet50",
+    "resnet32x4",
+    "imagenet_resnet34",
+    "imagenet_resnet50",
+    "imagenet_resnet18",
+}
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=SMALL)
-def family(request): return request.param
+def family(request):
+    return request.param
 
 
 @pytest.fixture
 def network(family):
     "A network of the family, with averages of norms that fit: as if trained."
     net = SMALL[family]()
-    for _ in range(3): net(torch.randn(16, 3, 32, 32))
+    for _ in range(3):
+        net(torch.randn(16, 3, 32, 32))
     return net.eval()
 
 
@@ -63,7 +81,8 @@ def test_every_parameter_of_every_network_gets_a_gradient(name):
     assert [n for n, p in network.named_parameters() if p.grad is None] == []
     network.eval()  # a bias in front of a norm has a gradient of 0 in training, and another one here
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d): module.reset_running_stats()
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
     network.zero_grad()
     F.cross_entropy(network(torch.randn(4, 3, size, size)) / 1e3, torch.arange(4)).backward()
     assert [n for n, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
@@ -72,11 +91,13 @@ def test_every_parameter_of_every_network_gets_a_gradient(name):
 @pytest.mark.parametrize("name", names())
 def test_layout_and_precision_leave_the_logits(name):
     network, size = create(name, 10), 32 if name not in LARGE else 16
-    for _ in range(2): network(torch.randn(8, 3, size, size))  # averages of norms as after training
+    for _ in range(2):
+        network(torch.randn(8, 3, size, size))  # averages of norms as after training
     network, x = network.eval(), torch.randn(2, 3, size, size)
     with torch.no_grad():
         want = network(x)
-        with torch.autocast("cpu", torch.bfloat16): rough = network(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = network(x)
         laid_out = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     assert (laid_out - want).norm() <= 1e-4 * want.norm()
     assert rough.dtype == torch.bfloat16 and (rough.float() - want).norm() <= 0.1 * want.norm()
@@ -84,29 +105,35 @@ def test_layout_and_precision_leave_the_logits(name):
 
 def test_features_are_one_contract(network, family):
     x = torch.randn(3, 3, 32, 40)
-    with torch.no_grad(): features, logits = network.features(x), network(x)
+    with torch.no_grad():
+        features, logits = network.features(x), network(x)
     assert all(f.ndim == 4 and len(f) == 3 for f in features[:-1]) and features[-1].ndim == 2
     assert len(features) == 2 + len([name for name in network.parts() if name.startswith("stage")])
     head = network.parts()["head"]
     torch.testing.assert_close(head(features[-1]), logits)
-    assert (sum(p.numel() for part in network.parts().values() for p in part.parameters())
-            == sum(p.numel() for p in network.parameters()))
+    assert sum(p.numel() for part in network.parts().values() for p in part.parameters()) == sum(
+        p.numel() for p in network.parameters()
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_preactivations_come_before_the_relu(network, family, training):
-    if family == "shakeshake" and training: pytest.skip("two passes are shaken differently")
+    if family == "shakeshake" and training:
+        pytest.skip("two passes are shaken differently")
     network.train(training)
     x, twin = torch.randn(3, 3, 32, 32), copy.deepcopy(network)
-    with torch.no_grad(): features, before = network.features(x), twin.preactivations(x)
+    with torch.no_grad():
+        features, before = network.features(x), twin.preactivations(x)
     torch.testing.assert_close(before[0], features[0])
     torch.testing.assert_close(before[-1], features[-1])
     # the norms' averages moved once, as in one pass
     torch.testing.assert_close(twin.state_dict(), network.state_dict())
     for u, h in zip(before[1:-1], features[1:-1], strict=True):
         assert u.shape == h.shape and (u < 0).any()
-        if family in LINEAR_ENDS: torch.testing.assert_close(u, h)
-        elif family != "wrn": torch.testing.assert_close(u.relu(), h)
+        if family in LINEAR_ENDS:
+            torch.testing.assert_close(u, h)
+        elif family != "wrn":
+            torch.testing.assert_close(u.relu(), h)
 
 
 def test_the_pre_activation_of_a_wide_network_is_its_next_norm():
@@ -114,51 +141,78 @@ def test_the_pre_activation_of_a_wide_network_is_its_next_norm():
     for norm in [network.stages[1][0].norm1, network.stages[2][0].norm1, network.neck[0]]:
         norm.register_forward_hook(lambda m, args, output: heard.append(output.clone()))
     x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): before = network.preactivations(x)
-    for want, u in zip(heard, before[1:-1], strict=True): torch.testing.assert_close(u, want)
+    with torch.no_grad():
+        before = network.preactivations(x)
+    for want, u in zip(heard, before[1:-1], strict=True):
+        torch.testing.assert_close(u, want)
 
 
 def test_gradients_reach_features(network, family):
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
-    for f in network.features(x): assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
+    for f in network.features(x):
+        assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
     for f in network.preactivations(x):
         assert torch.autograd.grad(f.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda: ResNet(depth=21), "6n \\+ 2"), (lambda: WRN(depth=20), "6n \\+ 4"),
-    (lambda: ShakeShake(depth=20, width=4), None), (lambda: ShakeShake(depth=21), "6n \\+ 2"),
-    (lambda: VGG(depth=9), "Unknown depth 9"), (lambda: imagenet_resnet(depth=20), "Unknown depth 20"),
-    (lambda: VGG(10)(torch.zeros(1, 3, 4, 40)),
-     r"VGG expected images \(B, 3, H, W\) of at least 8×8 pixels, got \(1, 3, 4, 40\)"),
-    (lambda: ResNet(10, 8)(torch.zeros(1, 1, 28, 28)), r"ResNet expected images \(B, 3, H, W\), got \(1, 1, 28, 28\)"),
-    (lambda: ResNet(10, 8).features(torch.zeros(3, 28, 28)), r"got \(3, 28, 28\)"),
-    (lambda: Hooked(torchvision.models.resnet18(), "maxpool", ["layer"], "fc"), "Unknown module of ResNet 'layer'"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda: ResNet(depth=21), "6n \\+ 2"),
+        (lambda: WRN(depth=20), "6n \\+ 4"),
+        (lambda: ShakeShake(depth=20, width=4), None),
+        (lambda: ShakeShake(depth=21), "6n \\+ 2"),
+        (lambda: VGG(depth=9), "Unknown depth 9"),
+        (lambda: imagenet_resnet(depth=20), "Unknown depth 20"),
+        (
+            lambda: VGG(10)(torch.zeros(1, 3, 4, 40)),
+            r"VGG expected images \(B, 3, H, W\) of at least 8×8 pixels, got \(1, 3, 4, 40\)",
+        ),
+        (
+            lambda: ResNet(10, 8)(torch.zeros(1, 1, 28, 28)),
+            r"ResNet expected images \(B, 3, H, W\), got \(1, 1, 28, 28\)",
+        ),
+        (lambda: ResNet(10, 8).features(torch.zeros(3, 28, 28)), r"got \(3, 28, 28\)"),
+        (lambda: Hooked(torchvision.models.resnet18(), "maxpool", ["layer"], "fc"), "Unknown module of ResNet 'layer'"),
+    ],
+)
 def test_what_cannot_be_built_or_seen(act, message):
     if message is None:
         act()
         return
-    with pytest.raises(ValueError, match=message): act()
+    with pytest.raises(ValueError, match=message):
+        act()
 
 
 class Odd(nn.Module):
     "A network with a part that never runs, a part that gives a pair, and a head."
+
     def __init__(self):
         super().__init__()
-        self.idle, self.stem, self.pair, self.head = (nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1),
-                                                      nn.MaxPool2d(2, return_indices=True), nn.Linear(4, 2))
+        self.idle, self.stem, self.pair, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(3, 4, 1),
+            nn.MaxPool2d(2, return_indices=True),
+            nn.Linear(4, 2),
+        )
 
-    def forward(self, x): return self.head(self.pair(self.stem(x))[0].mean((2, 3)))
+    def forward(self, x):
+        return self.head(self.pair(self.stem(x))[0].mean((2, 3)))
 
 
-@pytest.mark.parametrize("stem, stages, message", [
-    ("stem", ["idle"], "Expected idle to be called when Odd runs"), ("idle", ["stem"], "Expected idle to be called"),
-    ("stem", ["pair"], "Expected a tensor at 'pair', got a tuple")])
+@pytest.mark.parametrize(
+    "stem, stages, message",
+    [
+        ("stem", ["idle"], "Expected idle to be called when Odd runs"),
+        ("idle", ["stem"], "Expected idle to be called"),
+        ("stem", ["pair"], "Expected a tensor at 'pair', got a tuple"),
+    ],
+)
 def test_a_module_that_says_nothing_or_no_tensor_is_named(stem, stages, message):
     for method in ("features", "preactivations"):
         wrapped = Hooked(Odd(), stem, stages, "head")
-        with pytest.raises(ValueError, match=message): getattr(wrapped, method)(torch.zeros(1, 3, 4, 4))
+        with pytest.raises(ValueError, match=message):
+            getattr(wrapped, method)(torch.zeros(1, 3, 4, 4))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.modules())
 
 
@@ -169,10 +223,14 @@ def test_two_threads_hear_their_own_images():
     def hear(n):
         for _ in range(20):
             for method in (network.features, network.preactivations):
-                with torch.no_grad(): wrong.extend(f.shape for f in method(torch.zeros(n, 3, 32, 32)) if len(f) != n)
+                with torch.no_grad():
+                    wrong.extend(f.shape for f in method(torch.zeros(n, 3, 32, 32)) if len(f) != n)
+
     threads = [threading.Thread(target=hear, args=(n,)) for n in (1, 3)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not wrong
 
 
@@ -193,6 +251,7 @@ def test_a_drawing_of_every_family(network, family):
 
 # Shake-Shake
 
+
 def test_shaking_takes_its_value_from_alpha_and_its_gradient_from_beta():
     a, b = (torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     alpha, beta = torch.rand(2, 4, 1, 1, 1, dtype=torch.float64)
@@ -208,16 +267,26 @@ def test_a_block_draws_per_image_and_not_in_evaluation():
     block, x = ShakeBlock(4, 4), torch.randn(1, 4, 5, 5).expand(64, -1, -1, -1)
     block.eval().training = True
     with torch.no_grad():
-        shares = ((block(x) - x - block.second(x)) / (block.first(x) - block.second(x))
-                  ).median(3).values.median(2).values.median(1).values
-        assert (len(shares.unique()) == 64 and shares.min() > -1e-3 and shares.max() < 1 + 1e-3
-                and 0.35 < shares.mean() < 0.65)
+        shares = (
+            ((block(x) - x - block.second(x)) / (block.first(x) - block.second(x)))
+            .median(3)
+            .values.median(2)
+            .values.median(1)
+            .values
+        )
+        assert (
+            len(shares.unique()) == 64
+            and shares.min() > -1e-3
+            and shares.max() < 1 + 1e-3
+            and 0.35 < shares.mean() < 0.65
+        )
         block.training = False
         torch.testing.assert_close(block(x), x + (block.first(x) + block.second(x)) / 2)
 
 
-@pytest.mark.parametrize("device", [
-    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def test_shaking_under_autocast(device):
     network, x = ShakeShake(10, 8, 8).to(device), torch.randn(8, 3, 32, 32, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -250,8 +319,15 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_shaking_in_two_processes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               tmp_path / "worker.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "worker.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -260,11 +336,13 @@ def test_shaking_in_two_processes(tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 def test_compiled_networks_give_the_same(network, family):
     x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): want, got = network(x), torch.compile(network)(x)
+    with torch.no_grad():
+        want, got = network(x), torch.compile(network)(x)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
 # ---- channels last and tokens, of other libraries
+
 
 def by_hand(network, x, names):
     "A torchvision network's maps, from its own parts; (B, H, W, C) for Swin, tokens for ViT."
@@ -277,18 +355,23 @@ def by_hand(network, x, names):
             if f"encoder.layers.{name}" in names:
                 found.append(torch.zeros_like(found[0]))
                 for i in range(4):  # place by place
-                    for j in range(4): found[-1][:, :, i, j] = h[:, 1 + 4 * i + j]
+                    for j in range(4):
+                        found[-1][:, :, i, j] = h[:, 1 + 4 * i + j]
         return found
-    maps = [network.features[:int(name.rpartition(".")[2]) + 1](x) for name in names]
+    maps = [network.features[: int(name.rpartition(".")[2]) + 1](x) for name in names]
     return [f.permute(0, 3, 1, 2) for f in maps] if hasattr(network, "permute") else maps
 
 
 FEATURES = [f"features.{i}" for i in (0, 1, 3, 5, 7)]
 TORCHVISION = {
-    "swin_t": ({}, FEATURES, "head"), "swin_v2_t": ({}, FEATURES, "head"),
+    "swin_t": ({}, FEATURES, "head"),
+    "swin_v2_t": ({}, FEATURES, "head"),
     "convnext_tiny": ({}, FEATURES, "classifier.2"),
-    "vit_b_16": ({"image_size": 64}, ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 11))],
-                 "heads.head"),
+    "vit_b_16": (
+        {"image_size": 64},
+        ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 11))],
+        "heads.head",
+    ),
 }
 
 
@@ -310,9 +393,9 @@ TIMM = {
     "swin_tiny_patch4_window7_224": ({"img_size": (64, 96), "window_size": 2}, "patch_embed", "layers.{}", "head.fc"),
     "convnext_atto": ({}, "stem", "stages.{}", "head.fc"),
     "vit_tiny_patch16_224": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),
-    "vit_small_patch16_dinov3": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),   # four registers
+    "vit_small_patch16_dinov3": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),  # four registers
     "deit_tiny_distilled_patch16_224": ({"img_size": (64, 96)}, "patch_embed", "blocks.{}", "head"),  # two tokens
-    "mixer_s16_224": ({"img_size": 96}, "stem", "blocks.{}", "head"),                                # none
+    "mixer_s16_224": ({"img_size": 96}, "stem", "blocks.{}", "head"),  # none
 }
 
 
@@ -334,6 +417,7 @@ def test_timms_own_maps(name):
 
 class Square(nn.Module):
     "Maps that are as wide as they have channels, channels first or last, from layers that do not tell (`quiet`)."
+
     def __init__(self, last: bool, quiet: bool):
         super().__init__()
         self.last, self.stem, self.stage = last, nn.Conv2d(3, 8, 1), nn.Identity()
@@ -360,6 +444,7 @@ def test_a_map_as_wide_as_its_channels(last):
 
 class Tokens(nn.Module):
     "Tokens (B, L, C) or (B, C, L) that no layer tells of."
+
     def __init__(self, last: bool):
         super().__init__()
         self.last, self.stem, self.stage, self.head = last, nn.Conv2d(3, 5, 4, 4), nn.Identity(), nn.Linear(5, 2)

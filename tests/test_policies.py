@@ -8,9 +8,26 @@ import timm.data.auto_augment as timms
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from supermix.data import ArrayImages, FolderImages, Info
-from supermix.policies.policies import (OPS, _LEVELLED, _PBA_OPS, _POLICIES, _SIGNED, Augmented, Policy,
-                                        _AugmentedViews, _Ops, _apply_ops, _check_subpolicies, _cutout, _draw_places,
-                                        _magnitude_at, _magnitudes, load_policy, randaugment, save_policy)
+from supermix.policies.policies import (
+    OPS,
+    _LEVELLED,
+    _PBA_OPS,
+    _POLICIES,
+    _SIGNED,
+    Augmented,
+    Policy,
+    _AugmentedViews,
+    _Ops,
+    _apply_ops,
+    _check_subpolicies,
+    _cutout,
+    _draw_places,
+    _magnitude_at,
+    _magnitudes,
+    load_policy,
+    randaugment,
+    save_policy,
+)
 from supermix.recipes import CIFAR100_CLASSIFICATION
 from torchvision.transforms import v2
 
@@ -23,35 +40,43 @@ def photo(photos):
     return lambda size: v2.functional.resize(image, [size, size], antialias=True)
 
 
-def alone(op, magnitude, n=1): return _Ops(torch.full((n, 1), OPS.index(op)), torch.full((n, 1), float(magnitude)))
+def alone(op, magnitude, n=1):
+    return _Ops(torch.full((n, 1), OPS.index(op)), torch.full((n, 1), float(magnitude)))
 
 
 # ---- operations
+
 
 @pytest.mark.parametrize("op", OPS[:15])  # torchvision has no Cutout
 @pytest.mark.parametrize("space, bins, size", [("regular", 31, 33), ("regular", 10, 32), ("wide", 31, 28)])
 def test_every_operation_is_torchvisions(op, space, bins, size, photo):
     image, witness = photo(size), WITNESS[space]
-    if op == "Invert": values = torch.zeros(1)  # not in these two spaces, but in AutoAugment's
+    if op == "Invert":
+        values = torch.zeros(1)  # not in these two spaces, but in AutoAugment's
     else:
         values = witness._AUGMENTATION_SPACE[op][0](bins, size, size)
         values = torch.zeros(1) if values is None else values.float()
-        torch.testing.assert_close(_magnitudes(space, bins, size)[OPS.index(op)][:len(values)], values, rtol=0, atol=0)
-    if op in _SIGNED: values = torch.cat([values, -values])
+        torch.testing.assert_close(_magnitudes(space, bins, size)[OPS.index(op)][: len(values)], values, rtol=0, atol=0)
+    if op in _SIGNED:
+        values = torch.cat([values, -values])
     n = len(values)
     ours = _apply_ops(image.expand(n, -1, -1, -1), _Ops(torch.full((n, 1), OPS.index(op)), values[:, None]))
     for one, value in zip(ours, values.tolist()):
-        theirs = witness._apply_image_or_video_transform(image, op, value, interpolation=witness.interpolation,
-                                                         fill=witness._fill)
+        theirs = witness._apply_image_or_video_transform(
+            image, op, value, interpolation=witness.interpolation, fill=witness._fill
+        )
         assert (one != theirs).float().mean() < 1e-3  # none at all on processors that fuse multiply and add
 
 
-@pytest.mark.parametrize("op, magnitude", [("ShearX", 0.2), ("ShearY", -0.3), ("TranslateX", -7.9), ("TranslateY", 3),
-                                           ("Rotate", 25), ("Rotate", -90)])
+@pytest.mark.parametrize(
+    "op, magnitude",
+    [("ShearX", 0.2), ("ShearY", -0.3), ("TranslateX", -7.9), ("TranslateY", 3), ("Rotate", 25), ("Rotate", -90)],
+)
 def test_fill(op, magnitude, photo):
     witness = v2.RandAugment(fill=128)
-    theirs = witness._apply_image_or_video_transform(photo(32), op, magnitude, interpolation=witness.interpolation,
-                                                     fill=witness._fill)
+    theirs = witness._apply_image_or_video_transform(
+        photo(32), op, magnitude, interpolation=witness.interpolation, fill=witness._fill
+    )
     ours = _apply_ops(photo(32)[None], alone(op, magnitude), fill=128)[0]
     assert (ours == 128).any() and (ours != theirs).float().mean() < 1e-3
 
@@ -59,10 +84,13 @@ def test_fill(op, magnitude, photo):
 # What AutoAugment's authors do to a Pillow image at a level of 0 … 10, and Fast AutoAugment's at one of 0 … 1.
 # `sign` is of what is mirrored at random; Pillow counts shifts to the left.
 
-def affine(image, *numbers): return image.transform(image.size, Image.Transform.AFFINE, numbers)
+
+def affine(image, *numbers):
+    return image.transform(image.size, Image.Transform.AFFINE, numbers)
 
 
-def enhanced(image, op, factor): return getattr(ImageEnhance, op)(image).enhance(factor)
+def enhanced(image, op, factor):
+    return getattr(ImageEnhance, op)(image).enhance(factor)
 
 
 PLAIN = {"AutoContrast": ImageOps.autocontrast, "Equalize": ImageOps.equalize, "Invert": ImageOps.invert}
@@ -73,10 +101,12 @@ AUTHORS = {
     "TranslateY": lambda image, level, sign: affine(image, 1, 0, 0, 0, 1, -sign * level),
     "Rotate": lambda image, level, sign: image.rotate(sign * (30 * level // 10)),
     "Posterize": lambda image, level, sign: (  # of late Pillow wants a bit at least
-        ImageOps.posterize(image, 4 - 4 * level // 10) if level < 10 else image.point(lambda _: 0)),
+        ImageOps.posterize(image, 4 - 4 * level // 10) if level < 10 else image.point(lambda _: 0)
+    ),
     "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - 256 * level // 10),
     **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level / 10 + 0.1) for op in _SIGNED[5:]},
-    **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN}}
+    **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN},
+}
 FAA = {
     "ShearX": lambda image, level, sign: affine(image, 1, sign * (0.6 * level - 0.3), 0, 0, 1, 0),
     "ShearY": lambda image, level, sign: affine(image, 1, 0, 0, sign * (0.6 * level - 0.3), 1, 0),
@@ -86,15 +116,19 @@ FAA = {
     "Posterize": lambda image, level, sign: ImageOps.posterize(image, int(4 + 4 * level)),
     "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 * level),
     **{op: lambda image, level, sign, op=op: enhanced(image, op, 1.8 * level + 0.1) for op in _SIGNED[5:]},
-    **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN}}
+    **{op: lambda image, level, sign, op=op: PLAIN[op](image) for op in PLAIN},
+}
 
 
 @pytest.mark.parametrize("op", AUTHORS)
 @pytest.mark.parametrize("space", ["authors", "faa"])
 def test_the_authors_levels_are_those_of_their_pillow_code(space, op, photo):
     image = photo(32)
-    table, bins, levels = ((AUTHORS, 11, list(range(11))) if space == "authors" else
-                           (FAA, 2, [0.0, 0.013, 0.24988, 0.5, 0.61803, 0.75, 0.99, 1.0]))
+    table, bins, levels = (
+        (AUTHORS, 11, list(range(11)))
+        if space == "authors"
+        else (FAA, 2, [0.0, 0.013, 0.24988, 0.5, 0.61803, 0.75, 0.99, 1.0])
+    )
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
     for sign in (1, -1) if op in _SIGNED[:5] else (1,):
         policy = Policy("p", [[[op, 1.0, level]] for level in levels], space, bins)
@@ -109,17 +143,24 @@ def test_the_authors_levels_are_those_of_their_pillow_code(space, op, photo):
                 shift = 0.5 + m[levels.index(level)].item() * (torch.arange(32) + 0.5)
                 clear = (shift - shift.round()).abs() > 1e-4
                 far *= clear[:, None] if op == "ShearX" else clear
-            if op in _SIGNED[:5]: assert (far > 0).float().mean() < 2e-3, level
-            elif op in ("Posterize", "Solarize", "Equalize", "Invert"): assert not far.any(), level
-            else: assert far.max() <= 2, level  # Pillow rounds greys and means, torchvision does not
+            if op in _SIGNED[:5]:
+                assert (far > 0).float().mean() < 2e-3, level
+            elif op in ("Posterize", "Solarize", "Equalize", "Invert"):
+                assert not far.any(), level
+            else:
+                assert far.max() <= 2, level  # Pillow rounds greys and means, torchvision does not
 
 
 def test_levels_differ_between_torchvision_and_the_authors():
     "The four examples by which the two policies of the same list differ, and the published errors."
     ours, authors = _POLICIES["autoaugment_cifar10"], _POLICIES["autoaugment_cifar10_authors"]
     assert ours.subpolicies == authors.subpolicies
-    for op, level, theirs, torchvisions in (("TranslateX", 9, 9, 14), ("Posterize", 7, 2, 5),
-                                            ("Solarize", 9, 26 / 255, 0), ("Brightness", 3, 0.64 - 1, 0.3)):
+    for op, level, theirs, torchvisions in (
+        ("TranslateX", 9, 9, 14),
+        ("Posterize", 7, 2, 5),
+        ("Solarize", 9, 26 / 255, 0),
+        ("Brightness", 3, 0.64 - 1, 0.3),
+    ):
         for policy, expected in ((authors, theirs), (ours, torchvisions)):
             one = Policy("p", [[[op, 1.0, level]]], policy.space, policy.bins).draw(50, 32, torch.Generator())
             found = {float(m) if op != "TranslateX" else float(m.trunc()) for m in one.magnitude.flatten()}
@@ -153,24 +194,31 @@ def test_outside_is_the_mean_colour(digits, seeded):
 def test_images_that_are_not_square(photo):
     image, witness = photo(40)[:, :24], WITNESS["regular"]
     for op, magnitude in (("ShearX", 0.3), ("ShearY", 0.3), ("TranslateX", 9), ("Rotate", 30)):
-        theirs = witness._apply_image_or_video_transform(image, op, magnitude, interpolation=witness.interpolation,
-                                                         fill=witness._fill)
+        theirs = witness._apply_image_or_video_transform(
+            image, op, magnitude, interpolation=witness.interpolation, fill=witness._fill
+        )
         assert (_apply_ops(image[None], alone(op, magnitude))[0] != theirs).float().mean() < 1e-3
 
 
 def test_a_batch_is_its_images_one_by_one(photo, seeded):
     images = torch.randint(0, 256, (40, 3, 32, 32), generator=seeded(), dtype=torch.uint8)
     images[::2] = photo(32)
-    holes = Policy("holes", [[["Cutout", 1.0, 0.9], ["Rotate", 0.5, 0.1]], [["Color", 0.7, 0.2], ["Cutout", 0.6, 0.4]]],
-                   "faa", 2, cutout=8, fill=None)
+    holes = Policy(
+        "holes",
+        [[["Cutout", 1.0, 0.9], ["Rotate", 0.5, 0.1]], [["Color", 0.7, 0.2], ["Cutout", 0.6, 0.4]]],
+        "faa",
+        2,
+        cutout=8,
+        fill=None,
+    )
     for policy in (_POLICIES["trivialaugment"], _POLICIES["autoaugment_cifar10"], randaugment(3, 20), holes):
         ops = policy.draw(40, 32, seeded(1))
         before = images.clone()
         together = policy.apply(images, ops)
         assert torch.equal(images, before), "the input was changed"
         for i in range(40):
-            single = policy.apply(images[i:i + 1], ops[i:i + 1])
-            assert torch.equal(together[i:i + 1], single)
+            single = policy.apply(images[i : i + 1], ops[i : i + 1])
+            assert torch.equal(together[i : i + 1], single)
 
 
 def test_operations_are_applied_in_their_order(photo):
@@ -198,17 +246,20 @@ def test_an_empty_batch():
 
 # ---- Cutout
 
+
 @pytest.mark.parametrize("length", [1, 4, 5, 16, 40])
 def test_cutout_by_a_loop(length, seeded):
     images = torch.rand((30, 3, 20, 24), generator=seeded()) + 1
-    middle = torch.stack([torch.randint(20, (30,), generator=seeded(1)),
-                          torch.randint(24, (30,), generator=seeded(2))], 1)
+    middle = torch.stack(
+        [torch.randint(20, (30,), generator=seeded(1)), torch.randint(24, (30,), generator=seeded(2))], 1
+    )
     ours = _cutout(images, middle, length, torch.tensor([0.1, 0.2, 0.3]))
     for image, (row, column), got in zip(images, middle.tolist(), ours):
         top, left = row - length // 2, column - length // 2
         expected = image.clone()
-        expected[:, max(0, top):max(0, top + length), max(0, left):max(0, left + length)] = (
-            torch.tensor([0.1, 0.2, 0.3])[:, None, None])
+        expected[:, max(0, top) : max(0, top + length), max(0, left) : max(0, left + length)] = torch.tensor(
+            [0.1, 0.2, 0.3]
+        )[:, None, None]
         assert torch.equal(got, expected)
 
 
@@ -216,7 +267,7 @@ def test_cutout_with_a_length_for_each_image():
     middle, lengths = torch.tensor([[3, 4], [0, 9], [5, 5]]), torch.tensor([0, 5, 20])
     together = _cutout(torch.ones(3, 1, 8, 10), middle, lengths)
     for i, length in enumerate(lengths.tolist()):
-        assert torch.equal(together[i:i + 1], _cutout(torch.ones(1, 1, 8, 10), middle[i:i + 1], length))
+        assert torch.equal(together[i : i + 1], _cutout(torch.ones(1, 1, 8, 10), middle[i : i + 1], length))
 
 
 def test_the_operation_cutout_is_fast_autoaugments(seeded):
@@ -248,7 +299,7 @@ def test_the_operation_cutout_is_autoaugments(seeded):
         covered = policy.apply(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), ops, 1)
         for image, (row, column) in zip(covered, ops.place[:, 0].tolist()):
             expected = torch.zeros(3, 32, 32, dtype=torch.uint8)
-            expected[:, max(0, row - level):row + level, max(0, column - level):column + level] = 1
+            expected[:, max(0, row - level) : row + level, max(0, column - level) : column + level] = 1
             assert torch.equal(image, expected)
 
 
@@ -265,15 +316,29 @@ def test_cutout_covers_the_mean_colour(digits, seeded):
 
 # ---- what is drawn
 
+
 def test_draws_follow_the_policy(seeded):
-    policy = Policy("p", [[["Rotate", 0.3, 9], ["Equalize", 1, None]], [["Solarize", 0.0, 5], ["Color", 0.6, 2]],
-                          [["Posterize", 1.0, 9]]])
+    policy = Policy(
+        "p",
+        [
+            [["Rotate", 0.3, 9], ["Equalize", 1, None]],
+            [["Solarize", 0.0, 5], ["Color", 0.6, 2]],
+            [["Posterize", 1.0, 9]],
+        ],
+    )
     n = 60_000
     ops = policy.draw(n, 32, seeded())
     count = {(op, place): (ops.op[:, place] == OPS.index(op)).sum().item() / n for op in OPS for place in (0, 1)}
-    expected = {("Rotate", 0): 0.1, ("Equalize", 1): 1 / 3, ("Color", 1): 0.2, ("Posterize", 0): 1 / 3,
-                ("Identity", 0): 1 - 0.1 - 1 / 3, ("Identity", 1): 1 - 1 / 3 - 0.2}
-    for key, share in count.items(): assert share == pytest.approx(expected.get(key, 0), abs=0.01)
+    expected = {
+        ("Rotate", 0): 0.1,
+        ("Equalize", 1): 1 / 3,
+        ("Color", 1): 0.2,
+        ("Posterize", 0): 1 / 3,
+        ("Identity", 0): 1 - 0.1 - 1 / 3,
+        ("Identity", 1): 1 - 1 / 3 - 0.2,
+    }
+    for key, share in count.items():
+        assert share == pytest.approx(expected.get(key, 0), abs=0.01)
     turned = ops.magnitude[:, 0][ops.op[:, 0] == OPS.index("Rotate")]
     assert set(turned.tolist()) == {-30.0, 30.0} and (turned > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert (ops.magnitude[:, 0][ops.op[:, 0] == OPS.index("Posterize")] == 4).all()  # bits have no sign
@@ -289,8 +354,9 @@ def test_several_picks(seeded):
     pairs = ops.op.view(-1, 3, 2)
     first = pairs[..., 0] == OPS.index("Rotate")
     assert ((pairs[..., 1] == OPS.index("Equalize")) == first).all()  # the entries of a sub-policy stay together
-    assert (first.float().mean().item() == pytest.approx(0.5, abs=0.02)
-            and first.all(1).float().mean().item() == pytest.approx(1 / 8, abs=0.02))
+    assert first.float().mean().item() == pytest.approx(0.5, abs=0.02) and first.all(
+        1
+    ).float().mean().item() == pytest.approx(1 / 8, abs=0.02)
 
 
 def test_chances_of_numbers_of_operations(seeded):
@@ -302,7 +368,8 @@ def test_chances_of_numbers_of_operations(seeded):
     for _ in range(n):
         left, happened = random.choice(3, p=[0.1, 0.5, 0.4]), ()
         for op in random.permutation(list(shares)):
-            if left and random.random() < shares[op]: left, happened = left - 1, (*happened, str(op))
+            if left and random.random() < shares[op]:
+                left, happened = left - 1, (*happened, str(op))
         counted[happened] = counted.get(happened, 0) + 1
     ops = policy.draw(n, 32, seeded())
     assert ops.op.shape == (n, 2)
@@ -311,7 +378,8 @@ def test_chances_of_numbers_of_operations(seeded):
         happened = tuple(OPS[code] for code in row if code)
         ours[happened] = ours.get(happened, 0) + 1
     assert set(ours) == set(counted) and len(ours) == 1 + 3 + 6
-    for happened, count in counted.items(): assert abs(count - ours[happened]) < 5 * (2 * count) ** 0.5
+    for happened, count in counted.items():
+        assert abs(count - ours[happened]) < 5 * (2 * count) ** 0.5
     assert not ((ops.op[:, 0] == 0) & (ops.op[:, 1] > 0)).any()  # what happens comes first
     assert not ops.magnitude[ops.op == 0].any()
 
@@ -328,12 +396,15 @@ def test_published_policies_draw_evenly(seeded):
 
 
 def test_autoaugment_is_torchvisions_list():
-    for name, policy in (("autoaugment_cifar10", v2.AutoAugmentPolicy.CIFAR10),
-                         ("autoaugment_cifar10_authors", v2.AutoAugmentPolicy.CIFAR10),
-                         ("autoaugment_imagenet", v2.AutoAugmentPolicy.IMAGENET)):
+    for name, policy in (
+        ("autoaugment_cifar10", v2.AutoAugmentPolicy.CIFAR10),
+        ("autoaugment_cifar10_authors", v2.AutoAugmentPolicy.CIFAR10),
+        ("autoaugment_imagenet", v2.AutoAugmentPolicy.IMAGENET),
+    ):
         theirs = v2.AutoAugment(policy)._policies
-        assert ([[(op, p, level or 0) for op, p, level in line] for line in theirs]
-                == [list(line) for line in _POLICIES[name].subpolicies])
+        assert [[(op, p, level or 0) for op, p, level in line] for line in theirs] == [
+            list(line) for line in _POLICIES[name].subpolicies
+        ]
 
 
 def test_the_seed_decides(digits, seeded):
@@ -358,13 +429,16 @@ def test_each_image_has_its_own_draw(digits, seeded):
 
 # ---- schedules
 
+
 def test_a_schedule_follows_the_epochs(digits, seeded):
-    policy = Policy("s", [[["Invert", 1.0, None]]],
-                    later=[(0.5, [[["Solarize", 1.0, 9]]]), (0.75, [[["Equalize", 1.0, None]]])])
+    policy = Policy(
+        "s", [[["Invert", 1.0, None]]], later=[(0.5, [[["Solarize", 1.0, 9]]]), (0.75, [[["Equalize", 1.0, None]]])]
+    )
     images = Augmented(digits.train.subset(20), policy, epochs=4)
     seen = []
     for epoch in range(4):
-        for _ in images.batches(10, 0, epoch): seen.append(OPS[images.draw(torch.arange(1), seeded()).ops.op.item()])
+        for _ in images.batches(10, 0, epoch):
+            seen.append(OPS[images.draw(torch.arange(1), seeded()).ops.op.item()])
         list(images.batches(10))  # a plain pass is no epoch
     assert seen[::2] == seen[1::2] == ["Invert", "Invert", "Solarize", "Equalize"]
     with pytest.raises(ValueError, match="is a schedule: expected the number of epochs"):
@@ -380,13 +454,24 @@ def test_at(share):
 
 # ---- files
 
+
 def test_round_trip(tmp_path):
-    for policy in (*_POLICIES.values(),
-                   Policy("ü", [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]],
-                          "wide", 12, 16, 128, 3, [(0.1, []), (0.9, [[["Color", 0.25, 11]]])],
-                          {"found": "by hand", "n": 3}),
-                   Policy("faa", [[["Cutout", 0.25, 0.3333333333333333], ["Rotate", 1, 1]]], "faa", 2, fill=None),
-                   Policy("pba", [[["Cutout", 0.25, 10]]], "authors", 11, picks=(0.2, 0.3, 0.5))):
+    for policy in (
+        *_POLICIES.values(),
+        Policy(
+            "ü",
+            [[["Color", 0.25, 3]], [["Invert", 0, None], ["ShearX", 1, 9], ["Rotate", 1, 0]]],
+            "wide",
+            12,
+            16,
+            128,
+            3,
+            [(0.1, []), (0.9, [[["Color", 0.25, 11]]])],
+            {"found": "by hand", "n": 3},
+        ),
+        Policy("faa", [[["Cutout", 0.25, 0.3333333333333333], ["Rotate", 1, 1]]], "faa", 2, fill=None),
+        Policy("pba", [[["Cutout", 0.25, 10]]], "authors", 11, picks=(0.2, 0.3, 0.5)),
+    ):
         again = load_policy(save_policy(policy, tmp_path / "deep" / "p.json"))
         assert again == policy and again.about == policy.about
 
@@ -399,14 +484,20 @@ def test_a_plain_list(tmp_path):
 
 def test_fast_autoaugments_list(tmp_path, seeded):
     "As its authors publish it: real levels, geometric operations mirrored at random, enhancements not, and Cutout."
-    lines = [[["Contrast", 0.83207, 0.49884], ["TranslateX", 0.418499, 0.394023]],
-             [["Cutout", 1.0, 0.61], ["Rotate", 1.0, 0.9]], [["Posterize", 1.0, 0.99], ["Solarize", 1.0, 0.25]]]
+    lines = [
+        [["Contrast", 0.83207, 0.49884], ["TranslateX", 0.418499, 0.394023]],
+        [["Cutout", 1.0, 0.61], ["Rotate", 1.0, 0.9]],
+        [["Posterize", 1.0, 0.99], ["Solarize", 1.0, 0.25]],
+    ]
     (tmp_path / "faa.json").write_text(json.dumps(lines))
     policy = load_policy(tmp_path / "faa.json")
     assert (policy.space, policy.bins, policy.fill, len(policy.subpolicies)) == ("faa", 2, 0, 3)
     assert [[list(entry) for entry in line] for line in policy.subpolicies] == lines
     ops = policy.draw(30_000, 32, seeded())
-    def drawn(op): return ops.magnitude[ops.op == OPS.index(op)]
+
+    def drawn(op):
+        return ops.magnitude[ops.op == OPS.index(op)]
+
     assert drawn("Contrast").unique().tolist() == pytest.approx([1.8 * 0.49884 + 0.1 - 1])
     assert drawn("TranslateX").unique().tolist() == [-3, 3]  # (0.9 · 0.394023 - 0.45) · 32 = -3.05
     assert drawn("Rotate").unique().tolist() == pytest.approx([-24, 24])
@@ -418,28 +509,42 @@ def test_fast_autoaugments_list(tmp_path, seeded):
     assert ((squares == 255).flatten(1).any(1) | ~(ops.op[:30] == OPS.index("Cutout")).any(1)).all()
 
 
-def copies(*lines): return "".join(f"{line!r}\n" for line in lines)
+def copies(*lines):
+    return "".join(f"{line!r}\n" for line in lines)
 
 
-def pba_numbers(share, level): return [share, level] * 30
+def pba_numbers(share, level):
+    return [share, level] * 30
 
 
 def test_a_published_pba_schedule(tmp_path):
     """Lines of [copy, original, epochs of both, numbers of the original, of the copy]. A copy begins at the original's
     epoch, and what stands before a break in the chain belongs to others."""
     a, b, c, d = (pba_numbers(n, n) for n in (0, 2, 5, 9))
-    d[2 * 29:] = [10, 3]  # Cutout in the second half
-    (tmp_path / "rcifar.txt").write_text(copies(
-        ["5", "6", 3, 3, d, a], ["9", "8", 11, 12, a, b], ["7", "9", 35, 34, {"hp_policy": b}, {"hp_policy": c}],
-        ["0", "7", 35, 34, c, b], ["3", "0", 90, 90, b, d]))
+    d[2 * 29 :] = [10, 3]  # Cutout in the second half
+    (tmp_path / "rcifar.txt").write_text(
+        copies(
+            ["5", "6", 3, 3, d, a],
+            ["9", "8", 11, 12, a, b],
+            ["7", "9", 35, 34, {"hp_policy": b}, {"hp_policy": c}],
+            ["0", "7", 35, 34, c, b],
+            ["3", "0", 90, 90, b, d],
+        )
+    )
     policy = load_policy(tmp_path / "rcifar.txt", cutout=16, epochs=200)
     assert (policy.name, policy.space, policy.bins, policy.cutout, policy.picks, policy.fill) == (
-        "rcifar", "authors", 11, 16, (0.2, 0.3, 0.5), None)
+        "rcifar",
+        "authors",
+        11,
+        16,
+        (0.2, 0.3, 0.5),
+        None,
+    )
     assert [share for share, _ in policy.later] == [12 / 200, 34 / 200, 90 / 200]
     for epoch, numbers in ((0, a), (11, a), (12, b), (33, b), (34, b), (89, b), (90, d), (199, d)):
         now = policy.at(epoch / 200).subpolicies
         assert len(now) == 30 and [line[0][0] for line in now] == [*_PBA_OPS, *_PBA_OPS]
-        assert [[round(10 * p), level] for ((_, p, level),) in now] == [numbers[i:i + 2] for i in range(0, 60, 2)]
+        assert [[round(10 * p), level] for ((_, p, level),) in now] == [numbers[i : i + 2] for i in range(0, 60, 2)]
     again = load_policy(save_policy(policy, tmp_path / "rcifar.json"))
     assert again == policy and again.about["epochs"] == 200
 
@@ -452,16 +557,19 @@ def test_wrong_pba_schedules(tmp_path):
     with pytest.raises(ValueError, match="pba.txt is not a policy file: expected changes .* within the 10 epochs"):
         load_policy(path, epochs=10)
     for lines, message in (
-            ("", "expected lines of six entries"), ("hello\n", "is not a policy file"),
-            ("[1, 2]\n", "expected lines of six entries"),
-            ("12\n13\n", "expected lines of six entries"),
-            (copies(["1", "0", 2, 2, a, a[:-1]]), "expected 60 numbers .* got 59"),
-            (copies(["1", "0", 2, 2, a, ["x"] * 60]), "expected lines of six entries"),
-            (copies(["1", "0", 2, 2, a, [11, 3] * 30]), "expected a probability from 0 to 1, got 1.1"),
-            (copies(["1", "0", 2, 2, a, [3, 11] * 30]), "expected a level, a whole number from 0 to 10, got 11"),
-            (copies(["1", "0", 9, 9, a, a], ["2", "1", 5, 5, a, a]), "one after the other")):
+        ("", "expected lines of six entries"),
+        ("hello\n", "is not a policy file"),
+        ("[1, 2]\n", "expected lines of six entries"),
+        ("12\n13\n", "expected lines of six entries"),
+        (copies(["1", "0", 2, 2, a, a[:-1]]), "expected 60 numbers .* got 59"),
+        (copies(["1", "0", 2, 2, a, ["x"] * 60]), "expected lines of six entries"),
+        (copies(["1", "0", 2, 2, a, [11, 3] * 30]), "expected a probability from 0 to 1, got 1.1"),
+        (copies(["1", "0", 2, 2, a, [3, 11] * 30]), "expected a level, a whole number from 0 to 10, got 11"),
+        (copies(["1", "0", 9, 9, a, a], ["2", "1", 5, 5, a, a]), "one after the other"),
+    ):
         path.write_text(lines)
-        with pytest.raises(ValueError, match=message) as error: load_policy(path, epochs=200)
+        with pytest.raises(ValueError, match=message) as error:
+            load_policy(path, epochs=200)
         assert "pba.txt" in str(error.value)
 
 
@@ -471,8 +579,7 @@ WRONG = {
     "[1]": "Sub-policy 1: expected a list of .* got 1",
     "[[]]": "Sub-policy 1: expected a list",
     '[[["Rotate", 1]]]': r"Sub-policy 1, entry 1: expected \[operation, probability, level\], got \['Rotate', 1\]",
-    '[[["Rotate", 1, 1]], [["Invert", 1, null], ["Rotat", 1, 1]]]':
-        "Sub-policy 2, entry 2: Unknown operation 'Rotat'. Did you mean 'Rotate'",
+    '[[["Rotate", 1, 1]], [["Invert", 1, null], ["Rotat", 1, 1]]]': "2, entry 2: .*'Rotat'. Did you mean 'Rotate'",
     '[[[["a"], 1, 1]]]': "Sub-policy 1, entry 1: ",
     '[[["Rotate", "often", 1]]]': r"entry 1 \(Rotate\): expected a probability from 0 to 1, got 'often'",
     '[[["Rotate", -0.1, 1]]]': "expected a probability from 0 to 1, got -0.1",
@@ -496,8 +603,7 @@ WRONG = {
     '{"picks": [0.5, 0.6]}': "Expected picks to be chances of 0, 1, 2, … operations that sum to 1",
     '{"picks": [1]}': "Expected picks to be chances",
     '{"picks": ["a", 1]}': "Expected picks to be chances",
-    '{"picks": [0.5, 0.5], "subpolicies": [[["Invert", 1, 0], ["Invert", 1, 0]]]}':
-        "sub-policies of one operation each",
+    '{"picks": [0.5, 0.5], "subpolicies": [[["Invert", 1, 0], ["Invert", 1, 0]]]}': "of one operation each",
     '{"space": ["regular"]}': "Unknown space",
     '{"later": [[0.5]]}': "Expected `later` to be a list",
     '{"later": [[0.5, []], [0.4, []]]}': "each above the last, got",
@@ -509,15 +615,20 @@ WRONG = {
 def test_wrong_files(text, tmp_path):
     path = tmp_path / "wrong.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=WRONG[text]) as error: load_policy(path)
+    with pytest.raises(ValueError, match=WRONG[text]) as error:
+        load_policy(path)
     assert "wrong.json" in str(error.value)
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no policy file"): load_policy(tmp_path / "nowhere.json")
-    with pytest.raises(ValueError, match="Did you mean 'trivialaugment'"): load_policy("trivialaugmnt")
-    with pytest.raises(ValueError, match="Expected picks to be a whole number from 1 to 100, got 0"): randaugment(0)
-    with pytest.raises(ValueError, match="from 0 to 30, got 31"): randaugment(2, 31)
+    with pytest.raises(FileNotFoundError, match="There is no policy file"):
+        load_policy(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match="Did you mean 'trivialaugment'"):
+        load_policy("trivialaugmnt")
+    with pytest.raises(ValueError, match="Expected picks to be a whole number from 1 to 100, got 0"):
+        randaugment(0)
+    with pytest.raises(ValueError, match="from 0 to 30, got 31"):
+        randaugment(2, 31)
 
 
 def test_levels_of_operations_without_one():
@@ -526,6 +637,7 @@ def test_levels_of_operations_without_one():
 
 
 # ---- whole data sets
+
 
 def test_photographs_in_files(tmp_path, photos, seeded):
     labels = []
@@ -573,13 +685,16 @@ def test_subset_and_devices(digits):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu(digits):
-    images, g = (Augmented(digits.train.to("cuda"), load_policy("trivialaugment", cutout=16)),
-                 torch.Generator("cuda").manual_seed(0))
+    images, g = (
+        Augmented(digits.train.to("cuda"), load_policy("trivialaugment", cutout=16)),
+        torch.Generator("cuda").manual_seed(0),
+    )
     which = torch.arange(256)
     views = images.draw(which, g)
     pixels = images.fetch(which, views)
     on_cpu = Augmented(digits.train, images.policy).fetch(
-        which, _AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu")))
+        which, _AugmentedViews(views.crop.cpu(), views.flip.cpu(), views.ops.to("cpu"))
+    )
     assert pixels.device.type == "cuda" and (pixels.cpu() != on_cpu).float().mean() < 1e-3
     policy = Policy("p", [[["Cutout", 1.0, 9]], [["ShearX", 1.0, 5]]], "authors", 11, picks=(0.2, 0.3, 0.5), fill=None)
     x, ops, colour = digits.train.fetch(which), policy.draw(256, 32, g), torch.tensor([9, 99, 200])

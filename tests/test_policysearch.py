@@ -8,10 +8,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from supermix.policies.policies import OPS, _POLICIES, Augmented, Policy, load_policy
-from supermix.policies.search import (_SEARCHED, DensityFound, DensityRecipe, PopulationFound, PopulationRecipe,
-                                      _exploit, _explore, _judge_policy, _make_density, _make_population,
-                                      _parameter_lines, _random_policy, _split_images, compare_policies, search_density,
-                                      search_population)
+from supermix.policies.search import (
+    _SEARCHED,
+    DensityFound,
+    DensityRecipe,
+    PopulationFound,
+    PopulationRecipe,
+    _exploit,
+    _explore,
+    _judge_policy,
+    _make_density,
+    _make_population,
+    _parameter_lines,
+    _random_policy,
+    _split_images,
+    compare_policies,
+    search_density,
+    search_population,
+)
 from supermix.recipes import Training
 from supermix.zoo import create
 
@@ -21,20 +35,26 @@ FILES = Path(__file__).parent.parent / "policies"
 
 # ---- parts
 
+
 def test_parts_share_nothing(digits):
     a, b = _split_images(digits.train, 300, 200, seed=1)
     assert (len(a), len(b)) == (300, 200)
     together = torch.cat([part.fetch(torch.arange(len(part))) for part in (a, b)])
     expected = digits.train.subset(500, seed=1).fetch(torch.arange(500))
-    def rows(pixels): return sorted(pixels.flatten(1).sum(1).tolist())
+
+    def rows(pixels):
+        return sorted(pixels.flatten(1).sum(1).tolist())
+
     assert rows(together) == rows(expected)
     again, _ = _split_images(digits.train, 300, 200, seed=1)
     assert torch.equal(a.labels, again.labels)
     assert torch.cat([a.labels, b.labels]).bincount().tolist() == [50] * 10
-    with pytest.raises(ValueError, match="Expected 1 to 1297 images, got 1400"): _split_images(digits.train, 1300, 100)
+    with pytest.raises(ValueError, match="Expected 1 to 1297 images, got 1400"):
+        _split_images(digits.train, 1300, 100)
 
 
 # ---- density matching
+
 
 def test_judging_is_a_loop(digits, teacher):
     images = digits.test.subset(50)
@@ -45,7 +65,8 @@ def test_judging_is_a_loop(digits, teacher):
     for part in torch.arange(50).split(20):
         for draw in range(3):
             pixels = policy.apply(images.fetch(part), policy.draw(len(part), 32, g))
-            with torch.no_grad(): logits = teacher(images.info.normalize(pixels))
+            with torch.no_grad():
+                logits = teacher(images.info.normalize(pixels))
             expected = F.cross_entropy(logits, images.labels[part], reduction="none")
             torch.testing.assert_close(losses[draw, part], expected, rtol=1e-3, atol=1e-3)
 
@@ -59,8 +80,9 @@ def test_the_judge_is_left_as_it_was(digits, teacher):
 
 def test_random_policies_are_even(seeded):
     entries = [entry for line in _random_policy(20_000, seeded()).subpolicies for entry in line]
-    assert ({op for op, _, _ in entries} == set(_SEARCHED) == set(OPS) - {"Identity", "Cutout"}
-            and all(len(set(column)) == n for column, n in zip(zip(*entries), (14, 10, 10))))
+    assert {op for op, _, _ in entries} == set(_SEARCHED) == set(OPS) - {"Identity", "Cutout"} and all(
+        len(set(column)) == n for column, n in zip(zip(*entries), (14, 10, 10))
+    )
     assert min(p for _, p, _ in entries) == 0.1 and max(p for _, p, _ in entries) == 1.0
     assert sum(level for _, _, level in entries) / 40_000 == pytest.approx(4.5, abs=0.05)
     assert _random_policy(3, seeded(1)) == _random_policy(3, seeded(1)) != _random_policy(3, seeded(2))
@@ -77,8 +99,9 @@ def test_the_search_sorts(digits, teacher):
     again = search_density(teacher, images, recipe)
     assert again.candidates == found.candidates and torch.equal(again.best, found.best)
     merged = found.policy(2, "both", by="test")
-    assert (merged.subpolicies == found.candidates[0].subpolicies + found.candidates[1].subpolicies
-            and merged.about == {"by": "test"})
+    assert merged.subpolicies == found.candidates[0].subpolicies + found.candidates[1].subpolicies and merged.about == {
+        "by": "test"
+    }
 
 
 def test_density_prefers_what_the_judge_knows(digits, teacher):
@@ -89,6 +112,7 @@ def test_density_prefers_what_the_judge_knows(digits, teacher):
 
 
 # ---- the population
+
 
 def test_exploit_by_hand(seeded):
     losses = torch.tensor([5.0, 1, 7, 2, 6, 3, 8, 4])
@@ -140,9 +164,11 @@ def test_a_small_population(digits):
     assert found.parameters.shape == (3, 4, 14, 2) and found.losses.shape == found.parents.shape == (3, 4)
     for r in (0, 1):
         for member, parent in enumerate(found.parents[r].tolist()):
-            if member == parent: assert torch.equal(found.parameters[r + 1, member], found.parameters[r, member])
-        assert ((found.parents[r] != torch.arange(4)).sum() == 1
-                and found.parents[r][found.losses[r].argmax()] == found.losses[r].argmin())
+            if member == parent:
+                assert torch.equal(found.parameters[r + 1, member], found.parameters[r, member])
+        assert (found.parents[r] != torch.arange(4)).sum() == 1 and found.parents[r][
+            found.losses[r].argmax()
+        ] == found.losses[r].argmin()
     again = search_population(learn, judged, recipe)
     assert torch.equal(again.parameters, found.parameters) and torch.allclose(again.losses, found.losses)
     assert "4 members, 3 rounds" in repr(found)
@@ -158,11 +184,16 @@ def test_what_cannot_be_searched(digits):
 
 # ---- files
 
+
 def test_commands_write_files(tmp_path, monkeypatch):
     small = DensityRecipe(images=60, judged=30, training=ONE, candidates=3, lines=2, draws=1, keep=2)
     policy = load_policy(_make_density("digits", tmp_path / "a.json", small))
-    assert (len(policy.subpolicies) == 4 and policy.name == "a" and policy.about["recipe"]["candidates"] == 3
-            and policy.about["data"] == "digits")
+    assert (
+        len(policy.subpolicies) == 4
+        and policy.name == "a"
+        and policy.about["recipe"]["candidates"] == 3
+        and policy.about["data"] == "digits"
+    )
     few = PopulationRecipe(images=60, judged=30, members=4, rounds=2, every=1, training=replace(ONE, epochs=2))
     schedule = load_policy(_make_population("digits", tmp_path / "b.json", few))
     assert schedule.picks == 2 and len(schedule.subpolicies) == 14 and len(schedule.about["losses"]) == 2
@@ -185,11 +216,15 @@ def test_the_committed_schedule_is_a_schedule():
 
 def test_comparing(digits):
     train, test = digits.train.subset(64), digits.test.subset(50)
-    reached = compare_policies({"a": _POLICIES["none"], "b": _POLICIES["none"], "c": _POLICIES["trivialaugment"]},
-                               train, test, ONE, seeds=2)
-    assert (list(reached) == ["a", "b", "c"] and all(len(v) == 2 for v in reached.values())
-            and reached["a"] == reached["b"])
+    reached = compare_policies(
+        {"a": _POLICIES["none"], "b": _POLICIES["none"], "c": _POLICIES["trivialaugment"]}, train, test, ONE, seeds=2
+    )
+    assert (
+        list(reached) == ["a", "b", "c"] and all(len(v) == 2 for v in reached.values()) and reached["a"] == reached["b"]
+    )
 
 
-def test_found_is_a_record(): assert "2 candidates: loss 0.100 for the best" in repr(
-    DensityFound((_POLICIES["none"],) * 2, torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.3]), 0.15))
+def test_found_is_a_record():
+    assert "2 candidates: loss 0.100 for the best" in repr(
+        DensityFound((_POLICIES["none"],) * 2, torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.3]), 0.15)
+    )

@@ -14,17 +14,33 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from supermix.mixing.masks import areas, mix, soft_labels
-from supermix.mixing.puzzlemix import (PuzzleMix, _Energy, _block_shares, _border_gaps, _distances, _energy_terms,
-                                       _graph_cuts, _min_cut, _minimise, _move_blocks, _puzzle_masks, _saliency,
-                                       _transport, _transport_plans)
+from supermix.mixing.puzzlemix import (
+    PuzzleMix,
+    _Energy,
+    _block_shares,
+    _border_gaps,
+    _distances,
+    _energy_terms,
+    _graph_cuts,
+    _min_cut,
+    _minimise,
+    _move_blocks,
+    _puzzle_masks,
+    _saliency,
+    _transport,
+    _transport_plans,
+)
 
 
 def pairs(seed, B, H, W, C=3):
     "Random sources, their maps and weights."
     g = torch.Generator().manual_seed(seed)
     lam = torch.rand(B, 1, generator=g)
-    return (torch.rand(B, 2, C, H, W, generator=g), torch.rand(B, 2, H, W, generator=g) ** 6,
-            torch.cat([lam, 1 - lam], 1))
+    return (
+        torch.rand(B, 2, C, H, W, generator=g),
+        torch.rand(B, 2, H, W, generator=g) ** 6,
+        torch.cat([lam, 1 - lam], 1),
+    )
 
 
 def papers_energy(z, s, pixels, lam, m, beta, gamma, eta):
@@ -35,9 +51,10 @@ def papers_energy(z, s, pixels, lam, m, beta, gamma, eta):
     for i, j in itertools.product(range(h), range(w)):
         u = round(z[i, j] * m)
         total -= z[i, j] * s[0, i, j] + (1 - z[i, j]) * s[1, i, j]
-        total -= eta / (h * w) * math.log(math.comb(m, u) * lam ** u * (1 - lam) ** (m - u))
+        total -= eta / (h * w) * math.log(math.comb(m, u) * lam**u * (1 - lam) ** (m - u))
         for k, l in ((i + 1, j), (i, j + 1)):
-            if k >= h or l >= w: continue
+            if k >= h or l >= w:
+                continue
             d = [[abs(pixels[a, :, i, j] - pixels[b, :, k, l]).mean() for b in (0, 1)] for a in (0, 1)]
             here, there = (z[i, j], 1 - z[i, j]), (z[k, l], 1 - z[k, l])
             phi = sum(here[a] * there[b] * d[a][b] for a in (0, 1) for b in (0, 1))
@@ -45,11 +62,17 @@ def papers_energy(z, s, pixels, lam, m, beta, gamma, eta):
     return float(total)
 
 
-@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 2), (2, 2), (2, 3), (3, 1)]),
-       labels=st.sampled_from([2, 3, 4]), beta=st.sampled_from([0.0, 1.2, 8.0, 60.0]),
-       gamma=st.sampled_from([0.0, 0.5, 1.0]), eta=st.sampled_from([0.0, 0.2, 2.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    grid=st.sampled_from([(1, 2), (2, 2), (2, 3), (3, 1)]),
+    labels=st.sampled_from([2, 3, 4]),
+    beta=st.sampled_from([0.0, 1.2, 8.0, 60.0]),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    eta=st.sampled_from([0.0, 0.2, 2.0]),
+)
 def test_no_labeling_is_better_than_the_cuts(seed, grid, labels, beta, gamma, eta):
-    if labels == 4 and grid == (2, 3): labels = 3  # 4096 labelings take long in plain loops
+    if labels == 4 and grid == (2, 3):
+        labels = 3  # 4096 labelings take long in plain loops
     sets, maps, lam = pairs(seed, 1, *grid)
     weights, m = {"beta": beta, "gamma": gamma, "eta": eta}, labels - 1
     shares = _block_shares(maps, grid)
@@ -64,8 +87,11 @@ def test_the_energy_of_real_blocks_differs_from_the_formula_by_a_constant(seed, 
     sets, maps, lam = pairs(seed, 2, n, n)
     shares, rng, m = _block_shares(maps, (n, n)), np.random.default_rng(seed), labels - 1
     energy = _energy_terms(shares, _border_gaps(sets, (n, n), 1), lam[:, 0], labels, beta=20.0, gamma=1.0)
-    assert ((energy.down >= 0).all() and (energy.right >= 0).all()
-            and (energy.site.diff(dim=-1).diff(dim=-1) > -1e-12).all())
+    assert (
+        (energy.down >= 0).all()
+        and (energy.right >= 0).all()
+        and (energy.site.diff(dim=-1).diff(dim=-1) > -1e-12).all()
+    )
     apart = []
     for u in rng.integers(0, labels, (4, n, n)):
         z = u / m
@@ -93,7 +119,7 @@ def test_the_cut_is_the_greatest_flow(seed, N, density):
 def test_a_batch_is_cut_as_its_pairs_are():
     sets, maps, lam = pairs(3, 9, 16, 16)
     energy = _energy_terms(_block_shares(maps, (8, 8)), _border_gaps(sets, (8, 8), 2), lam[:, 0])
-    alone = [_minimise(_Energy(*(t[i:i + 1] for t in energy)))[0] for i in range(9)]
+    alone = [_minimise(_Energy(*(t[i : i + 1] for t in energy)))[0] for i in range(9)]
     assert torch.equal(_minimise(energy), torch.stack(alone))
     assert _minimise(_Energy(*(1e-9 * t for t in energy))).equal(_minimise(energy))  # a scale changes nothing
 
@@ -140,7 +166,7 @@ def test_border_gaps_by_plain_loops():
     sets, h, w, cell = torch.rand(2, 2, 3, 8, 12), 2, 3, 2
     down, right = _border_gaps(sets, (h, w), cell)
     assert down.shape == (2, 2, 2, 1, 3) and right.shape == (2, 2, 2, 2, 2)
-    mean = lambda b, a, i, j: sets[b, a, :, i:i + cell, j:j + cell].double().mean((1, 2))
+    mean = lambda b, a, i, j: sets[b, a, :, i : i + cell, j : j + cell].double().mean((1, 2))
     for b, a, c in itertools.product((0, 1), repeat=3):
         for j in range(w):
             want = [(mean(b, a, 2, x) - mean(b, c, 4, x)).abs().mean() for x in (4 * j, 4 * j + 2)]
@@ -150,14 +176,19 @@ def test_border_gaps_by_plain_loops():
             torch.testing.assert_close(right[b, a, c, i, j], sum(want) / 2)
 
 
-@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 1), (2, 2), (2, 3), (1, 6)]),
-       xi=st.sampled_from([0.0, 0.02, 0.3, 5.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    grid=st.sampled_from([(1, 1), (2, 2), (2, 3), (1, 6)]),
+    xi=st.sampled_from([0.0, 0.02, 0.3, 5.0]),
+)
 def test_no_permutation_is_better_than_the_plan(seed, grid, xi):
     rng, size = np.random.default_rng(seed), grid[0] * grid[1]
     shares, seen = rng.dirichlet(np.full(size, 0.5)), rng.random(size) < 0.5
     where = np.array(list(itertools.product(range(grid[0]), range(grid[1])))) / max(max(grid) - 1, 1)
+
     def cost(comes):
         return sum(xi * ((where[i] - where[j]) ** 2).sum() - shares[i] * seen[j] for j, i in enumerate(comes))
+
     plan = _transport_plans(torch.tensor(shares).view(1, *grid), torch.tensor(seen).view(1, *grid), xi)
     assert sorted(plan[0].tolist()) == list(range(size))
     assert cost(plan[0].tolist()) <= min(map(cost, itertools.permutations(range(size)))) + 1e-12
@@ -174,8 +205,9 @@ def test_moved_blocks_are_where_the_plan_says():
     moved = _move_blocks(images, plans, grid)
     for b, place in itertools.product(range(3), range(12)):
         (i, j), (k, l) = divmod(place, 4), divmod(plans[b, place].item(), 4)
-        assert torch.equal(moved[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2],
-                           images[b, :, 2 * k:2 * k + 2, 2 * l:2 * l + 2])
+        assert torch.equal(
+            moved[b, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2], images[b, :, 2 * k : 2 * k + 2, 2 * l : 2 * l + 2]
+        )
 
 
 def test_transport_brings_saliency_into_view():
@@ -196,7 +228,8 @@ def test_saliency_of_a_linear_teacher_and_the_teacher_is_left_alone(teacher, dig
     images, _ = digits.test[:4]
     teacher.train()
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    with torch.inference_mode(): maps, logits = _saliency(teacher, images)
+    with torch.inference_mode():
+        maps, logits = _saliency(teacher, images)
     assert teacher.training and all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters()) and not logits.requires_grad and maps.shape == (4, 32, 32)
     teacher.eval()
@@ -242,60 +275,87 @@ def test_without_labels_the_teacher_tells_the_classes(teacher, digits, seeded):
 def test_a_mixer_of_half_precision(teacher, digits, seeded):
     images, labels = digits.test[:4]
     mixed, targets = PuzzleMix(lambda x: teacher(x.float()))(images.half(), labels, seeded())
-    assert (mixed.dtype == torch.float16 and torch.isfinite(mixed).all()
-            and torch.allclose(targets.sum(1), torch.ones(4)))
+    assert (
+        mixed.dtype == torch.float16 and torch.isfinite(mixed).all() and torch.allclose(targets.sum(1), torch.ones(4))
+    )
 
 
 def test_a_teacher_without_doubts_gives_equal_shares(seeded):
     constant = lambda x: 0 * x.flatten(1)[:, :3] + torch.tensor([100.0, 0, 0])
-    mixed, targets = PuzzleMix(constant, blocks=(2, 4))(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long),
-                                                        seeded())
+    mixed, targets = PuzzleMix(constant, blocks=(2, 4))(
+        torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), seeded()
+    )
     assert torch.isfinite(mixed).all() and torch.equal(targets, torch.tensor([[1.0, 0, 0]] * 4))
 
 
-SETTINGS = [({"alpha": 0.0}, "alpha above 0 and finite, or None, got 0.0"),
-            ({"blocks": ()}, r"blocks of 2 or more .* got \(\)"),
-            ({"blocks": (1, 2)}, r"blocks of 2 or more .* got \(1, 2\)"),
-            ({"labels": 1}, "labels from 2 to 16, got 1"), ({"labels": 2.5}, "labels from 2 to 16, got 2.5"),
-            ({"beta": -1.0}, "beta of 0 or more, got -1"), ({"eta": float("nan")}, "eta of 0 or more, got nan"),
-            ({"gamma": 1.5}, "gamma from 0 to 1 .* got 1.5"), ({"xi": float("inf")}, "xi of 0 or more, got inf"),
-            ({"size": 0}, "size of 1 pixel or more, got 0"), ({"border": 0.5}, "border of 1 pixel or more, got 0.5"),
-            ({"std": 0.0}, "std above 0, got 0.0"), ({"std": (0.2, -1.0)}, "std above 0")]
+SETTINGS = [
+    ({"alpha": 0.0}, "alpha above 0 and finite, or None, got 0.0"),
+    ({"blocks": ()}, r"blocks of 2 or more .* got \(\)"),
+    ({"blocks": (1, 2)}, r"blocks of 2 or more .* got \(1, 2\)"),
+    ({"labels": 1}, "labels from 2 to 16, got 1"),
+    ({"labels": 2.5}, "labels from 2 to 16, got 2.5"),
+    ({"beta": -1.0}, "beta of 0 or more, got -1"),
+    ({"eta": float("nan")}, "eta of 0 or more, got nan"),
+    ({"gamma": 1.5}, "gamma from 0 to 1 .* got 1.5"),
+    ({"xi": float("inf")}, "xi of 0 or more, got inf"),
+    ({"size": 0}, "size of 1 pixel or more, got 0"),
+    ({"border": 0.5}, "border of 1 pixel or more, got 0.5"),
+    ({"std": 0.0}, "std above 0, got 0.0"),
+    ({"std": (0.2, -1.0)}, "std above 0"),
+]
 
 
 @pytest.mark.parametrize("settings, message", SETTINGS)
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message): PuzzleMix(lambda x: x, **settings)
+    with pytest.raises(ValueError, match=message):
+        PuzzleMix(lambda x: x, **settings)
 
 
 images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
 linear = lambda x: x.flatten(1)[:, :4] * 3
 BAD = {
     "no teacher": (lambda: PuzzleMix("resnet20"), "Expected a teacher that maps images to logits, got str"),
-    "blocks that do not divide": (lambda: PuzzleMix(linear)(images, labels),
-                                  r"blocks that divide the images, got \(2, 4, 8, 16\) for 8×8"),
-    "a teacher without a gradient": (lambda: PuzzleMix(lambda x: linear(x).detach(), blocks=4)(images, labels),
-                                     "teacher that is differentiable"),
-    "a teacher that gives maps": (lambda: PuzzleMix(lambda x: x, blocks=4)(images, labels),
-                                  r"Expected the teacher to give logits \(4, N\), got \(4, 3, 8, 8\)"),
-    "a label too large": (lambda: PuzzleMix(linear, blocks=4)(images, labels + 1),
-                          "Expected labels from 0 to 3, got 1 to 4"),
+    "blocks that do not divide": (
+        lambda: PuzzleMix(linear)(images, labels),
+        r"blocks that divide the images, got \(2, 4, 8, 16\) for 8×8",
+    ),
+    "a teacher without a gradient": (
+        lambda: PuzzleMix(lambda x: linear(x).detach(), blocks=4)(images, labels),
+        "teacher that is differentiable",
+    ),
+    "a teacher that gives maps": (
+        lambda: PuzzleMix(lambda x: x, blocks=4)(images, labels),
+        r"Expected the teacher to give logits \(4, N\), got \(4, 3, 8, 8\)",
+    ),
+    "a label too large": (
+        lambda: PuzzleMix(linear, blocks=4)(images, labels + 1),
+        "Expected labels from 0 to 3, got 1 to 4",
+    ),
     "bytes": (lambda: PuzzleMix(linear, blocks=4)((255 * images).byte(), labels), "Expected normalised float images"),
-    "NaN": (lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels),
-            "NaN or infinity in 1 of 4"),
-    "a grid that does not fit maps": (lambda: _block_shares(torch.rand(2, 8, 8), (3, 4)),
-                                      "blocks that divide the maps, got 3×4 for 8×8"),
-    "soft labels of fewer classes": (lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4)[:, :3] + 1 / 3),
-                                     "whose rows sum to 1"),
-    "soft labels of more classes": (lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4, 5)),
-                                    "soft labels of the mixer's 4 classes, got 5"),
+    "NaN": (
+        lambda: PuzzleMix(linear, blocks=4)(images.index_fill(0, labels[:1], float("nan")), labels),
+        "NaN or infinity in 1 of 4",
+    ),
+    "a grid that does not fit maps": (
+        lambda: _block_shares(torch.rand(2, 8, 8), (3, 4)),
+        "blocks that divide the maps, got 3×4 for 8×8",
+    ),
+    "soft labels of fewer classes": (
+        lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4)[:, :3] + 1 / 3),
+        "whose rows sum to 1",
+    ),
+    "soft labels of more classes": (
+        lambda: PuzzleMix(linear, blocks=4)(images, torch.eye(4, 5)),
+        "soft labels of the mixer's 4 classes, got 5",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     call, message = BAD[case]
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_a_single_image_comes_back_as_it_is():
@@ -305,8 +365,10 @@ def test_a_single_image_comes_back_as_it_is():
 
 
 def test_one_hot_labels_give_what_class_indices_give():
-    (a, hard), (b, soft) = (PuzzleMix(linear, blocks=4)(images, y, generator=torch.Generator().manual_seed(0))
-                            for y in (labels, torch.eye(4)[labels]))
+    (a, hard), (b, soft) = (
+        PuzzleMix(linear, blocks=4)(images, y, generator=torch.Generator().manual_seed(0))
+        for y in (labels, torch.eye(4)[labels])
+    )
     assert torch.equal(a, b)
     torch.testing.assert_close(hard, soft)
 
@@ -336,9 +398,10 @@ def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
     half = torch.zeros(1, 2, 4, 4)
     half[:, 0, :, :2], half[:, 1, :, 2:] = 1, 1
     masks = half.repeat_interleave(14, 2).repeat_interleave(14, 3)
-    moved = _transport(sets, maps, masks, 4, size=4, xi=0.0)             # cells of 14 pixels: blocks of 7
-    pieces = lambda x: {p.numpy().tobytes() for p in x.unfold(2, 7, 7).unfold(3, 7, 7).permute(0, 2, 3, 1, 4, 5)
-                        .reshape(-1, 3, 7, 7)}
+    moved = _transport(sets, maps, masks, 4, size=4, xi=0.0)  # cells of 14 pixels: blocks of 7
+    pieces = lambda x: {
+        p.numpy().tobytes() for p in x.unfold(2, 7, 7).unfold(3, 7, 7).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 7, 7)
+    }
     assert pieces(moved[:, 0]) == pieces(sets[:, 0]) and not torch.equal(moved, sets)
     wide = half.repeat_interleave(72, 2).repeat_interleave(72, 3)
     with pytest.raises(ValueError, match="at most 4,096 blocks .* got 72×72: raise size"):
@@ -349,7 +412,7 @@ def test_blocks_that_move_are_no_smaller_than_size_and_not_too_many():
 def test_larger_images_move_larger_blocks(edge, block):
     sets, maps = (torch.rand(1, 2, *c, edge, edge, generator=torch.Generator().manual_seed(0)) for c in ((3,), ()))
     masks = torch.zeros(1, 2, edge, edge)
-    masks[:, 0, :, :edge // 2], masks[:, 1, :, edge // 2:] = 1, 1
+    masks[:, 0, :, : edge // 2], masks[:, 1, :, edge // 2 :] = 1, 1
     moved = _transport(sets, maps, masks, 2, xi=0.0)
     assert torch.equal(moved, _transport(sets, maps, masks, 2, size=block, xi=0.0))
     assert not torch.equal(moved, _transport(sets, maps, masks, 2, size=2 * block, xi=0.0))

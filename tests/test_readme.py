@@ -32,22 +32,31 @@ def run(program, folder):
     return done.stdout
 
 
-def lines(snippet): return sum(bool(line.strip()) for line in snippet.splitlines())
+def lines(snippet):
+    return sum(bool(line.strip()) for line in snippet.splitlines())
 
 
 # ---- from one's own pictures to mixed images, and to a student
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A folder with `photos`, JPEGs in a folder a class, and `teacher.pt`: a ResNet18's weights, trained on them."
     from skimage import data
+
     home, g = tmp_path_factory.mktemp("home"), torch.Generator().manual_seed(0)
-    for name, photo in {"cat": data.chelsea(), "coffee": data.coffee(), "person": data.astronaut(),
-                        "rocket": data.rocket()}.items():
+    for name, photo in {
+        "cat": data.chelsea(),
+        "coffee": data.coffee(),
+        "person": data.astronaut(),
+        "rocket": data.rocket(),
+    }.items():
         photo = Image.fromarray(photo)
         for n in range(16):  # windows of one photograph
-            side, top, left = [int(torch.randint(low, high, (1,), generator=g))
-                               for low, high in ((160, 260), (0, photo.height - 260), (0, photo.width - 260))]
+            side, top, left = [
+                int(torch.randint(low, high, (1,), generator=g))
+                for low, high in ((160, 260), (0, photo.height - 260), (0, photo.width - 260))
+            ]
             file = home / "photos" / ("train" if n < 12 else "val") / name / f"{n % 12:03d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((left, top, left + side, top + side)).save(file, quality=90)
@@ -59,8 +68,10 @@ def home(tmp_path_factory):
             optimiser.zero_grad()
             F.cross_entropy(teacher(x), y).backward()
             optimiser.step()
-        if epoch >= 15 and min(accuracy(teacher, part) for part in (shown.train, shown.test)) > 90: break
-    else: pytest.fail("the teacher does not learn the four photographs")
+        if epoch >= 15 and min(accuracy(teacher, part) for part in (shown.train, shown.test)) > 90:
+            break
+    else:
+        pytest.fail("the teacher does not learn the four photographs")
     torch.save(teacher.state_dict(), home / "teacher.pt")
     return home
 
@@ -79,12 +90,14 @@ def learns(student, home):
     """Whether a student tells the four classes apart, 25 % being chance. The page's 48 updates are a start, and where
     they do not show yet, it goes on as the page has it."""
     data, teacher = load_folder(home / "photos", size=96), torchvision.models.resnet18(num_classes=4)
-    if accuracy(student, data.test) > 40: return True
+    if accuracy(student, data.test) > 40:
+        return True
     teacher.load_state_dict(torch.load(home / "teacher.pt", weights_only=True))
     mixes, recipe = make_mixes(teacher.eval(), data, 100), Training(epochs=8, batch_size=8, lr=0.01, milestones=(6,))
     for seed in range(1, 9):
         distill(teacher, student, data, mixer=mixes, recipe=replace(recipe, seed=seed))
-        if accuracy(student, data.test) > 40: return True
+        if accuracy(student, data.test) > 40:
+            return True
     return False
 
 
@@ -107,10 +120,12 @@ def test_they_come_before_the_results_and_the_chapters():
     assert places == sorted(places)
 
 
-def test_the_snippet_without_pictures_of_ones_own(tmp_path): run(SNIPPETS[2], tmp_path)
+def test_the_snippet_without_pictures_of_ones_own(tmp_path):
+    run(SNIPPETS[2], tmp_path)
 
 
 # ---- the rest of the page
+
 
 def test_the_commands_are_there():
     assert all(command in README for command in ("make demo", "make test", "supermix --help"))
@@ -134,21 +149,26 @@ def test_the_studys_table_is_the_one_that_was_measured():
     found = load_results(ROOT / "results" / "study")
     listed = json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"]
     rows = _charge_prices(found["core"] | found["budget"], listed)
-    wanted = ("alone", "KD",
-              *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
-              "KD, double updates")
-    assert (study_table({name: rows[name] for name in wanted}, rows["KD"]) in README
-            and all(len(rows[name]) == 5 for name in wanted))
+    wanted = (
+        "alone",
+        "KD",
+        *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
+        "KD, double updates",
+    )
+    assert study_table({name: rows[name] for name in wanted}, rows["KD"]) in README and all(
+        len(rows[name]) == 5 for name in wanted
+    )
 
 
 def test_the_engines_table_is_the_one_that_was_measured():
     report = _read_report(ROOT / "results" / "engine.json")
     for k, result in report["races"].items():
         for way, w in result.items():
-            row = (f"| k = {k}, {way} | {w['images/s']:.1f} | {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % "
-                   f"| {w['m(1-m)']:.3f} |")
-            kl = ("–" if way == "baseline"
-                  else f"{w['KL on sets that both solve']:.2f} ({w[BASELINES_KL]:.2f})")
+            row = (
+                f"| k = {k}, {way} | {w['images/s']:.1f} | {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % "
+                f"| {w['m(1-m)']:.3f} |"
+            )
+            kl = "–" if way == "baseline" else f"{w['KL on sets that both solve']:.2f} ({w[BASELINES_KL]:.2f})"
             assert f"{row} {kl} |" in README
 
 
@@ -157,19 +177,27 @@ BASELINES_KL = "baseline's KL on the same sets"
 
 # ---- the course: a table that tools/course.py writes
 
-COURSE = dict(re.findall(r"^\| \[[^\]]*\]\(nbs/([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
-                         README, re.MULTILINE))  # by chapter: its column of needs
-EVERYWHERE = {"00", "01", "02", "19"}            # as the text above the table says
+COURSE = dict(
+    re.findall(
+        r"^\| \[[^\]]*\]\(nbs/([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
+        README,
+        re.MULTILINE,
+    )
+)  # by chapter: its column of needs
+EVERYWHERE = {"00", "01", "02", "19"}  # as the text above the table says
 
 
-def number(name): return name.rpartition("/")[0] + name.rpartition("/")[2][:2]
+def number(name):
+    return name.rpartition("/")[0] + name.rpartition("/")[2][:2]
 
 
 def notebook(name):
     "A chapter's prose and its code."
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
-    return ["\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
-            for kind in ("markdown", "code")]
+    return [
+        "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
+        for kind in ("markdown", "code")
+    ]
 
 
 def needs(name):
@@ -188,22 +216,29 @@ def serving(name):
 
 
 def test_every_chapter_is_in_the_course_and_in_its_order():
-    there = {str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in (ROOT / "nbs").rglob("[0-9]*.ipynb")
-             if not any(s.startswith((".", "_")) for s in path.parts)}
+    there = {
+        str(path.relative_to(ROOT / "nbs").with_suffix(""))
+        for path in (ROOT / "nbs").rglob("[0-9]*.ipynb")
+        if not any(s.startswith((".", "_")) for s in path.parts)
+    }
     assert set(COURSE) == there
     chapters = [name for name in COURSE if "/" not in name]
     assert chapters == sorted(chapters)
-    for name in COURSE: assert all(n < number(name) for n in needs(name)) or name.startswith("runs/"), name
+    for name in COURSE:
+        assert all(n < number(name) for n in needs(name)) or name.startswith("runs/"), name
 
 
 @pytest.mark.parametrize("name", COURSE)
 def test_a_chapters_needs_are_what_it_imports(name):
     chapters = {n.partition("_")[2]: number(n) for n in COURSE if not n.startswith("runs/")}
-    used = {chapters[module]
-            for module in re.findall(r"^\s*from supermix\.([\w.]+) import", notebook(name)[1], re.MULTILINE)
-            if module in chapters}
+    used = {
+        chapters[module]
+        for module in re.findall(r"^\s*from supermix\.([\w.]+) import", notebook(name)[1], re.MULTILINE)
+        if module in chapters
+    }
     assert used <= serving(name) | EVERYWHERE, (
-        f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the table does not name: run `make readme`")
+        f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the table does not name: run `make readme`"
+    )
 
 
 def test_the_paths_name_chapters():
@@ -215,17 +250,47 @@ def test_the_paths_name_chapters():
 
 GLOSSARY = notebook("glossary")[0]
 ENTRIES = re.findall(r"^\| (?:.*?) \| (`.*?) \| .*? \| .* \| \[(\d\d)\]\(([\w.]+)\.ipynb\) \|$", GLOSSARY, re.MULTILINE)
-ALIASES = {"lmbda", "lambd", "lamb", "lambda_", "mixing_weights", "sig", "sigma_s", "lam_s", "sparsity_weight", "temp",
-           "T", "thetas", "n_classes", "nclasses", "nb_classes", "n_class", "rng", "gen", "soft_label", "y_hat",
-           "x_hat", "student_z", "teacher_z", "z_s", "z_t", "s_logits", "t_logits", "logits_student", "logits_teacher",
-           "learning_rate", "bs"}
+ALIASES = {
+    "lmbda",
+    "lambd",
+    "lamb",
+    "lambda_",
+    "mixing_weights",
+    "sig",
+    "sigma_s",
+    "lam_s",
+    "sparsity_weight",
+    "temp",
+    "T",
+    "thetas",
+    "n_classes",
+    "nclasses",
+    "nb_classes",
+    "n_class",
+    "rng",
+    "gen",
+    "soft_label",
+    "y_hat",
+    "x_hat",
+    "student_z",
+    "teacher_z",
+    "z_s",
+    "z_t",
+    "s_logits",
+    "t_logits",
+    "logits_student",
+    "logits_teacher",
+    "learning_rate",
+    "bs",
+}
 
 
 @pytest.mark.parametrize("names, chapter, file", ENTRIES, ids=lambda value: value.replace("`", ""))
 def test_a_symbol_is_introduced_where_the_glossary_says(names, chapter, file):
     assert file.startswith(chapter) and (ROOT / "nbs" / f"{file}.ipynb").is_file()
     text = "\n".join(notebook(file))
-    for name in re.findall(r"`(\w+)", names): assert re.search(rf"\b{name}\b", text), f"chapter {chapter} has no {name}"
+    for name in re.findall(r"`(\w+)", names):
+        assert re.search(rf"\b{name}\b", text), f"chapter {chapter} has no {name}"
 
 
 def test_the_glossary_has_its_entries():
@@ -237,9 +302,11 @@ def test_no_signature_has_another_name_for_a_symbol():
     for path in (ROOT / "supermix").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                found += [f"{path.stem}.{getattr(node, 'name', 'lambda')}: {a.arg}"
-                          for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-                          if a.arg in ALIASES]
+                found += [
+                    f"{path.stem}.{getattr(node, 'name', 'lambda')}: {a.arg}"
+                    for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                    if a.arg in ALIASES
+                ]
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ALIASES:
                 found.append(f"{path.stem}: {node.target.id}")
     assert not found

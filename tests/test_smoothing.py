@@ -14,14 +14,15 @@ sigmas = st.floats(0, 6, allow_subnormal=False)
 
 @given(sigma=sigmas, h=st.integers(1, 20), w=st.integers(1, 20), seed=st.integers(0, 1000))
 @example(sigma=1e-200, h=3, w=3, seed=0)  # its square is 0
-@example(sigma=2.0, h=16, w=16, seed=0)   # an even 5σ: the filter must not shift the map
-@example(sigma=6.0, h=1, w=2, seed=0)     # all taps but a few fall outside
+@example(sigma=2.0, h=16, w=16, seed=0)  # an even 5σ: the filter must not shift the map
+@example(sigma=6.0, h=1, w=2, seed=0)  # all taps but a few fall outside
 def test_agrees_with_scipy(sigma, h, w, seed):
     maps = torch.randn(2, 3, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     t = np.arange(-int(5 * sigma / 2), int(5 * sigma / 2) + 1)
-    taps = np.exp(-(t / sigma) ** 2 / 2) if sigma else np.ones(1)
+    taps = np.exp(-((t / sigma) ** 2) / 2) if sigma else np.ones(1)
     theirs = maps.numpy()
-    for axis in (2, 3): theirs = ndimage.correlate1d(theirs, taps / taps.sum(), axis, mode="constant")
+    for axis in (2, 3):
+        theirs = ndimage.correlate1d(theirs, taps / taps.sum(), axis, mode="constant")
     np.testing.assert_allclose(smooth(maps, sigma), theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -48,10 +49,12 @@ def test_sigma_zero_is_the_identity_in_every_dtype(dtype):
 
 def test_autocast_does_not_round_the_filter():
     maps = torch.randn(2, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16): inside = smooth(maps, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = smooth(maps, 1.0)
     assert torch.equal(inside, smooth(maps, 1.0))
 
 
 @pytest.mark.parametrize("sigma", [-1, float("nan"), float("inf")])
 def test_a_sigma_that_is_none(sigma):
-    with pytest.raises(ValueError, match=f"Expected sigma of 0 or more, got {sigma}"): gaussian_kernel(sigma)
+    with pytest.raises(ValueError, match=f"Expected sigma of 0 or more, got {sigma}"):
+        gaussian_kernel(sigma)

@@ -15,8 +15,9 @@ SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
 
 def prose(path):
     "A notebook's markdown cells as one text."
-    return "\n\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]
-                       if cell["cell_type"] == "markdown")
+    return "\n\n".join(
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    )
 
 
 def exercises(path):
@@ -30,10 +31,12 @@ WITH_EXERCISES = {path.stem: numbers for path in CHAPTERS if (numbers := exercis
 
 def test_exercises_are_numbered():
     assert len(WITH_EXERCISES) > 10
-    for stem, numbers in WITH_EXERCISES.items(): assert numbers and numbers == list(range(1, len(numbers) + 1)), stem
+    for stem, numbers in WITH_EXERCISES.items():
+        assert numbers and numbers == list(range(1, len(numbers) + 1)), stem
 
 
-def test_no_solutions_without_exercises(): assert {path.stem for path in SOLUTIONS} <= set(WITH_EXERCISES)
+def test_no_solutions_without_exercises():
+    assert {path.stem for path in SOLUTIONS} <= set(WITH_EXERCISES)
 
 
 @pytest.mark.parametrize("stem", [*WITH_EXERCISES])
@@ -44,14 +47,24 @@ def test_each_exercise_is_solved(stem):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert any(cell["outputs"] for cell in cells), "a reader on the web sees nothing: run `make notebooks`"
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
-    assert not any(line.startswith(("#| export", "#| default_exp"))
-                   for cell in cells for line in cell["source"]), "solutions export nothing"
+    assert not any(line.startswith(("#| export", "#| default_exp")) for cell in cells for line in cell["source"]), (
+        "solutions export nothing"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
 def test_solutions_run_from_a_clean_kernel(path):
-    command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--stdout",
-               path]
+    command = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--log-level=ERROR",
+        "--to",
+        "notebook",
+        "--execute",
+        "--stdout",
+        path,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -27,8 +27,16 @@ from supermix.explore.trace import Setting, trace
 from supermix.mixing.engine import Engine, Sets, decode, solve_blocks
 from supermix.mixing.generate import command
 from supermix.mixing.masks import masks_from_theta, mix, regions, soft_labels, sparsity
-from supermix.mixing.solver import (SuperMix, _hidden_networks, check_teacher, hinge, is_solved, newton_step, objective,
-                                    search_step)
+from supermix.mixing.solver import (
+    SuperMix,
+    _hidden_networks,
+    check_teacher,
+    hinge,
+    is_solved,
+    newton_step,
+    objective,
+    search_step,
+)
 from supermix.mixing.store import _MANIFEST, _settings
 from supermix.recipes import FAST, Mixing, _later, as_named
 from supermix.training.loop import accuracy, check_teacher_labels
@@ -41,13 +49,14 @@ close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
 double = partial(torch.tensor, dtype=torch.float64)
 
 
-def random(seed, *shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- the oracle: three problems, four updates each, made by another program
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "newton_steps.json").read_text())["cases"]
-W1, W2, W3 = random(101, 64, 48) / 48 ** 0.5, random(102, 10, 64) / 8, random(103, 10, 48) / 48 ** 0.5
+W1, W2, W3 = random(101, 64, 48) / 48**0.5, random(102, 10, 64) / 8, random(103, 10, 48) / 48**0.5
 
 
 def oracle_teacher(x):
@@ -86,6 +95,7 @@ def test_every_number_of_the_oracle(case):
 
 # ---- one step, three drivers: solver, engine and explorer take the steps of a reference, whatever the settings
 
+
 def hats(w, n):
     "The matrix (n, w) that enlarges a row of w cells to n pixels, linearly between their middles."
     at = ((torch.arange(n, dtype=torch.float64) + 0.5) * w / n - 0.5).clamp(0, w - 1)
@@ -97,29 +107,33 @@ def shares_of(theta, n):
     return large.sigmoid() / large.sigmoid().sum(0)
 
 
-def grey(theta, n): return (shares_of(theta, n) * (1 - shares_of(theta, n))).mean()
+def grey(theta, n):
+    return (shares_of(theta, n) * (1 - shares_of(theta, n))).mean()
 
 
 def held(theta, target, n, rounds):
     theta = theta - theta.amax(0)
-    for _ in range(rounds): theta = theta * (grey(theta - 3, n) / target).clamp(0.3, 8)
+    for _ in range(rounds):
+        theta = theta * (grey(theta - 3, n) / target).clamp(0.3, 8)
     return theta - 3
 
 
 def sectors(lam, m, n):
     "A partition at angle 0."
     k, at = len(lam), (torch.arange(m.mask_size, dtype=torch.float64) + 0.5) * 2 / m.mask_size - 1
-    ramps = torch.stack([math.cos(math.tau * i / k) * at[None] + math.sin(math.tau * i / k) * at[:, None]
-                         for i in range(k)])
+    ramps = torch.stack(
+        [math.cos(math.tau * i / k) * at[None] + math.sin(math.tau * i / k) * at[:, None] for i in range(k)]
+    )
     offset = torch.zeros(k, 1, 1, dtype=torch.float64)
-    for _ in range(12): offset += 0.5 * (lam - (30 * (ramps + offset)).softmax(0).mean((1, 2)))[:, None, None]
+    for _ in range(12):
+        offset += 0.5 * (lam - (30 * (ramps + offset)).softmax(0).mean((1, 2)))[:, None, None]
     return held(4 * (ramps + offset), m.hold, n, 3)
 
 
 def reference(images, lam, m):
     "θ before each pass over one set, to the last, and whether it is solved there; by nothing of the package."
     n, k, taps = images.shape[-1], len(lam), torch.arange(-int(2.5 * m.sigma), int(2.5 * m.sigma) + 1).double()
-    taps = (-taps ** 2 / (2 * m.sigma ** 2)).exp() / (-taps ** 2 / (2 * m.sigma ** 2)).exp().sum()
+    taps = (-(taps**2) / (2 * m.sigma**2)).exp() / (-(taps**2) / (2 * m.sigma**2)).exp().sum()
     classes = oracle_teacher(images).argmax(1)
     others = [c for c in range(10) if c not in classes]
     want = sum(share * F.one_hot(c, 10) for share, c in zip(lam, classes))
@@ -130,21 +144,27 @@ def reference(images, lam, m):
         leaf = theta.clone().requires_grad_()
         z = oracle_teacher((shares_of(leaf, n)[:, None] * images).sum(0)[None])[0]
         lack = (1 + z[others].max() - z[classes].min()).clamp(min=0)
-        if updates and set(z.argsort()[-k:].tolist()) == set(classes.tolist()): return way, True
-        if updates > 1 and m.give_up is not None and lack > m.give_up: break
+        if updates and set(z.argsort()[-k:].tolist()) == set(classes.tolist()):
+            return way, True
+        if updates > 1 and m.give_up is not None and lack > m.give_up:
+            break
         loss = (want * (want.clamp(min=1e-99).log() - z.log_softmax(0))).sum() + m.margin * lack
-        if m.hold is None: loss = loss + m.lambda_s * grey(leaf, n)
-        grad, = torch.autograd.grad(loss, leaf)
+        if m.hold is None:
+            loss = loss + m.lambda_s * grey(leaf, n)
+        (grad,) = torch.autograd.grad(loss, leaf)
         d = F.conv2d(grad[:, None], (taps[:, None] * taps)[None, None], padding=len(taps) // 2)[:, 0]
         theta = theta - (m.step * loss.detach() / ((grad * d).sum() + 1e-10)).clamp(1e-4, 2000) * d
-        if m.hold is not None: theta = held(theta, m.hold, n, 1)
+        if m.hold is not None:
+            theta = held(theta, m.hold, n, 1)
     return way, False
 
 
-def by_solver(teacher, sets, lam, mixing): SuperMix(teacher, mixing).solve(sets, lam)
+def by_solver(teacher, sets, lam, mixing):
+    SuperMix(teacher, mixing).solve(sets, lam)
 
 
-def by_explorer(teacher, sets, lam, mixing): trace(SuperMix(teacher, mixing), sets, lam)
+def by_explorer(teacher, sets, lam, mixing):
+    trace(SuperMix(teacher, mixing), sets, lam)
 
 
 def by_engine(teacher, sets, lam, mixing):
@@ -152,12 +172,29 @@ def by_engine(teacher, sets, lam, mixing):
     engine = Engine(teacher, sets[:, 0], mixing, slots=4)  # fewer than there are sets: some wait
     engine.dtype = torch.float64
     nothing = torch.zeros(n, k, 1)
-    list(engine.run([Sets(torch.arange(n), nothing, nothing, nothing, lam, torch.zeros(n),
-                          teacher(sets.flatten(0, 1)).argmax(1).view(n, k), sets)]))
+    list(
+        engine.run(
+            [
+                Sets(
+                    torch.arange(n),
+                    nothing,
+                    nothing,
+                    nothing,
+                    lam,
+                    torch.zeros(n),
+                    teacher(sets.flatten(0, 1)).argmax(1).view(n, k),
+                    sets,
+                )
+            ]
+        )
+    )
 
 
-DRIVERS = {"solver": (by_solver, supermix.mixing.solver), "engine": (by_engine, supermix.mixing.engine),
-           "explorer": (by_explorer, supermix.explore.trace)}
+DRIVERS = {
+    "solver": (by_solver, supermix.mixing.solver),
+    "engine": (by_engine, supermix.mixing.engine),
+    "explorer": (by_explorer, supermix.explore.trace),
+}
 
 
 def recorded(driver, sets, lam, mixing, monkeypatch):
@@ -172,8 +209,10 @@ def recorded(driver, sets, lam, mixing, monkeypatch):
             ways[b].append(at.clone())
             solved[b] = done
         return now
+
     monkeypatch.setattr(module, "search_step", step)
-    if driver == "engine": monkeypatch.setattr(module, "_round_theta", lambda theta, held: theta)  # to 16 bits
+    if driver == "engine":
+        monkeypatch.setattr(module, "_round_theta", lambda theta, held: theta)  # to 16 bits
     drive(oracle_teacher, sets, lam, mixing)
     return ways, solved
 
@@ -186,15 +225,28 @@ def problem_of(k):
 
 
 def same_ways(ours, theirs):
-    return all(len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-6, atol=1e-9)
-                                        for x, y in zip(a, b)) for a, b in zip(ours, theirs))
+    return all(
+        len(a) == len(b)
+        and all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-6, atol=1e-9) for x, y in zip(a, b))
+        for a, b in zip(ours, theirs)
+    )
 
 
 SLOW = Mixing(max_iter=5, step=0.3)  # small steps: sets stay open for some updates
 HELD = replace(SLOW, hold=0.06)
-ONE_FIELD = [(SLOW, {}), (SLOW, {"k": 3}), (SLOW, {"mask_size": 5}), (SLOW, {"sigma": 2.0}), (SLOW, {"lambda_s": 5.0}),
-             (SLOW, {"max_iter": 3}), (SLOW, {"step": 0.5}), (SLOW, {"hold": 0.06}), (SLOW, {"margin": 2.0}),
-             (SLOW, {"give_up": 1.0}), (HELD, {"start": "regions"})]
+ONE_FIELD = [
+    (SLOW, {}),
+    (SLOW, {"k": 3}),
+    (SLOW, {"mask_size": 5}),
+    (SLOW, {"sigma": 2.0}),
+    (SLOW, {"lambda_s": 5.0}),
+    (SLOW, {"max_iter": 3}),
+    (SLOW, {"step": 0.5}),
+    (SLOW, {"hold": 0.06}),
+    (SLOW, {"margin": 2.0}),
+    (SLOW, {"give_up": 1.0}),
+    (HELD, {"start": "regions"}),
+]
 
 
 @pytest.mark.parametrize("base, field", ONE_FIELD, ids=lambda part: " ".join(part) if isinstance(part, dict) else "")
@@ -215,30 +267,34 @@ def test_every_field_of_the_search_is_tried():
 
 # ---- settings are one object
 
+
 def test_settings_by_name_are_a_shorthand(teacher, digits, seeded):
     images = digits.test[:12][0]
-    for by_name, by_object in ((SuperMix(teacher, k=3, sigma=2.0, max_iter=2),
-                                SuperMix(teacher, Mixing(k=3, sigma=2.0, max_iter=2))),
-                               (SuperMix(teacher, Mixing(sigma=2.0, max_iter=2), k=3),
-                                SuperMix(teacher, Mixing(sigma=2.0, max_iter=2, k=3)))):
+    for by_name, by_object in (
+        (SuperMix(teacher, k=3, sigma=2.0, max_iter=2), SuperMix(teacher, Mixing(k=3, sigma=2.0, max_iter=2))),
+        (SuperMix(teacher, Mixing(sigma=2.0, max_iter=2), k=3), SuperMix(teacher, Mixing(sigma=2.0, max_iter=2, k=3))),
+    ):
         assert by_name.mixing == by_object.mixing
         for ours, theirs in zip(by_name(images, generator=seeded()), by_object(images, generator=seeded())):
             assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="Expected settings as a `Mixing` or by their names, such as k=3, got 3"):
         SuperMix(teacher, 3)
-    with pytest.raises(ValueError, match="sigm.*Did you mean 'sigma'"): SuperMix(teacher, sigm=2.0)
+    with pytest.raises(ValueError, match="sigm.*Did you mean 'sigma'"):
+        SuperMix(teacher, sigm=2.0)
 
 
 def test_a_mixers_settings_can_be_read_and_not_set(teacher):
     mixing = Mixing(k=3, **FAST)
     mixer = SuperMix(teacher, mixing)
     assert {f.name: getattr(mixer, f.name) for f in fields(Mixing)} == vars(mixing)
-    with pytest.raises(AttributeError): mixer.k = 2  # which would say something else than its `mixing`
+    with pytest.raises(AttributeError):
+        mixer.k = 2  # which would say something else than its `mixing`
 
 
 @dataclass(frozen=True)
 class Wider(Mixing):
     "What `Mixing` is after a setting was added to it."
+
     tilt: float = _later(0.5)
 
 
@@ -249,7 +305,8 @@ def test_a_new_setting_is_known_wherever_settings_go(teacher, digits, capsys):
     assert set(_settings(Mixing)) == set(_MANIFEST["recipe"]["mixing"])
     assert as_named(Wider()) == asdict(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
     assert {f.name for f in fields(Mixing)} < {f.name for f in fields(Setting)}
-    with pytest.raises(SystemExit): tyro.cli(command, args=["--help"])
+    with pytest.raises(SystemExit):
+        tyro.cli(command, args=["--help"])
     shown = capsys.readouterr().out
     assert all(f"--mixing.{f.name.replace('_', '-')} " in shown for f in fields(Mixing))
 
@@ -259,13 +316,15 @@ def test_the_settings_are_listed_in_one_place():
     package = Path(supermix.mixing.solver.__file__).parent.parent
     names = [f.name for f in fields(Mixing)]
     for path in package.rglob("*.py"):
-        if path.name in ("recipes.py", "solver.py", "_modidx.py"): continue
+        if path.name in ("recipes.py", "solver.py", "_modidx.py"):
+            continue
         text = path.read_text()
         listed = [name for name in names if re.search(rf"\b{name}\b", text)]
         assert not {"give_up", "alpha", "step", "margin"} <= set(listed), path
 
 
 # ---- equations (1) to (4) again, in plain loops over plain numbers; the gradient by central differences
+
 
 def slow_masks(theta, H, W):
     k, w = len(theta), len(theta[0])
@@ -279,7 +338,8 @@ def slow_masks(theta, H, W):
             for t in theta:
                 top, bottom = t[y0][x0] * (1 - fx) + t[y0][x1] * fx, t[y1][x0] * (1 - fx) + t[y1][x1] * fx
                 s.append(1 / (1 + math.exp(-(top * (1 - fy) + bottom * fy))))
-            for i in range(k): masks[i][r][c] = s[i] / sum(s)
+            for i in range(k):
+                masks[i][r][c] = s[i] / sum(s)
     return masks
 
 
@@ -287,7 +347,8 @@ def slow_logits(weights, images, masks):
     H, W, pixels = len(masks[0]), len(masks[0][0]), []
     for channel in range(len(images[0])):
         for r in range(H):
-            for c in range(W): pixels.append(sum(m[r][c] * x[channel][r][c] for m, x in zip(masks, images)))
+            for c in range(W):
+                pixels.append(sum(m[r][c] * x[channel][r][c] for m, x in zip(masks, images)))
     return [4 * math.tanh(sum(a * p for a, p in zip(row, pixels))) for row in weights]
 
 
@@ -325,20 +386,26 @@ def slow_solve(weights, images, lam, w, sigma, lambda_s, max_iter):
         for i, r, c in cells:
             d[i, r, c] = sum(taps[a] * taps[b] * grad.get((i, r + a, c + b), 0.0) for a in taps for b in taps) / total
         length = min(max(loss / (sum(grad[at] * d[at] for at in cells) + 1e-10), 1e-4), 2000)
-        for i, r, c in cells: theta[i][r][c] -= length * d[i, r, c]
+        for i, r, c in cells:
+            theta[i][r][c] -= length * d[i, r, c]
         _, z = slow_loss(theta, weights, images, target, lambda_s)
         highest = sorted(range(len(z)), key=lambda n: -z[n])[:k]
-        if sorted(highest) == sorted(classes): return theta, z, step, True
+        if sorted(highest) == sorted(classes):
+            return theta, z, step, True
     return theta, z, max_iter, False
 
 
-@pytest.mark.parametrize("k, w, sigma, lambda_s, H, W", [
-    (2, 2, 1.0, 25.0, 3, 4), (3, 3, 0.6, 25.0, 5, 3), (2, 1, 0.0, 1.0, 2, 2), (4, 2, 2.0, 5.0, 2, 3)])
+@pytest.mark.parametrize(
+    "k, w, sigma, lambda_s, H, W",
+    [(2, 2, 1.0, 25.0, 3, 4), (3, 3, 0.6, 25.0, 5, 3), (2, 1, 0.0, 1.0, 2, 2), (4, 2, 2.0, 5.0, 2, 3)],
+)
 def test_a_slow_twin_takes_the_same_steps(k, w, sigma, lambda_s, H, W):
     weights, sets = random(1, 6, 2 * H * W) / (2 * H * W) ** 0.5, random(2, 3, k, 2, H, W)
     lam = random(3, 3, k).softmax(1)
-    mixer = SuperMix(lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T),
-                     Mixing(k=k, mask_size=w, sigma=sigma, lambda_s=lambda_s, max_iter=3))
+    mixer = SuperMix(
+        lambda x: 4 * torch.tanh(x.flatten(1) @ weights.T),
+        Mixing(k=k, mask_size=w, sigma=sigma, lambda_s=lambda_s, max_iter=3),
+    )
     got = mixer.solve(sets, lam)
     for b in range(3):
         theta, z, steps, solved = slow_solve(weights.tolist(), sets[b].tolist(), lam[b].tolist(), w, sigma, lambda_s, 3)
@@ -353,22 +420,30 @@ def test_the_length_of_a_step_is_clipped(loss, grad, length):
     close(newton_step(torch.ones_like(grad), torch.tensor([loss]), grad, sigma=0), 1 - length * grad, rtol=1e-5)
 
 
-@given(N=st.integers(2, 8), seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
-       lambda_s=st.sampled_from([0.0, 25.0]))
+@given(
+    N=st.integers(2, 8),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+    lambda_s=st.sampled_from([0.0, 25.0]),
+)
 def test_the_objective_is_torchs_kl_plus_sparsity(N, seed, scale, lambda_s):
     g = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(3, N, generator=g, dtype=torch.float64)
     lam = torch.rand(3, 2, generator=g, dtype=torch.float64).softmax(1)
     target = soft_labels(torch.randint(N, (3, 2), generator=g), lam, N)
     masks = torch.rand(3, 2, 4, 5, generator=g, dtype=torch.float64).softmax(1)
-    each = [F.kl_div(z.log_softmax(1), y, reduction="batchmean") + lambda_s * (m - m ** 2).mean()
-            for z, y, m in zip(logits.split(1), target.split(1), masks)]
+    each = [
+        F.kl_div(z.log_softmax(1), y, reduction="batchmean") + lambda_s * (m - m**2).mean()
+        for z, y, m in zip(logits.split(1), target.split(1), masks)
+    ]
     close(objective(logits, target, masks, lambda_s), torch.stack(each))
 
 
 # ---- what every result must be
 
-def pooled(x): return F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 3).flatten(1) @ random(5, 9, 7).to(x)
+
+def pooled(x):
+    return F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 3).flatten(1) @ random(5, 9, 7).to(x)
 
 
 @st.composite
@@ -378,9 +453,14 @@ def problems(draw):
     dtype, seed = draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(0, 1000))
     sets = (scale * random(seed, B, k, C, H, W)).to(dtype)
     lam = draw(st.sampled_from([F.one_hot(torch.arange(B) % k, k), (3 * random(seed, B, k)).softmax(1)])).to(dtype)
-    mixer = SuperMix(pooled, k=k, mask_size=draw(st.integers(1, min(H, W))),
-                     sigma=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
-                     lambda_s=draw(st.sampled_from([0.0, 25.0, 1e4])), max_iter=draw(st.integers(1, 6)))
+    mixer = SuperMix(
+        pooled,
+        k=k,
+        mask_size=draw(st.integers(1, min(H, W))),
+        sigma=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+        lambda_s=draw(st.sampled_from([0.0, 25.0, 1e4])),
+        max_iter=draw(st.integers(1, 6)),
+    )
     return mixer, sets, lam
 
 
@@ -413,8 +493,11 @@ def test_a_set_that_lacks_much_is_given_up():
     want, got = (mixer.solve(images[draw.partners], draw.lam, draw=draw) for mixer in (patient, hasty))
     gone = ~got.solved & (got.steps < 12)
     assert gone.sum() > 5 and (got.steps[gone] > 1).all() and (hinge(got.logits, got.classes)[gone] > 2).all()
-    assert (got.solved.sum() > 5 and (want.solved | ~got.solved).all()
-            and torch.equal(want.steps[got.solved], got.steps[got.solved]))
+    assert (
+        got.solved.sum() > 5
+        and (want.solved | ~got.solved).all()
+        and torch.equal(want.steps[got.solved], got.steps[got.solved])
+    )
     late = ~gone & (got.steps > 1) & (got.steps < 12)
     assert (hinge(got.logits, got.classes)[late] <= 2).all()
 
@@ -430,15 +513,24 @@ def test_the_check_comes_after_an_update_and_stops_a_set_at_once():
 
 # ---- a teacher of just k classes
 
-def pair(x, net=pretrained("digits")): return net(x)[:, [3, 8]]  # a teacher that tells a 3 from an 8
+
+def pair(x, net=pretrained("digits")):
+    return net(x)[:, [3, 8]]  # a teacher that tells a 3 from an 8
 
 
-def threes_and_eights(digits, n=48): return digits.train[(digits.train.labels % 5 == 3).nonzero().flatten()[:n]][0]
+def threes_and_eights(digits, n=48):
+    return digits.train[(digits.train.labels % 5 == 3).nonzero().flatten()[:n]][0]
 
 
-@pytest.mark.parametrize("options, share, grey", [
-    ({}, 0.7, 1 / 8), (FAST, 0.9, 1 / 8), ({"hold": 0.2}, 0.7, 1 / 4),
-    (FAST | {"hold": 0.09, "margin": 0.0}, 0.9, 1 / 8)])
+@pytest.mark.parametrize(
+    "options, share, grey",
+    [
+        ({}, 0.7, 1 / 8),
+        (FAST, 0.9, 1 / 8),
+        ({"hold": 0.2}, 0.7, 1 / 4),
+        (FAST | {"hold": 0.09, "margin": 0.0}, 0.9, 1 / 8),
+    ],
+)
 def test_two_classes_ask_for_sharp_masks_that_the_teacher_sees(options, share, grey, digits, seeded):
     images, mixer = threes_and_eights(digits), SuperMix(pair, **options)
     draw = mixer.draw(images, generator=seeded())
@@ -479,7 +571,7 @@ def test_sets_neither_know_each_other_nor_when_they_were_begun():
     given_start = start.clone()
     together = solver(max_iter=6).solve(sets, lam, start)
     assert together.solved.any() and not together.solved.all()
-    alone = [solver(max_iter=6).solve(sets[b:b + 1], lam[b:b + 1], start[b:b + 1]) for b in range(6)]
+    alone = [solver(max_iter=6).solve(sets[b : b + 1], lam[b : b + 1], start[b : b + 1]) for b in range(6)]
     close(torch.cat([one.theta for one in alone]), together.theta)
     assert torch.cat([one.steps for one in alone]).tolist() == together.steps.tolist()
     first = solver(max_iter=2).solve(sets, lam, start)
@@ -500,6 +592,7 @@ def test_permuting_the_sources_permutes_the_masks(k):
 
 # ---- the drop-in call
 
+
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_it_stands_where_torchvisions_mixup_stands(k, teacher, digits, seeded):
     images, labels = digits.test[:24]
@@ -508,11 +601,12 @@ def test_it_stands_where_torchvisions_mixup_stands(k, teacher, digits, seeded):
     for ours, theirs in zip((mixed, targets), v2.MixUp(num_classes=10)(images, labels)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     draw = mixer.draw(images, generator=seeded())
-    with torch.no_grad(): classes = teacher(images).argmax(1)[draw.partners]
+    with torch.no_grad():
+        classes = teacher(images).argmax(1)[draw.partners]
     assert torch.equal(classes, draw.classes) and all(len(set(row)) == k for row in classes.tolist())
     torch.testing.assert_close(targets, (F.one_hot(classes, 10) * draw.lam[..., None]).sum(1))  # ŷ of equation (2)
     solved = mixer.solve(images[draw.partners], draw.lam)
-    assert torch.equal(solved.images, mixed) and not solved.solved.all()                        # unsolved ones included
+    assert torch.equal(solved.images, mixed) and not solved.solved.all()  # unsolved ones included
     assert not any(torch.equal(row, images[i]) for row, sources in zip(mixed, draw.partners) for i in sources)
     for other in (None, (labels + 1) % 10):  # the classes are the teacher's: labels make no difference
         again, their_targets = mixer(images, other, generator=seeded())
@@ -528,8 +622,9 @@ def test_a_student_trains_from_a_loader_that_mixes(workers, labelled, teacher, d
     before = [p.clone() for p in student.parameters()]
     optimiser, batches = torch.optim.SGD(student.parameters(), lr=0.1), 0
     mixer, start = SuperMix(teacher, k=3, max_iter=2), "spawn" if workers and torch.cuda.is_available() else None
-    for images, targets in DataLoader(samples, batch_size=24, num_workers=workers, collate_fn=mixer,
-                                      multiprocessing_context=start):  # autograd beside a GPU forbids to fork
+    for images, targets in DataLoader(
+        samples, batch_size=24, num_workers=workers, collate_fn=mixer, multiprocessing_context=start
+    ):  # autograd beside a GPU forbids to fork
         assert images.shape == (24, 3, 32, 32) and (targets > 0).sum(1).tolist() == [3] * 24
         F.cross_entropy(student(images), targets).backward()
         optimiser.step()
@@ -546,7 +641,7 @@ TEACHERS = {
     "torchvision's googlenet": lambda: torchvision.models.googlenet(num_classes=7, init_weights=False),
     "timm's vision transformer": lambda: timm.create_model("test_vit", num_classes=7, img_size=(64, 48)),
     "timm's convnext": lambda: timm.create_model("test_convnext", num_classes=7),
-    "a function of one": lambda: (lambda x, net=create("wrn_16_1", 7).eval(): net(x)),
+    "a function of one": lambda: lambda x, net=create("wrn_16_1", 7).eval(): net(x),
 }
 
 
@@ -562,36 +657,68 @@ def test_other_peoples_networks(name, photos):
 
 def hidden(way, net):
     "A callable that hides a network."
+
     class Caller:
-        def __init__(self): self.inside = {"nets": [net]}
-        def __call__(self, x): return self.inside["nets"][0](x)
-        def look(self, x): return self(x)
+        def __init__(self):
+            self.inside = {"nets": [net]}
+
+        def __call__(self, x):
+            return self.inside["nets"][0](x)
+
+        def look(self, x):
+            return self(x)
+
     class Slots:
         __slots__ = ("net",)
-        def __call__(self, x): return self.net(x)
+
+        def __call__(self, x):
+            return self.net(x)
+
     class Unregistered(nn.Module):
         def __init__(self):
             super().__init__()
             self.nets = [net]
-        def forward(self, x): return self.nets[0](x)
+
+        def forward(self, x):
+            return self.nets[0](x)
+
     slots = Slots()
     slots.net = net
     scope = {"net": net}
     exec("def f(x): return (lambda y: net(y))(x)", scope)
-    return {"closure": lambda x: net(x), "global of a lambda within": scope["f"], "default": lambda x, net=net: net(x),
-            "partial": partial(lambda net, x: net(x), net), "object": Caller(), "method": Caller().look,
-            "function in a function": lambda x, f=lambda y: net(y): f(x), "slots": slots,
-            "module": Unregistered()}[way]
+    return {
+        "closure": lambda x: net(x),
+        "global of a lambda within": scope["f"],
+        "default": lambda x, net=net: net(x),
+        "partial": partial(lambda net, x: net(x), net),
+        "object": Caller(),
+        "method": Caller().look,
+        "function in a function": lambda x, f=lambda y: net(y): f(x),
+        "slots": slots,
+        "module": Unregistered(),
+    }[way]
 
 
-WAYS = ["closure", "global of a lambda within", "default", "partial", "object", "method", "function in a function",
-        "module", "slots"]
+WAYS = [
+    "closure",
+    "global of a lambda within",
+    "default",
+    "partial",
+    "object",
+    "method",
+    "function in a function",
+    "module",
+    "slots",
+]
 
 
-def calls(name): return {
-    "draw": lambda teacher, x: SuperMix(teacher)(x), "check": check_teacher,
-    "solve": lambda teacher, x: SuperMix(teacher).solve(x.view(4, 2, *x.shape[1:]), torch.full((4, 2), 0.5)),
-    "engine": lambda teacher, x: Engine(teacher, x[:2])}[name]
+def calls(name):
+    return {
+        "draw": lambda teacher, x: SuperMix(teacher)(x),
+        "check": check_teacher,
+        "solve": lambda teacher, x: SuperMix(teacher).solve(x.view(4, 2, *x.shape[1:]), torch.full((4, 2), 0.5)),
+        "engine": lambda teacher, x: Engine(teacher, x[:2]),
+    }[name]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -612,11 +739,13 @@ def test_a_hidden_network_in_training_mode(way, name, digits):
 
 class Odd(nn.Module):
     "A network that is never quite in evaluation mode."
+
     def __init__(self, **options):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **options), nn.Linear(8, 5)
 
-    def forward(self, x): return self.head(F.dropout(self.norm(self.conv(x)).relu().mean((2, 3)), self.p))
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(self.conv(x)).relu().mean((2, 3)), self.p))
 
 
 @pytest.mark.parametrize("p, options", [(0.5, {}), (0.0, {"track_running_stats": False})])
@@ -636,10 +765,12 @@ def test_a_batch_norm_that_refuses_a_single_image(digits):
 def test_a_teacher_is_checked_once_and_nothing_is_said_of_harmless_ones(digits):
     passes = 0
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).double()
+
     def teacher(x):  # in training mode, but nothing in it depends on that
         nonlocal passes
         passes += 1
         return net(x.double()).float()
+
     mixer, x = SuperMix(teacher, max_iter=1), digits.test[:8][0]
     counts = []
     for _ in range(3):
@@ -665,10 +796,11 @@ def test_a_wrapped_teacher_is_the_teacher(name, teacher, digits, seeded):
 
 # ---- are these the teacher's classes?
 
+
 def test_the_agreement_with_labels_is_the_accuracy(teacher, digits):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        everything = check_teacher_labels(teacher, digits.test, 10 ** 6)
+        everything = check_teacher_labels(teacher, digits.test, 10**6)
         a, b = (check_teacher_labels(teacher.train(), digits.test, 100) for _ in range(2))
     assert everything == pytest.approx(accuracy(teacher.eval(), digits.test))
     few = digits.test.subset(100)
@@ -699,7 +831,7 @@ def test_two_classes_are_near_chance_at_a_half(share, told, recwarn):
 def test_a_mixer_warns_once_of_labels_that_are_not_its_teachers(shift, told, soft, teacher, digits, recwarn):
     mixer = SuperMix(teacher, max_iter=1)
     for start in range(0, 480, 60):
-        x, labels = digits.test[start:start + 60]
+        x, labels = digits.test[start : start + 60]
         labels = (labels + shift) % 10
         mixer(x, F.one_hot(labels, 10).float() if soft else labels)
         assert len(recwarn) == (told if start >= 240 else 0)  # the first 300 are compared
@@ -707,6 +839,7 @@ def test_a_mixer_warns_once_of_labels_that_are_not_its_teachers(shift, told, sof
 
 class Student(nn.Sequential):
     "A network in the middle of its training: parts frozen, gradients kept, dropout, one part in evaluation mode."
+
     def __init__(self):
         torch.manual_seed(0)
         super().__init__(create("resnet8", 10), nn.Dropout(0.5))
@@ -717,25 +850,34 @@ class Student(nn.Sequential):
         self[0].head.bias.grad = None
 
     def state(self):
-        return {"modes": [m.training for m in self.modules()], "frozen": [p.requires_grad for p in self.parameters()],
-                "weights": [t.tolist() for t in self.state_dict().values()],
-                "gradients": [None if p.grad is None else p.grad.tolist() for p in self.parameters()]}
+        return {
+            "modes": [m.training for m in self.modules()],
+            "frozen": [p.requires_grad for p in self.parameters()],
+            "weights": [t.tolist() for t in self.state_dict().values()],
+            "gradients": [None if p.grad is None else p.grad.tolist() for p in self.parameters()],
+        }
 
 
-CONTEXTS = {"plain": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
-            "autocast": partial(torch.autocast, "cpu", torch.bfloat16)}
+CONTEXTS = {
+    "plain": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_the_teacher_is_left_as_it_was_wherever_it_is_called(name, digits):
     with CONTEXTS[name]():
         sets, lam = digits.test[:8][0].view(4, 2, 3, 32, 32), torch.full((4, 2), 0.5)  # made in the context, too
-        with torch.inference_mode(False): network = Student()
+        with torch.inference_mode(False):
+            network = Student()
         before = network.state()
         got = SuperMix(network, max_iter=2).solve(sets, lam)
         assert not got.images.requires_grad
     assert network.state() == before
-    if name == "autocast": return
+    if name == "autocast":
+        return
     plain = SuperMix(network.eval(), max_iter=2).solve(sets.clone(), lam.clone())
     assert torch.equal(got.theta, plain.theta) and torch.equal(got.images, plain.images)
 
@@ -744,9 +886,11 @@ def test_the_teacher_is_left_as_it_was_wherever_it_is_called(name, digits):
 def test_the_teacher_is_left_as_it_was_after_an_error(fails_at, digits):
     class Failing(Student):
         calls = 0
+
         def forward(self, x):
             self.calls += 1
             return super().forward(x) * (float("nan") if self.calls > fails_at else 1)
+
     network = Failing()
     network.calls, before = 0, network.state()
     with pytest.raises(ValueError, match="Expected finite logits"):
@@ -757,13 +901,15 @@ def test_the_teacher_is_left_as_it_was_after_an_error(fails_at, digits):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_rounds_the_network_but_not_the_solver(device, dtype, teacher, digits):
-    if device == "cuda" and not torch.cuda.is_available(): pytest.skip("needs a GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     network = create("resnet20", 10).to(device)
     network.load_state_dict(teacher.state_dict())
     sets, lam = digits.test[:16][0].view(8, 2, 3, 32, 32).to(device), torch.tensor([[0.7, 0.3]] * 8, device=device)
     solver = SuperMix(network, max_iter=1)
     exact = solver.solve(sets, lam)
-    with torch.autocast(device, dtype): rounded = solver.solve(sets, lam)
+    with torch.autocast(device, dtype):
+        rounded = solver.solve(sets, lam)
     assert {t.dtype for t in (rounded.images, rounded.masks, rounded.theta, rounded.logits)} == {torch.float32}
     torch.testing.assert_close(rounded.masks.sum(1), torch.ones(8, 32, 32, device=device))
     assert (rounded.masks - exact.masks).abs().mean() < 0.02 < exact.masks.std()
@@ -785,7 +931,9 @@ def test_a_gpu_gives_what_the_cpu_gives(generators_device, seeded):
 
 # ---- bad input says what was expected and what came
 
-def nets(logits): return lambda x: logits(x.flatten(1)[:, :10])
+
+def nets(logits):
+    return lambda x: logits(x.flatten(1)[:, :10])
 
 
 BAD = {
@@ -794,53 +942,80 @@ BAD = {
     "no mask": (lambda t, s, lam: SuperMix(t, mask_size=0), "Expected mask_size of 1 or more, got 0"),
     "half a cell": (lambda t, s, lam: SuperMix(t, mask_size=7.5), "mask_size.* got 7.5"),
     "no updates": (lambda t, s, lam: SuperMix(t, max_iter=0), "Expected max_iter of 1 or more, got 0"),
-    "what is solved given up": (lambda t, s, lam: SuperMix(t, give_up=0.5),
-                                "Expected give_up of 1 or more, or None, got 0.5"),
+    "what is solved given up": (
+        lambda t, s, lam: SuperMix(t, give_up=0.5),
+        "Expected give_up of 1 or more, or None, got 0.5",
+    ),
     "sigma": (lambda t, s, lam: SuperMix(t, sigma=-1.0), "Expected sigma of 0 or more, got -1.0"),
     "lambda_s": (lambda t, s, lam: SuperMix(t, lambda_s=float("nan")), "Expected lambda_s of 0 or more, got nan"),
     "alpha": (lambda t, s, lam: SuperMix(t, alpha=0), "alpha above 0.* got 0"),
     "endless alpha": (lambda t, s, lam: SuperMix(t, alpha=float("inf")), "alpha.* got inf"),
     "no teacher": (lambda t, s, lam: SuperMix("resnet20"), "Expected a teacher that maps images to logits, got str"),
     "other k": (lambda t, s, lam: SuperMix(t, k=3).solve(s, lam), "Expected sets of k = 3 images, got 2"),
-    "rank": (lambda t, s, lam: SuperMix(t).solve(s[0], lam),
-             r"Expected images \(B, k, C, H, W\), got shape \(2, 3, 32, 32\)"),
+    "rank": (
+        lambda t, s, lam: SuperMix(t).solve(s[0], lam),
+        r"Expected images \(B, k, C, H, W\), got shape \(2, 3, 32, 32\)",
+    ),
     "bytes": (lambda t, s, lam: SuperMix(t).solve(s.byte(), lam), "Expected normalised float images, got torch.uint8"),
-    "an array": (lambda t, s, lam: SuperMix(t).solve(s.numpy(), lam),
-                 r"Expected a tensor of images \(B, k, C, H, W\), got ndarray"),
-    "NaN": (lambda t, s, lam: SuperMix(t).solve(s.log(), lam),
-            r"Expected finite images, got NaN or infinity in 4 of 4: at index \[0, 1, 2, 3\]"),
+    "an array": (
+        lambda t, s, lam: SuperMix(t).solve(s.numpy(), lam),
+        r"Expected a tensor of images \(B, k, C, H, W\), got ndarray",
+    ),
+    "NaN": (
+        lambda t, s, lam: SuperMix(t).solve(s.log(), lam),
+        r"Expected finite images, got NaN or infinity in 4 of 4: at index \[0, 1, 2, 3\]",
+    ),
     "no sets": (lambda t, s, lam: SuperMix(t).solve(s[:0], lam[:0]), r"\(0, 2, 3, 32, 32\)|[Ee]mpty|at least (1|one)"),
     "a large mask": (lambda t, s, lam: SuperMix(t, mask_size=31).solve(s[..., :30], lam), "got mask_size 31 for 32×30"),
     "lam's sum": (lambda t, s, lam: SuperMix(t).solve(s, lam * 1.1), r"sum to 1, got sums \[1.1"),
-    "lam below 0": (lambda t, s, lam: SuperMix(t).solve(s, lam + torch.tensor([1.0, -1.0])),
-                    r"0 or more .* smallest -"),
+    "lam below 0": (
+        lambda t, s, lam: SuperMix(t).solve(s, lam + torch.tensor([1.0, -1.0])),
+        r"0 or more .* smallest -",
+    ),
     "lam is NaN": (lambda t, s, lam: SuperMix(t).solve(s, lam * float("nan")), r"sum to 1, got sums \[nan"),
     "lam's shape": (lambda t, s, lam: SuperMix(t).solve(s, lam[:3]), r"Expected lam \(4, 2\), .* got \(3, 2\)"),
     "lam in a list": (lambda t, s, lam: SuperMix(t).solve(s, lam.tolist()), r"Expected lam \(4, 2\)"),
-    "theta's shape": (lambda t, s, lam: SuperMix(t).solve(s, lam, torch.zeros(4, 2, 4, 4)),
-                      r"Expected theta \(4, 2, 8, 8\), got \(4, 2, 4, 4\)"),
+    "theta's shape": (
+        lambda t, s, lam: SuperMix(t).solve(s, lam, torch.zeros(4, 2, 4, 4)),
+        r"Expected theta \(4, 2, 8, 8\), got \(4, 2, 4, 4\)",
+    ),
     "theta is NaN": (lambda t, s, lam: SuperMix(t).solve(s, lam, torch.full((4, 2, 8, 8), float("nan"))), "theta"),
     "theta in a list": (lambda t, s, lam: SuperMix(t).solve(s, lam, [0]), "Expected theta"),
-    "infinite logits": (lambda t, s, lam: SuperMix(nets(lambda x: x / 0)).solve(s, lam),
-                        "Expected finite logits, got NaN or infinity"),
+    "infinite logits": (
+        lambda t, s, lam: SuperMix(nets(lambda x: x / 0)).solve(s, lam),
+        "Expected finite logits, got NaN or infinity",
+    ),
     "maps": (lambda t, s, lam: SuperMix(lambda x: x).solve(s, lam), r"logits \(8, N\), got \(8, 3, 32, 32\)"),
     "a tuple": (lambda t, s, lam: SuperMix(lambda x: (x,)).solve(s, lam), r"logits \(8, N\), got tuple"),
-    "one logit": (lambda t, s, lam: SuperMix(lambda x: x.flatten(1)[:, :1]).solve(s, lam),
-                  "at least k = 2 classes, got 1"),
+    "one logit": (
+        lambda t, s, lam: SuperMix(lambda x: x.flatten(1)[:, :1]).solve(s, lam),
+        "at least k = 2 classes, got 1",
+    ),
     "no gradient": (lambda t, s, lam: SuperMix(nets(torch.detach)).solve(s, lam), "[Gg]radient|differentiable|detach"),
-    "one class": (lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)),
-                  "sees at least k = 2 different classes in the 5 images, got 1: .*size, mean and std"),
-    "a softmax at the end": (lambda t, s, lam: SuperMix(nets(lambda z: z.softmax(1)))(s[:, 0]),
-                             "Expected logits, got rows that .* sum to 1"),
-    "a teacher in half precision": (lambda t, s, lam: SuperMix(copy.deepcopy(t).half())(s[:, 0]),
-                                    r"does not take images \(4, 3, 32, 32\) of torch.float32"),
-    "grey images": (lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0, :1]),
-                    r"does not take images \(4, 1, 32, 32\)"),
+    "one class": (
+        lambda t, s, lam: SuperMix(t)(s[:1, 0].repeat(5, 1, 1, 1)),
+        "sees at least k = 2 different classes in the 5 images, got 1: .*size, mean and std",
+    ),
+    "a softmax at the end": (
+        lambda t, s, lam: SuperMix(nets(lambda z: z.softmax(1)))(s[:, 0]),
+        "Expected logits, got rows that .* sum to 1",
+    ),
+    "a teacher in half precision": (
+        lambda t, s, lam: SuperMix(copy.deepcopy(t).half())(s[:, 0]),
+        r"does not take images \(4, 3, 32, 32\) of torch.float32",
+    ),
+    "grey images": (
+        lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0, :1]),
+        r"does not take images \(4, 1, 32, 32\)",
+    ),
     "channels last": (
         lambda t, s, lam: SuperMix(torchvision.models.resnet18(num_classes=10).eval())(s[:, 0].permute(0, 2, 3, 1)),
-        r"does not take images \(4, 32, 32, 3\)"),
-    "too few soft labels": (lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(3)),
-                            r"class indices \(4,\), .* got torch.float32 \(3, 3\)"),
+        r"does not take images \(4, 32, 32, 3\)",
+    ),
+    "too few soft labels": (
+        lambda t, s, lam: SuperMix(t)(s[:, 0], torch.eye(3)),
+        r"class indices \(4,\), .* got torch.float32 \(3, 3\)",
+    ),
     "an empty list": (lambda t, s, lam: SuperMix(t)([]), "[Ee]mpty|at least|0 images"),
 }
 

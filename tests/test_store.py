@@ -22,8 +22,22 @@ from supermix.mixing.generate import generate
 from supermix.mixing.masks import sparsity
 from supermix.mixing.quality import plot_quality, quality, show_extremes, total_variation
 from supermix.mixing.solver import is_solved
-from supermix.mixing.store import (MixedDataset, Store, _as_json, _folder_names, _hash_of, _load_card, _pack, _run_of,
-                                   _same_logits, _unpack_logits, begin, export_images, finish, teacher_identity)
+from supermix.mixing.store import (
+    MixedDataset,
+    Store,
+    _as_json,
+    _folder_names,
+    _hash_of,
+    _load_card,
+    _pack,
+    _run_of,
+    _same_logits,
+    _unpack_logits,
+    begin,
+    export_images,
+    finish,
+    teacher_identity,
+)
 from supermix.policies.policies import _POLICIES, Augmented
 from supermix.recipes import FAST, Generation, Mixing, Training
 from supermix.training.loop import accuracy
@@ -36,11 +50,13 @@ RECIPE = Generation(data="digits", count=300, shard=256, mixing=Mixing(**FAST))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return generate(RECIPE, tmp_path_factory.mktemp("store") / "mixes").folder
+def folder(tmp_path_factory):
+    return generate(RECIPE, tmp_path_factory.mktemp("store") / "mixes").folder
 
 
 @pytest.fixture(scope="module")
-def mixed(folder, digits): return MixedDataset(folder, digits.train)
+def mixed(folder, digits):
+    return MixedDataset(folder, digits.train)
 
 
 def test_a_store_is_what_the_solver_saw(mixed, teacher, digits):
@@ -60,12 +76,15 @@ def test_a_store_is_what_the_solver_saw(mixed, teacher, digits):
 def test_every_image_is_one_that_the_teacher_was_shown(teacher, digits, tmp_path):
     "To the bit: all images that the teacher sees are written down, with its logits."
     shown = {}
+
     def watched(images):
         logits = teacher.eval()(images)
         shown.update(zip((image.numpy().tobytes() for image in images.detach().contiguous()), logits.detach()))
         return logits
+
     mixed = MixedDataset(
-        generate(replace(RECIPE, count=150, shard=128), tmp_path / "store", digits.train, watched).folder, digits.train)
+        generate(replace(RECIPE, count=150, shard=128), tmp_path / "store", digits.train, watched).folder, digits.train
+    )
     batch = mixed.batch(range(150))
     for image, logits in zip(batch.images, batch.logits):
         assert image.numpy().tobytes() in shown
@@ -87,7 +106,8 @@ def test_as_a_dataset(mixed):
     images, softs = next(iter(DataLoader(mixed, batch_size=16)))
     assert torch.equal(images, mixed[:16][0]) and torch.equal(softs, mixed[:16][1])
     for rows in ([300], [-1], [0, 999]):
-        with pytest.raises(IndexError, match="rows from 0 to 299"): mixed.batch(rows)
+        with pytest.raises(IndexError, match="rows from 0 to 299"):
+            mixed.batch(rows)
     a, b = (mixed.sample(20, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(a[0], b[0]) and a[0].shape == a[1].images.shape == (20, 3, 32, 32)
 
@@ -106,33 +126,51 @@ def test_the_store_is_small(mixed, folder, tmp_path):
     pictures = sum(f.stat().st_size for f in files) / 300
     store = sum(f.stat().st_size for f in folder.iterdir()) / mixed.starts[-1]
     assert pictures > 5 * store
-    with open(out / "labels.csv") as file: rows = list(csv.DictReader(file))
+    with open(out / "labels.csv") as file:
+        rows = list(csv.DictReader(file))
     assert len(rows) == 300 and abs(float(rows[7]["lambda_1"]) + float(rows[7]["lambda_2"]) - 1) < 1e-3
     batch = mixed.batch([7])
-    assert (rows[7]["class_1"] == str(batch.classes[0, 0].item())
-            and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0])
+    assert (
+        rows[7]["class_1"] == str(batch.classes[0, 0].item())
+        and int(rows[7]["source_1"]) == mixed.small["sources"][7, 0]
+    )
     pixels = VF.pil_to_tensor(Image.open(out / rows[7]["file"])) / 255
     assert (pixels - mixed.info.denormalize(batch.images[0])).abs().max() <= 0.5 / 255 + 1e-6
-    with pytest.raises(ValueError, match="not empty"): export_images(mixed, out)
+    with pytest.raises(ValueError, match="not empty"):
+        export_images(mixed, out)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: (f / "manifest.json").unlink(), "is not a store of mixed images"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    (lambda f: (f / "00001.safetensors").unlink(), "00001.safetensors is missing"),
-    (lambda f: (f / "00000.safetensors").write_bytes((f / "00000.safetensors").read_bytes()[:-5]),
-     "00000.safetensors was changed"),
-    (lambda f: (f / "00001.safetensors").write_bytes((f / "00000.safetensors").read_bytes()),
-     "00001.safetensors was changed"),
-    (lambda f: Store(f).write({k: v for k, v in Store(f).manifest().items() if k not in ("shards", "images")}),
-     "is not finished"),
-    (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace(
-        '"seed": 0', '"seed": 1')), "manifest.json is not a manifest that supermix wrote: its content"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: (f / "manifest.json").unlink(), "is not a store of mixed images"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda f: (f / "00001.safetensors").unlink(), "00001.safetensors is missing"),
+        (
+            lambda f: (f / "00000.safetensors").write_bytes((f / "00000.safetensors").read_bytes()[:-5]),
+            "00000.safetensors was changed",
+        ),
+        (
+            lambda f: (f / "00001.safetensors").write_bytes((f / "00000.safetensors").read_bytes()),
+            "00001.safetensors was changed",
+        ),
+        (
+            lambda f: Store(f).write({k: v for k, v in Store(f).manifest().items() if k not in ("shards", "images")}),
+            "is not finished",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                (f / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
+            ),
+            "manifest.json is not a manifest that supermix wrote: its content",
+        ),
+    ],
+)
 def test_a_spoilt_store_is_named(spoil, message, folder, digits, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     spoil(tmp_path / "copy")
-    with pytest.raises((ValueError, FileNotFoundError), match=message): MixedDataset(tmp_path / "copy", digits.train)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        MixedDataset(tmp_path / "copy", digits.train)
 
 
 def test_other_data_is_an_error(folder, digits):
@@ -160,9 +198,17 @@ def test_logits_from_the_largest():
 @pytest.mark.parametrize("largest", [255, 256, 1000, 32_767, 32_768, 3_000_000_000])
 def test_many_updates_are_counted_rightly(largest):
     "A recipe may allow more updates than a byte can count."
-    few = Found(torch.tensor([1, 0]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int64),
-                torch.zeros(2, 2, dtype=torch.bool), torch.full((2, 2), 0.5), torch.zeros(2, 2, dtype=torch.int64),
-                torch.zeros(2, 1, 4, 4).half(), torch.rand(2, 10), torch.tensor([largest, 3]))
+    few = Found(
+        torch.tensor([1, 0]),
+        torch.zeros(2, 2, dtype=torch.int64),
+        torch.zeros(2, 2, 2, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.bool),
+        torch.full((2, 2), 0.5),
+        torch.zeros(2, 2, dtype=torch.int64),
+        torch.zeros(2, 1, 4, 4).half(),
+        torch.rand(2, 10),
+        torch.tensor([largest, 3]),
+    )
     kept = _pack(few, 10)
     assert kept["steps"].tolist() == [3, largest] and kept["index"].tolist() == [0, 1]
     assert (kept["steps"].dtype == torch.uint8) == (largest < 256)
@@ -194,7 +240,7 @@ def test_files_as_sources(photos, tmp_path):
     for name, photo in photos.items():
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
-            Image.fromarray(photo[i * 20:, i * 30:]).save(tmp_path / "data" / name / f"{i}.jpg", quality=95)
+            Image.fromarray(photo[i * 20 :, i * 30 :]).save(tmp_path / "data" / name / f"{i}.jpg", quality=95)
     files = sorted((tmp_path / "data").rglob("*.jpg"))
     info = Info("photos", tuple(photos), 64, (0.5,) * 3, (0.5,) * 3)
     images = FolderImages(info, files, torch.tensor([list(photos).index(f.parent.name) for f in files]))
@@ -210,16 +256,24 @@ def test_files_as_sources(photos, tmp_path):
 
 def test_quality(mixed, teacher):
     report = quality(mixed, teacher, limit=200)
-    assert (len(report.kl) == 200 and 0.5 < report.solved[-1] <= 1 and report.solved[0] == 0
-            and sorted(report.solved) == report.solved)
+    assert (
+        len(report.kl) == 200
+        and 0.5 < report.solved[-1] <= 1
+        and report.solved[0] == 0
+        and sorted(report.solved) == report.solved
+    )
     batch = mixed.batch(range(200))
     torch.testing.assert_close(
-        report.kl, (batch.target * (batch.target.clamp_min(1e-30).log() - batch.logits.log_softmax(1))).sum(1),
-        rtol=1e-4, atol=1e-4)
+        report.kl,
+        (batch.target * (batch.target.clamp_min(1e-30).log() - batch.logits.log_softmax(1))).sum(1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     torch.testing.assert_close(report.areas.sum(1), torch.ones(200))
     # here the second network is the teacher itself
     torch.testing.assert_close(report.second, report.teacher, atol=1e-2, rtol=1e-1)
-    for text in ("KL(ŷ ‖ p)", "second sees of the least", "|area − λ|"): assert text in str(report)
+    for text in ("KL(ŷ ‖ p)", "second sees of the least", "|area − λ|"):
+        assert text in str(report)
     figure = plot_quality({name: report for name in "abcde"})  # more than there are colours
     assert len(figure.axes[0].lines) == 5 and len(figure.axes[1].lines) == 5
     figure.clear()
@@ -255,14 +309,16 @@ def test_kept_probabilities_do_not_depend_on_the_logits_offset(offset, mixed):
 def test_images_that_are_moved_otherwise_are_other_images(folder, digits):
     for change in ({"pad": 4}, {"flip": True}):
         other = ArrayImages(replace(digits.info, **change), digits.train.kept, digits.train.labels)
-        with pytest.raises(ValueError, match="was made from digits"): MixedDataset(folder, other)
+        with pytest.raises(ValueError, match="was made from digits"):
+            MixedDataset(folder, other)
 
 
 def test_a_store_of_another_format(teacher, digits, tmp_path):
     store = generate(replace(RECIPE, count=20, shard=128), tmp_path / "store", digits.train, teacher)
     manifest = json.loads(store.manifest_path.read_text())
     store.manifest_path.write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, and this version"): MixedDataset(store.folder, digits.train)
+    with pytest.raises(ValueError, match="format 2, and this version"):
+        MixedDataset(store.folder, digits.train)
 
 
 OLD = Path(__file__).parent / "data" / "store_format_3"  # as supermix wrote it before manifests had hashes, cards runs
@@ -270,15 +326,19 @@ OLD_RECIPE = Generation(data="digits", count=150, shard=128)
 
 
 @pytest.fixture
-def old(tmp_path): return Path(shutil.copytree(OLD, tmp_path / "old"))
+def old(tmp_path):
+    return Path(shutil.copytree(OLD, tmp_path / "old"))
 
 
 def unfinished(folder):
     "As before the end: without a list of shards, and without a hash where there was none."
     content = json.loads((folder / "manifest.json").read_text())
-    for key in ("shards", "images"): content.pop(key)
-    if "hash" in content: Store(folder).write(content)
-    else: (folder / "manifest.json").write_text(_as_json(content))
+    for key in ("shards", "images"):
+        content.pop(key)
+    if "hash" in content:
+        Store(folder).write(content)
+    else:
+        (folder / "manifest.json").write_text(_as_json(content))
 
 
 def test_a_store_of_an_earlier_version_opens(old, teacher, digits):
@@ -287,16 +347,19 @@ def test_a_store_of_an_earlier_version_opens(old, teacher, digits):
         mixed = MixedDataset(old, digits, check=check)
         assert len(mixed) == 150 and "hash" not in mixed.manifest and "run" not in _load_card(old / "00000.safetensors")
         batch = mixed.batch(range(150))
-        with torch.no_grad(): torch.testing.assert_close(teacher(batch.images), batch.logits, rtol=0.01, atol=0.1)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(batch.images), batch.logits, rtol=0.01, atol=0.1)
     generate(OLD_RECIPE, old)  # finished: nothing is to do, and nothing is changed
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
 
 
 def test_a_store_of_an_earlier_version_gets_back_a_shard_that_was_deleted(old, teacher, digits):
     (old / "00001.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="00001.safetensors is missing"): MixedDataset(old, digits)
+    with pytest.raises(FileNotFoundError, match="00001.safetensors is missing"):
+        MixedDataset(old, digits)
     begin(Store(old), OLD_RECIPE, digits.train, teacher)  # and is killed
-    with pytest.raises(ValueError, match="is not finished"): MixedDataset(old, digits)
+    with pytest.raises(ValueError, match="is not finished"):
+        MixedDataset(old, digits)
     generate(OLD_RECIPE, old)
     assert len(MixedDataset(old, digits)) == 150
     assert "run" not in _load_card(old / "00000.safetensors") and "run" in _load_card(old / "00001.safetensors")
@@ -309,7 +372,8 @@ def test_whose_the_shards_of_an_earlier_version_are_only_its_list_can_tell(old, 
     shutil.copy(OLD / "manifest.json", old)
     (old / "00000.safetensors").write_bytes((old / "00001.safetensors").read_bytes())
     for check in (True, False):
-        with pytest.raises(ValueError, match="00000.safetensors was changed"): MixedDataset(old, digits, check=check)
+        with pytest.raises(ValueError, match="00000.safetensors was changed"):
+            MixedDataset(old, digits, check=check)
 
 
 @pytest.mark.parametrize("other", ["seed", "k", "data", "teacher"])
@@ -317,17 +381,25 @@ def test_whose_the_shards_of_an_earlier_version_are_only_its_list_can_tell(old, 
 def test_another_runs_shards_are_not_taken(other, lost, folder, teacher, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     recipe, images, network = RECIPE, digits.train, teacher
-    if other == "seed": recipe = replace(RECIPE, seed=1)
-    if other == "k": recipe = replace(RECIPE, mixing=Mixing(**FAST, k=3))
-    if other == "data": images = digits.train.subset(1000)
+    if other == "seed":
+        recipe = replace(RECIPE, seed=1)
+    if other == "k":
+        recipe = replace(RECIPE, mixing=Mixing(**FAST, k=3))
+    if other == "data":
+        images = digits.train.subset(1000)
     if other == "teacher":
-        def network(x): return 2 * teacher(x)
-    if lost == "the manifest": (copy / "manifest.json").unlink()
+
+        def network(x):
+            return 2 * teacher(x)
+
+    if lost == "the manifest":
+        (copy / "manifest.json").unlink()
     else:  # an unfinished store with a foreign shard of the right number
         begin(Store(tmp_path / "begun"), recipe, images, network)
         shutil.copy(tmp_path / "begun" / "manifest.json", copy)
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    with pytest.raises(ValueError, match="00000.safetensors is of another run"): generate(recipe, copy, images, network)
+    with pytest.raises(ValueError, match="00000.safetensors is of another run"):
+        generate(recipe, copy, images, network)
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
 
 
@@ -344,18 +416,21 @@ def test_a_shard_of_another_run_is_not_read(folder, digits, tmp_path):
 
 def test_without_its_manifest_the_same_run_goes_on(folder, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    for name in ("manifest.json", "00001.safetensors"): (copy / name).unlink()
+    for name in ("manifest.json", "00001.safetensors"):
+        (copy / name).unlink()
     generate(RECIPE, copy)
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 class Weightless(torch.nn.Module):
     "A module without a single weight, whose network is hidden."
+
     def __init__(self, f):
         super().__init__()
         self.f = f
 
-    def forward(self, x): return self.f(x)
+    def forward(self, x):
+        return self.f(x)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, Weightless], ids=["function", "module without weights"])
@@ -366,9 +441,15 @@ def test_two_functions_are_two_teachers(wrap, teacher, digits, tmp_path):
     before = {p.name: p.read_bytes() for p in store.folder.iterdir()}
     assert store.manifest()["teacher"]["weights"] is None and len(store.manifest()["teacher"]["logits"]) == 64
     noisy = wrap(lambda x: teacher(x) * (1 + 1e-5 * torch.randn(len(x), 10, generator=g)))
-    for same in (first, wrap(lambda x: teacher(x)), noisy): generate(recipe, store.folder, digits.train, same)
-    for other in (lambda x: teacher(x).flip(1), lambda x: 1.05 * teacher(x), lambda x: teacher(x.flip(3)),
-                  lambda x: teacher(x)[:, :9], teacher):
+    for same in (first, wrap(lambda x: teacher(x)), noisy):
+        generate(recipe, store.folder, digits.train, same)
+    for other in (
+        lambda x: teacher(x).flip(1),
+        lambda x: 1.05 * teacher(x),
+        lambda x: teacher(x.flip(3)),
+        lambda x: teacher(x)[:, :9],
+        teacher,
+    ):
         with pytest.raises(ValueError, match="made otherwise .*teacher"):
             generate(recipe, store.folder, digits.train, other if other is teacher else wrap(other))
     assert {p.name: p.read_bytes() for p in store.folder.iterdir()} == before
@@ -393,7 +474,10 @@ def test_what_mixed_images_are_made_from(folder, digits):
 
 def test_images_that_a_stock_was_made_from(mixed, digits):
     train = digits.train
-    def seen(**changes): return ArrayImages(replace(digits.info, **changes), train.kept, train.labels)
+
+    def seen(**changes):
+        return ArrayImages(replace(digits.info, **changes), train.kept, train.labels)
+
     assert mixed.made_from(train) and mixed.made_from(digits) and not mixed.differences(digits)
     assert mixed.made_from(Augmented(train, _POLICIES["randaugment"])) and not mixed.made_from(digits.test)
     for changes in ({"mean": (0.5,) * 3}, {"std": (0.5,) * 3}, {"pad": 4}, {"flip": True}):
@@ -401,22 +485,46 @@ def test_images_that_a_stock_was_made_from(mixed, digits):
     assert mixed.differences(train.subset(50)) == {} and not mixed.made_from(train.subset(50))
 
 
-@pytest.mark.parametrize("first, kind", [(246, torch.uint8), (247, torch.int16), (32_758, torch.int16),
-                                         (32_759, torch.int32), (70_000, torch.int32)])
+@pytest.mark.parametrize(
+    "first, kind",
+    [(246, torch.uint8), (247, torch.int16), (32_758, torch.int16), (32_759, torch.int32), (70_000, torch.int32)],
+)
 def test_class_numbers_of_any_size(first, kind, teacher, digits, tmp_path):
     "The digits are the last of so many classes and ten more."
-    def wide(x): return torch.nn.functional.pad(teacher(x), (first, 0), value=-30.0)
+
+    def wide(x):
+        return torch.nn.functional.pad(teacher(x), (first, 0), value=-30.0)
+
     store = generate(replace(RECIPE, count=20, shard=128), tmp_path / "store", digits.train, wide)
     mixed = MixedDataset(store.folder, digits)
     assert mixed.num_classes == first + 10 and mixed.small["classes"].dtype == mixed.small["top_classes"].dtype == kind
     batch = mixed.batch(range(20))
     assert (batch.classes >= first).all() and is_solved(batch.logits, batch.classes).all()
-    with torch.no_grad(): wanted = wide(batch.images).softmax(1).gather(1, batch.classes)
+    with torch.no_grad():
+        wanted = wide(batch.images).softmax(1).gather(1, batch.classes)
     torch.testing.assert_close(batch.logits.softmax(1).gather(1, batch.classes), wanted, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "/", "../../evil", "/tmp/evil", "a/../../b", "x\0y", " ", "labels.csv",
-                                  "~", "é" * 300, "con", "line\nbreak", "\ud800"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "",
+        "/",
+        "../../evil",
+        "/tmp/evil",
+        "a/../../b",
+        "x\0y",
+        " ",
+        "labels.csv",
+        "~",
+        "é" * 300,
+        "con",
+        "line\nbreak",
+        "\ud800",
+    ],
+)
 def test_pictures_stay_in_their_folder(name, folder, digits, tmp_path):
     classes = (name, "B", "b", *"3456789")
     images = ArrayImages(replace(digits.info, classes=classes), digits.train.kept, digits.train.labels)
@@ -427,7 +535,8 @@ def test_pictures_stay_in_their_folder(name, folder, digits, tmp_path):
     assert not outside and os.listdir(home) == ["pictures"] and not Path("/tmp/evil").exists()
     files = list(out.rglob("*.png"))
     assert len(files) == 300 and all(p.parent.parent == out for p in files)
-    with open(out / "labels.csv", newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
+    with open(out / "labels.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     assert len({row["file"].split("/")[0] for row in rows}) == len({p.parent for p in files}) == 10
     assert {row["file"] for row in rows} == {p.relative_to(out).as_posix() for p in files}
 
@@ -447,32 +556,47 @@ def test_folder_names_are_safe_and_differ(names):
 # Manifests and cards that something has changed
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from([10 ** 9, 2 ** 63, 10 ** 400, -1]) | st.floats()
-    | st.text(max_size=5) | st.sampled_from(["../00000.safetensors", "00000.safetensors", "/etc/passwd", "0" * 16]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=5)
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.sampled_from([10**9, 2**63, 10**400, -1])
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["../00000.safetensors", "00000.safetensors", "/etc/passwd", "0" * 16]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 def places(value, path=()):
     "Every place in a value of JSON."
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items: yield from places(inner, (*path, key))
+    for key, inner in items:
+        yield from places(inner, (*path, key))
 
 
 def spoilt(value, path, how, junk):
     "A value of JSON, changed at one place: replaced, taken away, doubled, more beside it, or wrapped."
-    if not path: return {"replace": junk, "wrap": [value], "more": {**value, "more": junk}}.get(how, value)
+    if not path:
+        return {"replace": junk, "wrap": [value], "more": {**value, "more": junk}}.get(how, value)
     value, (key, *rest) = (dict(value) if isinstance(value, dict) else list(value)), path
-    if rest: value[key] = spoilt(value[key], rest, how, junk)
-    elif how == "remove": value.pop(key)
-    elif how == "double" and isinstance(value, list): value.insert(key, value[key])
-    elif how == "more" and isinstance(value, dict): value["more"] = junk
-    elif how == "wrap": value[key] = [value[key]]
-    else: value[key] = junk
+    if rest:
+        value[key] = spoilt(value[key], rest, how, junk)
+    elif how == "remove":
+        value.pop(key)
+    elif how == "double" and isinstance(value, list):
+        value.insert(key, value[key])
+    elif how == "more" and isinstance(value, dict):
+        value["more"] = junk
+    elif how == "wrap":
+        value[key] = [value[key]]
+    else:
+        value[key] = junk
     return value
 
 
-CHANGES = st.tuples(st.integers(0, 10 ** 6), st.sampled_from(["replace", "remove", "double", "more", "wrap"]), JUNK)
+CHANGES = st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "double", "more", "wrap"]), JUNK)
 
 
 def change(content, changes):
@@ -486,8 +610,10 @@ def reads_the_same_or_says_why(copy, original, digits, checks=(True, False)):
     "A changed store is a ValueError or FileNotFoundError that names the file or folder, or gives what it gave."
     want = MixedDataset(original, digits)
     for check in checks:
-        try: got = MixedDataset(copy, digits, check=check)
-        except (ValueError, FileNotFoundError) as error: assert str(copy) in str(error)
+        try:
+            got = MixedDataset(copy, digits, check=check)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(copy) in str(error)
         else:
             assert len(got) == len(want) and got.num_classes == want.num_classes
             a, b = got.batch(range(len(got))), want.batch(range(len(want)))
@@ -500,12 +626,15 @@ def resumes_or_says_why(copy, recipe, teacher, digits):
     try:
         begin(store, recipe, digits.train, teacher)
         finish(store)
-    except (ValueError, FileNotFoundError) as error: assert str(copy) in str(error)
-    else: MixedDataset(copy, digits)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(copy) in str(error)
+    else:
+        MixedDataset(copy, digits)
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory): return tmp_path_factory.mktemp("scratch")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
 
 
 KINDS = pytest.mark.parametrize("kind", ["of today", "of an earlier version", "hashed again"])
@@ -538,74 +667,113 @@ def test_any_change_of_a_card(kind, folder, teacher, digits, scratch, changes, s
     if listed:  # somebody has put the new file's hash into the manifest
         text = (copy / "manifest.json").read_text().replace(file_hash(original / path.name), file_hash(path))
         content = {key: value for key, value in json.loads(text).items() if key != "hash"}
-        if kind == "of an earlier version": (copy / "manifest.json").write_text(_as_json(content))
-        else: Store(copy).write(content)
+        if kind == "of an earlier version":
+            (copy / "manifest.json").write_text(_as_json(content))
+        else:
+            Store(copy).write(content)
     reads_the_same_or_says_why(copy, original, digits)
     resumes_or_says_why(copy, recipe, teacher, digits)
 
 
 @KINDS
-@given(name=st.sampled_from(["manifest.json", "00000.safetensors"]), where=st.integers(0, 10 ** 6),
-       piece=st.binary(max_size=3), cut=st.booleans())
+@given(
+    name=st.sampled_from(["manifest.json", "00000.safetensors"]),
+    where=st.integers(0, 10**6),
+    piece=st.binary(max_size=3),
+    cut=st.booleans(),
+)
 def test_any_change_of_bytes(kind, folder, digits, scratch, name, where, piece, cut):
     original = OLD if kind == "of an earlier version" else folder
     shutil.rmtree(scratch / "copy", ignore_errors=True)
     copy = Path(shutil.copytree(original, scratch / "copy"))
     content = (copy / name).read_bytes()
     at = where % len(content)
-    (copy / name).write_bytes(content[:at] + piece + (b"" if cut else content[at + len(piece):]))
-    if name != "manifest.json" or kind == "of today": reads_the_same_or_says_why(copy, original, digits, [True])
+    (copy / name).write_bytes(content[:at] + piece + (b"" if cut else content[at + len(piece) :]))
+    if name != "manifest.json" or kind == "of today":
+        reads_the_same_or_says_why(copy, original, digits, [True])
     else:
-        try: MixedDataset(copy, digits)  # without a hash of its own a digit may differ, such as the recipe's seed
-        except (ValueError, FileNotFoundError) as error: assert str(copy) in str(error)
+        try:
+            MixedDataset(copy, digits)  # without a hash of its own a digit may differ, such as the recipe's seed
+        except (ValueError, FileNotFoundError) as error:
+            assert str(copy) in str(error)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[" * 1000 + "]" * 1000, "cannot be read"), ("[" * 100_000, "cannot be read"),
-    ("[]", "expected entries in braces"), ("null", "got None"), ("{}", "store of format None"),
-    ('{"format": 3}', "data is missing"),
-    ('{"format": 3, "format": 3}', "an entry is in it twice"), ('{"format": NaN}', "NaN is no number"),
-    ('{"format": 1e999}', "no finite number"), ('{"format": [' + "[" * 900 + "]" * 900 + "]}", "manifest.json"),
-    ("\udcff", "cannot be read"), ('{"format": ' + "9" * 5000 + "}", "manifest.json"), ("", "cannot be read"),
-    ('{"format": true}', "format True"), ('{"format": 3.0, "data": 1}', "teacher is missing"),
-], ids=range(15))
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 1000 + "]" * 1000, "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "expected entries in braces"),
+        ("null", "got None"),
+        ("{}", "store of format None"),
+        ('{"format": 3}', "data is missing"),
+        ('{"format": 3, "format": 3}', "an entry is in it twice"),
+        ('{"format": NaN}', "NaN is no number"),
+        ('{"format": 1e999}', "no finite number"),
+        ('{"format": [' + "[" * 900 + "]" * 900 + "]}", "manifest.json"),
+        ("\udcff", "cannot be read"),
+        ('{"format": ' + "9" * 5000 + "}", "manifest.json"),
+        ("", "cannot be read"),
+        ('{"format": true}', "format True"),
+        ('{"format": 3.0, "data": 1}', "teacher is missing"),
+    ],
+    ids=range(15),
+)
 def test_odd_manifests(text, message, folder, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "manifest.json")) / "manifest.json"  # a folder of this name
     copy.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="manifest.json") as error: MixedDataset(copy.parent, digits)
+    with pytest.raises(ValueError, match="manifest.json") as error:
+        MixedDataset(copy.parent, digits)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"images": -1}, "images should be a whole number of 1 or more, and is -1"), ({"images": 10.5}, "and is 10.5"),
-    ({"images": 10 ** 9}, "1,000,000,000 images are not those"), ({"images": 299}, "299 images are not those"),
-    ({"recipe": None}, "recipe should have entries, and is None"), ({"shards": []}, "its 300 images"),
-    ({"shards": {}}, "shards should be a list"), ({"shards": [[]]}, "shards[0] should have entries"),
-    ({"data": []}, "data should have entries, and is a list"), ({"teacher": "x"}, "teacher should have entries"),
-    ({"more": 1}, "'more' is unknown"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"images": -1}, "images should be a whole number of 1 or more, and is -1"),
+        ({"images": 10.5}, "and is 10.5"),
+        ({"images": 10**9}, "1,000,000,000 images are not those"),
+        ({"images": 299}, "299 images are not those"),
+        ({"recipe": None}, "recipe should have entries, and is None"),
+        ({"shards": []}, "its 300 images"),
+        ({"shards": {}}, "shards should be a list"),
+        ({"shards": [[]]}, "shards[0] should have entries"),
+        ({"data": []}, "data should have entries, and is a list"),
+        ({"teacher": "x"}, "teacher should have entries"),
+        ({"more": 1}, "'more' is unknown"),
+    ],
+)
 def test_what_is_wrong_with_a_manifest_is_said(changes, message, folder, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     content = {key: value for key, value in json.loads((copy / "manifest.json").read_text()).items() if key != "hash"}
     (copy / "manifest.json").write_text(json.dumps(content | changes))
-    with pytest.raises(ValueError) as error: MixedDataset(copy, digits)
+    with pytest.raises(ValueError) as error:
+        MixedDataset(copy, digits)
     assert message in str(error.value) and str(copy / "manifest.json") in str(error.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: [s[0], s[0]], "listed twice"), (lambda s: [s[1], s[0]], "not in order"),
-    (lambda s: s[1:], "a shard is missing"),
-    (lambda s: [{**s[0], "sets": 0}, s[1]], "shards[0].sets should be a whole number of 1 or more"),
-    (lambda s: [{**s[0], "images": 10 ** 9}, s[1]], "more images than sets"),
-    (lambda s: [{**s[0], "file": "../copy/00000.safetensors"}, s[1]], "shards[0].file should be the name of a shard"),
-    (lambda s: [{**s[0], "sets": 300}, s[1]], "00000.safetensors was changed: the manifest says"),
-    (lambda s: [{k: v for k, v in s[0].items() if k != "sha256"}, s[1]], "shards[0].sha256 is missing"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: [s[0], s[0]], "listed twice"),
+        (lambda s: [s[1], s[0]], "not in order"),
+        (lambda s: s[1:], "a shard is missing"),
+        (lambda s: [{**s[0], "sets": 0}, s[1]], "shards[0].sets should be a whole number of 1 or more"),
+        (lambda s: [{**s[0], "images": 10**9}, s[1]], "more images than sets"),
+        (
+            lambda s: [{**s[0], "file": "../copy/00000.safetensors"}, s[1]],
+            "shards[0].file should be the name of a shard",
+        ),
+        (lambda s: [{**s[0], "sets": 300}, s[1]], "00000.safetensors was changed: the manifest says"),
+        (lambda s: [{k: v for k, v in s[0].items() if k != "sha256"}, s[1]], "shards[0].sha256 is missing"),
+    ],
+)
 def test_what_is_wrong_with_a_list_of_shards_is_said(change, message, folder, digits, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     content = Store(copy).manifest()
     Store(copy).write(content | {"shards": change(content["shards"])})
-    with pytest.raises(ValueError) as error: MixedDataset(copy, digits)
+    with pytest.raises(ValueError) as error:
+        MixedDataset(copy, digits)
     assert message in str(error.value) and str(copy) in str(error.value)
 
 
@@ -614,7 +782,8 @@ def test_another_recipe_in_an_old_manifest_is_seen_in_the_shapes(changes, old, d
     content = json.loads((old / "manifest.json").read_text())
     content["recipe"]["mixing"] |= changes
     (old / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="00000.safetensors was changed: .*expected"): MixedDataset(old, digits)
+    with pytest.raises(ValueError, match="00000.safetensors was changed: .*expected"):
+        MixedDataset(old, digits)
 
 
 def test_an_empty_shard_among_others(teacher, digits, tmp_path):
@@ -625,7 +794,7 @@ def test_an_empty_shard_among_others(teacher, digits, tmp_path):
     rows = []
     for shard in range(5):
         found = joined(engine.run([draw_block(digits.train, engine.source_logits, RECIPE.mixing, 0, shard)]))
-        few = Found(*(t[:0 if shard in (0, 2, 3) else None] for t in found))
+        few = Found(*(t[: 0 if shard in (0, 2, 3) else None] for t in found))
         store.keep(shard, few, 128, recipe.top)
         rows += sorted(few.index.tolist())
     store.write(store.manifest() | {"recipe": {**store.manifest()["recipe"], "count": len(rows)}})

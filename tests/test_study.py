@@ -10,9 +10,21 @@ import torch
 from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation.distill import MIXERS
-from supermix.experiments.study import (_T95, Trial, _charge_prices, _clutter, _confidence_interval, _core_seconds,
-                                        _core_trials, _measure_prices, _run_trial, all_trials, load_results, study,
-                                        study_table)
+from supermix.experiments.study import (
+    _T95,
+    Trial,
+    _charge_prices,
+    _clutter,
+    _confidence_interval,
+    _core_seconds,
+    _core_trials,
+    _measure_prices,
+    _run_trial,
+    all_trials,
+    load_results,
+    study,
+    study_table,
+)
 from supermix.recipes import METHODS, Mixing
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +54,8 @@ def test_the_grid_is_the_studys():
 
 
 def test_students_t():
-    for df, value in _T95.items(): assert value == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
+    for df, value in _T95.items():
+        assert value == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
     values = [84.1, 85.0, 83.7, 84.9]
     low, high = stats.t.interval(0.95, 3, sum(values) / 4, stats.sem(values))
     mean, half = _confidence_interval(values)
@@ -57,7 +70,7 @@ def test_every_result_is_of_its_trial():
     assert sum(len(seeds) for rows in found.values() for seeds in rows.values()) == len(files)
     for path in files:
         result = json.loads(path.read_text())
-        mixing = Mixing(**result["trial"]["mixing"])            # options that came later have their defaults
+        mixing = Mixing(**result["trial"]["mixing"])  # options that came later have their defaults
         drops = tuple(result["trial"].get("drops", Trial.drops))
         trial = Trial(**result["trial"] | {"mixing": mixing, "drops": drops})
         assert trial == by_file[str(path.relative_to(ROOT / "results" / "study"))]
@@ -90,15 +103,19 @@ def test_prices_are_those_of_whole_runs(teacher, digits, tmp_path):
     kd, supermix = (listed[row.name] for row in rows)
     assert kd["mixing"] == [0, 0] and all(len(took) == 2 for parts in listed.values() for took in parts.values())
     training = _run_trial(rows[0], digits, teacher, None)["core_seconds"]["training"]
-    mixing = rows[1].mixes * _run_trial(replace(rows[1], mixes=1, updates=2), digits, teacher,
-                                        tmp_path)["core_seconds"]["mixing"]  # 600 images, from what 60 took
+    mixing = (
+        rows[1].mixes
+        * _run_trial(replace(rows[1], mixes=1, updates=2), digits, teacher, tmp_path)["core_seconds"]["mixing"]
+    )  # 600 images, from what 60 took
     for price, whole in ((kd["training"], training), (supermix["mixing"], mixing)):
         assert whole / 5 < min(price) < 5 * whole  # unscaled, either would be a tenth
 
 
 def test_every_row_that_is_compared_has_a_price():
-    found, listed = (load_results(ROOT / "results" / "study"),
-                     json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"])
+    found, listed = (
+        load_results(ROOT / "results" / "study"),
+        json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"],
+    )
     rows = found["core"] | found["budget"]
     assert listed.keys() == rows.keys()
     for name, seeds in _charge_prices(rows, listed).items():
@@ -117,15 +134,19 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     again, _ = _clutter(images, photographs, plain.info, 3)
     assert busy.labels.equal(images.labels) and busy.pixels.equal(again.pixels)
     assert cover.flatten(1).sum(1).tolist() == [0, 0, 400, 0, 0] and (busy.pixels[2, 0] == 200).equal(cover[2] == 1)
-    pieces = {p[y:y + 32, x:x + 32].numpy().tobytes() for p in photographs for y in range(9) for x in range(19)}
-    for i in (0, 1, 3, 4): assert busy.pixels[i, 0].numpy().tobytes() in pieces  # black: the photograph alone
+    pieces = {p[y : y + 32, x : x + 32].numpy().tobytes() for p in photographs for y in range(9) for x in range(19)}
+    for i in (0, 1, 3, 4):
+        assert busy.pixels[i, 0].numpy().tobytes() in pieces  # black: the photograph alone
     rows, columns = (busy.pixels[2, 0] == 200).nonzero().T
     corner, edge = (int(rows.min()), int(columns.min())), 20
-    square = busy.pixels[2, 0, corner[0]:corner[0] + edge, corner[1]:corner[1] + edge]
+    square = busy.pixels[2, 0, corner[0] : corner[0] + edge, corner[1] : corner[1] + edge]
     assert (square == 200).all()
-    assert any(all(piece[i] == value for i, value in enumerate(busy.pixels[2, 0].flatten().tolist()) if value != 200)
-               for piece in pieces)
+    assert any(
+        all(piece[i] == value for i, value in enumerate(busy.pixels[2, 0].flatten().tolist()) if value != 200)
+        for piece in pieces
+    )
 
 
 def test_an_unknown_group_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="Unknown group 'cor'. Did you mean 'core'"): study(tmp_path, groups=("cor",))
+    with pytest.raises(ValueError, match="Unknown group 'cor'. Did you mean 'core'"):
+        study(tmp_path, groups=("cor",))

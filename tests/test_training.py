@@ -28,8 +28,11 @@ from supermix.zoo import create
 from torch import nn
 
 
-@pytest.mark.parametrize("training", [CIFAR100.training, IMAGENET.training, Training(epochs=7, milestones=())],
-                         ids=["CIFAR100", "IMAGENET", "constant"])
+@pytest.mark.parametrize(
+    "training",
+    [CIFAR100.training, IMAGENET.training, Training(epochs=7, milestones=())],
+    ids=["CIFAR100", "IMAGENET", "constant"],
+)
 def test_the_schedule_is_torchs_in_every_epoch(training):
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.lr)
     theirs = torch.optim.lr_scheduler.MultiStepLR(optimiser, training.milestones, training.decay)
@@ -48,11 +51,18 @@ def test_the_warm_up_rises_in_a_line_and_then_changes_nothing():
 
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_the_cosine_is_torchs(warmup):
-    training, optimiser = Training(epochs=20, schedule="cosine", warmup=warmup), torch.optim.SGD([nn.Parameter(
-        torch.zeros(1))], lr=0.1)
+    training, optimiser = (
+        Training(epochs=20, schedule="cosine", warmup=warmup),
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1),
+    )
     rate, annealing = torch.optim.lr_scheduler, torch.optim.lr_scheduler.CosineAnnealingLR
-    theirs = annealing(optimiser, 20) if not warmup else rate.SequentialLR(
-        optimiser, [rate.LinearLR(optimiser, 1e-9, total_iters=4), annealing(optimiser, 16)], [4])
+    theirs = (
+        annealing(optimiser, 20)
+        if not warmup
+        else rate.SequentialLR(
+            optimiser, [rate.LinearLR(optimiser, 1e-9, total_iters=4), annealing(optimiser, 16)], [4]
+        )
+    )
     for epoch in range(20):
         assert training.lr_at(epoch) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-9)
         optimiser.step()
@@ -61,13 +71,18 @@ def test_the_cosine_is_torchs(warmup):
 
 
 OPTIMISERS = {
-    "AdamW": (dict(optimizer="adamw", lr=0.002, weight_decay=0.05, momentum=0.8),
-              lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.999), weight_decay=0.05)),
-    "Nesterov": (dict(nesterov=True, lr=0.05),
-                 lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4, nesterov=True)),
+    "AdamW": (
+        dict(optimizer="adamw", lr=0.002, weight_decay=0.05, momentum=0.8),
+        lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.999), weight_decay=0.05),
+    ),
+    "Nesterov": (
+        dict(nesterov=True, lr=0.05),
+        lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4, nesterov=True),
+    ),
     "cosine": (dict(schedule="cosine", lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
     "smoothing": (dict(label_smoothing=0.2, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
-    "clipping": (dict(clip_grad=0.5, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4))}
+    "clipping": (dict(clip_grad=0.5, lr=0.05), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4)),
+}
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -81,11 +96,14 @@ def test_other_optimisers_are_torchs_too(name, digits):
     optimiser, norms = make(theirs.parameters()), []
     for update, (x, y, _) in enumerate(batch for epoch in (0, 1) for batch in images.batches(16, 0, epoch)):
         if recipe.schedule == "cosine":
-            for group in optimiser.param_groups: group["lr"] = recipe.lr_at(update / 3)
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.lr_at(update / 3)
         optimiser.zero_grad()
-        F.cross_entropy(theirs(x.to(memory_format=torch.channels_last)), y,
-                        label_smoothing=recipe.label_smoothing).backward()
-        if recipe.clip_grad: norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), recipe.clip_grad).item())
+        F.cross_entropy(
+            theirs(x.to(memory_format=torch.channels_last)), y, label_smoothing=recipe.label_smoothing
+        ).backward()
+        if recipe.clip_grad:
+            norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), recipe.clip_grad).item())
         optimiser.step()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-5)
     assert all(norm > recipe.clip_grad for norm in norms)  # there was something to clip
@@ -96,6 +114,7 @@ def test_a_method_smooths_the_labels_of_natural_images_only(digits, teacher):
         torch.manual_seed(0)
         recipe = Training(epochs=1, batch_size=16, milestones=(), label_smoothing=smoothing)
         return distill(teacher, create("resnet8", 10), digits.train.subset(16), method, recipe=recipe).loss[0]
+
     plain, smooth = first("alone", 0.0), first("alone", 0.3)
     x, y, _ = next(digits.train.subset(16).batches(16, 0, 0))
     torch.manual_seed(0)
@@ -158,15 +177,23 @@ def test_two_processes_make_the_same_bytes(tmp_path):
 
 def test_two_threads_make_the_same_bits_twice(digits, teacher):
     "But not those of one thread: the sums over a batch are added in another order, and only nearly the same."
+
     def go(threads):
         torch.set_num_threads(threads)
         try:
             torch.manual_seed(0)
             student = create("resnet8", 10)
-            distill(teacher, student, digits.train.subset(64), "kd",
-                    recipe=Training(epochs=1, batch_size=32, lr=0.01, milestones=()))
+            distill(
+                teacher,
+                student,
+                digits.train.subset(64),
+                "kd",
+                recipe=Training(epochs=1, batch_size=32, lr=0.01, milestones=()),
+            )
             return student.state_dict()
-        finally: torch.set_num_threads(1)
+        finally:
+            torch.set_num_threads(1)
+
     one, two, again = go(1), go(2), go(2)
     assert same(two, again)
     torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-4)
@@ -180,8 +207,11 @@ def test_a_loss_that_is_no_number_stops_the_training(value, digits, tmp_path):
         seen.append(len(batch.images))
         return F.cross_entropy(net(batch.images), batch.labels) * (value if len(seen) == 3 else 1)
 
-    with pytest.raises(FloatingPointError, match=rf"The loss is {value} at update 3 \(epoch 2, batch 1 of 2\).*"
-                                                 r"checkpoint is .*step-000000002"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"The loss is {value} at update 3 \(epoch 2, batch 1 of 2\).*"
+        r"checkpoint is .*step-000000002",
+    ):
         train(network, digits.train.subset(20), Training(epochs=5, batch_size=16), objective, folder=tmp_path)
     assert all(torch.isfinite(t).all() for t in network.state_dict().values())  # the bad step was not made
     assert load_checkpoint(checkpoints(tmp_path)[-1])["position"] == [1, 0, 2]
@@ -197,9 +227,12 @@ def test_weights_that_a_gradient_spoils_are_in_no_checkpoint(at, digits, tmp_pat
         # the root of 0 is 0, and its slope no number
         return loss + (net.head.bias.sum() - net.head.bias.sum().detach()).abs().sqrt() if len(seen) == at else loss
 
-    with pytest.raises(FloatingPointError,
-                       match="head.bias is no number any more after update 2|checkpoint is .*step-00000000[24]-"
-                       if at == 3 else f"head.bias is no number any more after update {at}"):
+    with pytest.raises(
+        FloatingPointError,
+        match="head.bias is no number any more after update 2|checkpoint is .*step-00000000[24]-"
+        if at == 3
+        else f"head.bias is no number any more after update {at}",
+    ):
         train(network, digits.train.subset(20), Training(epochs=3, batch_size=16), objective, folder=tmp_path)
     for path in checkpoints(tmp_path):
         assert all(torch.isfinite(t).all() for t in load_checkpoint(path)["network"].values())
@@ -208,6 +241,7 @@ def test_weights_that_a_gradient_spoils_are_in_no_checkpoint(at, digits, tmp_pat
 
 class Learning(Objective):
     "An objective with a weight, a memory and draws of its own; its memory counts how often each image was seen."
+
     def __init__(self, n):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
@@ -222,8 +256,11 @@ class Learning(Objective):
 
 def test_an_objective_may_have_a_rate_of_its_own(digits):
     class Slow(Objective):
-        def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
-        def learning_rate(self, recipe, epoch): return 0.001 if epoch < 1 else recipe.lr_at(epoch)
+        def forward(self, network, batch):
+            return F.cross_entropy(network(batch.images), batch.labels)
+
+        def learning_rate(self, recipe, epoch):
+            return 0.001 if epoch < 1 else recipe.lr_at(epoch)
 
     recipe, nets = Training(epochs=1, batch_size=16, lr=0.05, milestones=()), []
     for objective, lr in ((Slow(), 0.05), (label_objective, 0.001)):
@@ -244,19 +281,25 @@ def whole(images, folder=None, objective=None, recipe=RECIPE, **options):
     return {**network.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}, history
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
 
 
-class Stopped(Exception): pass
+class Stopped(Exception):
+    pass
 
 
 class Stopping(Learning):
     "The same, but it stops at an update, as a machine that goes down."
-    def __init__(self, n, at): super().__init__(n); self.left = at
+
+    def __init__(self, n, at):
+        super().__init__(n)
+        self.left = at
 
     def forward(self, network, batch):
         self.left -= 1
-        if self.left < 0: raise Stopped
+        if self.left < 0:
+            raise Stopped
         return super().forward(network, batch)
 
 
@@ -269,7 +312,8 @@ def uninterrupted(digits):
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 11])  # three updates an epoch: within epochs and between them
 def test_stopped_and_resumed_it_ends_with_the_same_bits(at, uninterrupted, digits, tmp_path):
     images, (expected, history) = digits.train.subset(40), uninterrupted
-    with pytest.raises(Stopped): whole(images, tmp_path, Stopping(40, at), minutes=0)
+    with pytest.raises(Stopped):
+        whole(images, tmp_path, Stopping(40, at), minutes=0)
     ended, resumed = whole(images, tmp_path, minutes=0)
     assert same(ended, expected) and ended["objective.seen"].tolist() == [4] * 40
     assert resumed.loss == history.loss and resumed.images == history.images == 160
@@ -281,15 +325,18 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(at, uninterrupted, digit
 
 # ---- what `train` asks of an objective
 
+
 class Telling(Objective):
     "An objective that tells which of its methods is called, with what."
+
     def __init__(self):
         super().__init__()
         self.calls, self.networks = [], set()
 
     def called(self, name, *what, network=None):
         self.calls.append((name, *what))
-        if network is not None: self.networks.add(id(network))
+        if network is not None:
+            self.networks.add(id(network))
 
     def forward(self, network, batch):
         self.called("forward", batch.prepared, network=network)
@@ -299,7 +346,8 @@ class Telling(Objective):
         assert network.training
         self.called("begin_epoch", epoch, network=network)
 
-    def resets_optimiser(self, epoch): self.called("resets_optimiser", epoch)
+    def resets_optimiser(self, epoch):
+        self.called("resets_optimiser", epoch)
 
     def reaches_all(self, epoch):
         self.called("reaches_all", epoch)
@@ -313,7 +361,8 @@ class Telling(Objective):
         self.called("prepares", epoch)
         return epoch == 1
 
-    def prepare(self, batch): return len(batch.images)  # in another thread: its turn is not fixed
+    def prepare(self, batch):
+        return len(batch.images)  # in another thread: its turn is not fixed
 
     def after_step(self, network):
         assert not torch.is_grad_enabled()
@@ -331,16 +380,22 @@ def test_the_order_in_which_an_objective_is_asked(digits):
 
     def epoch_of(epoch, *prepared):
         begin = [(name, epoch) for name in ("begin_epoch", "resets_optimiser", "reaches_all", "prepares")]
-        updates = [call for i in (0, 1)
-                   for call in (("learning_rate", epoch + i / 2), ("forward", prepared[i]), ("after_step",))]
+        updates = [
+            call
+            for i in (0, 1)
+            for call in (("learning_rate", epoch + i / 2), ("forward", prepared[i]), ("after_step",))
+        ]
         return [*begin, *updates, ("log_entries",)]
+
     assert objective.calls == [*epoch_of(0, None, None), *epoch_of(1, 16, 4)]
     assert objective.networks == {id(network)} and [row["entry"] for row in history.rows] == [11, 22]
 
 
 def test_an_objective_with_defaults_only_is_the_function(digits):
     class Labels(Objective):
-        def forward(self, network, batch): return label_objective(network, batch)
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
     networks = []
     for objective in (label_objective, Labels()):
         torch.manual_seed(0)
@@ -351,39 +406,52 @@ def test_an_objective_with_defaults_only_is_the_function(digits):
 
 class MovingAverage(Objective):
     "The labels, and a moving average of the network's weights that nobody looks at but the checkpoint."
+
     def __init__(self, network):
         super().__init__()
         self.average = copy.deepcopy(network).requires_grad_(False)
 
-    def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
+    def forward(self, network, batch):
+        return F.cross_entropy(network(batch.images), batch.labels)
 
     def after_step(self, network):
-        for mean, new in zip(self.average.parameters(), network.parameters()): mean.lerp_(new, 0.1)
+        for mean, new in zip(self.average.parameters(), network.parameters()):
+            mean.lerp_(new, 0.1)
 
 
 def test_what_an_objective_does_after_a_step_is_in_the_checkpoint(digits, tmp_path):
     def go(folder=None, steps=None):
         class Stopping(MovingAverage):
             left = steps
+
             def after_step(self, network):
                 super().after_step(network)
-                if self.left is not None: self.left -= 1
-                if self.left == -1: raise Stopped
+                if self.left is not None:
+                    self.left -= 1
+                if self.left == -1:
+                    raise Stopped
+
         torch.manual_seed(0)
         network = create("resnet8", 10)
         objective = Stopping(network)
         train(network, digits.train.subset(40), RECIPE, objective, folder=folder, minutes=0)
         return objective.state_dict()
+
     expected = go()
-    with pytest.raises(Stopped): go(tmp_path, 5)
+    with pytest.raises(Stopped):
+        go(tmp_path, 5)
     assert load_checkpoint(checkpoints(tmp_path)[-1])["position"] == [1, 2, 5]
     assert same(go(tmp_path), expected)
 
 
 def test_an_optimiser_that_is_reset_has_no_momentum(digits):
     class Anew(Objective):
-        def forward(self, network, batch): return F.cross_entropy(network(batch.images), batch.labels)
-        def resets_optimiser(self, epoch): return epoch == 1
+        def forward(self, network, batch):
+            return F.cross_entropy(network(batch.images), batch.labels)
+
+        def resets_optimiser(self, epoch):
+            return epoch == 1
+
     torch.manual_seed(0)
     ours, images = create("resnet8", 10), digits.train.subset(32)
     theirs = copy.deepcopy(ours).to(memory_format=torch.channels_last)
@@ -399,19 +467,32 @@ def test_an_optimiser_that_is_reset_has_no_momentum(digits):
 
 def test_objectives_of_another_identity_do_not_go_on(digits, tmp_path):
     class Weighted(Objective):
-        def __init__(self, weight): super().__init__(); self.weight = weight
-        def forward(self, network, batch): return self.weight * F.cross_entropy(network(batch.images), batch.labels)
-        def identity(self): return {"weight": self.weight}
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, network, batch):
+            return self.weight * F.cross_entropy(network(batch.images), batch.labels)
+
+        def identity(self):
+            return {"weight": self.weight}
+
     def go(weight):
         recipe = replace(RECIPE, epochs=1, milestones=())
         train(create("resnet8", 10), digits.train.subset(16), recipe, Weighted(weight), folder=tmp_path)
+
     go(0.5)
-    with pytest.raises(ValueError, match=r"another recipe: weight \(0.5 there, 0.25 now\)"): go(0.25)
+    with pytest.raises(ValueError, match=r"another recipe: weight \(0.5 there, 0.25 now\)"):
+        go(0.25)
 
 
-@pytest.mark.parametrize("objective, message", [
-    (nn.CrossEntropyLoss(), "derived from supermix.training.Objective, got CrossEntropyLoss: derive its class"),
-    ("labels", r"Expected a function \(network, batch\) -> loss, .*got str")])
+@pytest.mark.parametrize(
+    "objective, message",
+    [
+        (nn.CrossEntropyLoss(), "derived from supermix.training.Objective, got CrossEntropyLoss: derive its class"),
+        ("labels", r"Expected a function \(network, batch\) -> loss, .*got str"),
+    ],
+)
 def test_what_is_no_objective_is_told_before_anything(objective, message, digits, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(create("resnet8", 10), digits.train.subset(16), RECIPE, objective, folder=tmp_path / "run")
@@ -427,8 +508,13 @@ def test_an_objective_without_a_loss_is_told(digits):
 def test_the_entries_of_a_checkpoint_stay(objective, digits, tmp_path):
     "Runs that an earlier version has begun go on: what they wrote, and what stands there, is the same."
     images = digits.train.subset(16)
-    train(create("resnet8", 10), images, replace(RECIPE, epochs=1, milestones=()),
-          objective(16) if objective else label_objective, folder=tmp_path)
+    train(
+        create("resnet8", 10),
+        images,
+        replace(RECIPE, epochs=1, milestones=()),
+        objective(16) if objective else label_objective,
+        folder=tmp_path,
+    )
     state = load_checkpoint(checkpoints(tmp_path)[-1])
     assert set(state) == {"network", "optimiser", "objective", "random", "position", "losses", "history", "recipe"}
     assert set(state["objective"]) == ({"scale", "seen"} if objective else set())
@@ -453,13 +539,17 @@ save(network, sys.argv[2])
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     def start(folder):
-        return subprocess.Popen([sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder,
-                                 tmp_path / f"{folder}.safetensors"], stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT_OF_A_RUN, tmp_path / folder, tmp_path / f"{folder}.safetensors"],
+            stderr=subprocess.DEVNULL,
+        )
+
     def at_work(folder):
         "A process that has just written its first checkpoint, or has ended."
         names = lambda: [p.name for p in checkpoints(tmp_path / folder)]
         before, process = names(), start(folder)
-        while names() == before and process.poll() is None: time.sleep(0.01)
+        while names() == before and process.poll() is None:
+            time.sleep(0.01)
         return process
 
     process, begun = at_work("whole"), time.monotonic()
@@ -468,7 +558,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     while kills < 2:
         process = at_work("killed")
         time.sleep(chance.uniform(0, 0.4) * took)
-        if process.poll() is not None: break
+        if process.poll() is not None:
+            break
         process.kill()
         process.wait()
         kills += 1
@@ -485,70 +576,105 @@ def test_a_run_with_another_recipe_is_not_resumed(digits, tmp_path):
 
 def test_a_run_on_other_images_or_of_another_network_or_policy_is_not_resumed(digits, teacher, tmp_path):
     def go(images, network="resnet8", mixer="cutmix"):
-        return distill(teacher, create(network, 10), images, "kd", mixer, replace(RECIPE, epochs=1, milestones=()),
-                       folder=tmp_path)
+        return distill(
+            teacher, create(network, 10), images, "kd", mixer, replace(RECIPE, epochs=1, milestones=()), folder=tmp_path
+        )
+
     few = digits.train.subset(32)
     assert go(few).loss == go(few).loss
-    changed = [({"images": digits.train.subset(40)}, r"images \(ArrayImages\(digits: 32 .* there, .*digits: 40 .* now"),
-               ({"images": digits.train.subset(32, seed=1)}, "images .* there"),
-               ({"images": Augmented(few, load_policy("randaugment"))}, "images .* there"),
-               ({"images": few, "network": "resnet14"}, "network .* there"),
-               ({"images": few, "mixer": CutMix(10, 1.0)}, r"mixer \(CutMix .*None.* there, CutMix .*1.0.* now\)")]
+    changed = [
+        ({"images": digits.train.subset(40)}, r"images \(ArrayImages\(digits: 32 .* there, .*digits: 40 .* now"),
+        ({"images": digits.train.subset(32, seed=1)}, "images .* there"),
+        ({"images": Augmented(few, load_policy("randaugment"))}, "images .* there"),
+        ({"images": few, "network": "resnet14"}, "network .* there"),
+        ({"images": few, "mixer": CutMix(10, 1.0)}, r"mixer \(CutMix .*None.* there, CutMix .*1.0.* now\)"),
+    ]
     for options, message in changed:
-        with pytest.raises(ValueError, match=message): go(**options)
+        with pytest.raises(ValueError, match=message):
+            go(**options)
 
 
 def test_a_run_by_another_method_or_teacher_is_not_resumed(digits, teacher, tmp_path):
     def go(method, tutor=teacher, mixer=None):
-        return distill(tutor, create("resnet8", 10), digits.train.subset(40), method, mixer,
-                       replace(RECIPE, epochs=1, milestones=()), folder=tmp_path)
+        return distill(
+            tutor,
+            create("resnet8", 10),
+            digits.train.subset(40),
+            method,
+            mixer,
+            replace(RECIPE, epochs=1, milestones=()),
+            folder=tmp_path,
+        )
+
     assert go("kd").loss == go("kd").loss
     for method, tutor, mixer, message in (
-            ("dkd", teacher, None, r"terms.ce \(0.1 there, 1.0 now\).* terms.logits \(kd there, dkd now\)"),
-            ("kd", create("resnet8", 10), None, "teacher .* there"),
-            ("kd", teacher, "cutmix", r"mixer \(None there, CutMix \{'num_classes': 10, 'alpha': None\} now\)")):
-        with pytest.raises(ValueError, match=message): go(method, tutor, mixer)
+        ("dkd", teacher, None, r"terms.ce \(0.1 there, 1.0 now\).* terms.logits \(kd there, dkd now\)"),
+        ("kd", create("resnet8", 10), None, "teacher .* there"),
+        ("kd", teacher, "cutmix", r"mixer \(None there, CutMix \{'num_classes': 10, 'alpha': None\} now\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            go(method, tutor, mixer)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda info, pixels: (info, pixels.roll(1, 0)),
-     r"recipe: images.fingerprint \([0-9a-f]{16} there, [0-9a-f]{16} now\)"),
-    (lambda info, pixels: (info, pixels ^ (torch.arange(len(pixels)) == 7).view(-1, 1, 1, 1).byte()),
-     "images.fingerprint"),
-    (lambda info, pixels: (replace(info, mean=(0.5,) * 3), pixels),
-     r"images.mean \(\[0.3059, .* there, \[0.5, .* now\)"),
-    (lambda info, pixels: (replace(info, std=(0.5,) * 3), pixels), r"images.std \(\[0.324, .* there, \[0.5, .* now\)"),
-    (lambda info, pixels: (replace(info, size=28), F.pad(pixels, (-2,) * 4)), r"images.size \(32 there, 28 now\)"),
-    (lambda info, pixels: (replace(info, classes=("a", *info.classes[1:])), pixels), r"images.classes \("),
-], ids=["order", "one bit", "mean", "std", "size", "names"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda info, pixels: (info, pixels.roll(1, 0)),
+            r"recipe: images.fingerprint \([0-9a-f]{16} there, [0-9a-f]{16} now\)",
+        ),
+        (
+            lambda info, pixels: (info, pixels ^ (torch.arange(len(pixels)) == 7).view(-1, 1, 1, 1).byte()),
+            "images.fingerprint",
+        ),
+        (
+            lambda info, pixels: (replace(info, mean=(0.5,) * 3), pixels),
+            r"images.mean \(\[0.3059, .* there, \[0.5, .* now\)",
+        ),
+        (
+            lambda info, pixels: (replace(info, std=(0.5,) * 3), pixels),
+            r"images.std \(\[0.324, .* there, \[0.5, .* now\)",
+        ),
+        (lambda info, pixels: (replace(info, size=28), F.pad(pixels, (-2,) * 4)), r"images.size \(32 there, 28 now\)"),
+        (lambda info, pixels: (replace(info, classes=("a", *info.classes[1:])), pixels), r"images.classes \("),
+    ],
+    ids=["order", "one bit", "mean", "std", "size", "names"],
+)
 @pytest.mark.parametrize("mixer", [None, "supermix"])
 def test_a_run_on_other_pixels_is_not_resumed(change, message, mixer, digits, teacher, tmp_path):
     few = digits.train.subset(32)
     recipe = Training(epochs=1, batch_size=16, lr=0.05, milestones=())
-    if mixer is None: train(create("resnet8", 10), few, recipe, folder=tmp_path)
-    else: save_checkpoint(tmp_path, 1, {"recipe": json.dumps(_run_identity(create("resnet8", 10), few, recipe))})
+    if mixer is None:
+        train(create("resnet8", 10), few, recipe, folder=tmp_path)
+    else:
+        save_checkpoint(tmp_path, 1, {"recipe": json.dumps(_run_identity(create("resnet8", 10), few, recipe))})
     info, pixels = change(few.info, few.kept)
     before, other = contents(tmp_path), ArrayImages(info, pixels, few.labels)
     with pytest.raises(ValueError, match=message):
-        if mixer is None: train(create("resnet8", 10), other, recipe, folder=tmp_path)
-        else: distill(teacher, create("resnet8", 10), other, "kd", mixer, recipe, folder=tmp_path)
+        if mixer is None:
+            train(create("resnet8", 10), other, recipe, folder=tmp_path)
+        else:
+            distill(teacher, create("resnet8", 10), other, "kd", mixer, recipe, folder=tmp_path)
     assert contents(tmp_path) == before  # nothing was mixed or written before that was found out
 
 
-def contents(folder): return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(digits, tmp_path):
     "It knows nothing of pixels, of optimizers and of schedules: the first is said, the others have their defaults."
     expected, _ = whole(digits.train.subset(40))
-    with pytest.raises(Stopped): whole(digits.train.subset(40), tmp_path, Stopping(40, 5), minutes=0)
+    with pytest.raises(Stopped):
+        whole(digits.train.subset(40), tmp_path, Stopping(40, 5), minutes=0)
     newest = checkpoints(tmp_path)[-1]
     state = load_checkpoint(newest)
     recipe = json.loads(state["recipe"])
     new = {"optimizer", "schedule", "nesterov", "label_smoothing", "clip_grad"}
     assert new <= set(recipe) and "images.fingerprint" in recipe
     state["recipe"] = json.dumps({k: v for k, v in recipe.items() if k not in new and not k.startswith("images.")})
-    for path in checkpoints(tmp_path): path.unlink()
+    for path in checkpoints(tmp_path):
+        path.unlink()
     save_checkpoint(tmp_path, state["position"][2], state)
     with pytest.raises(ValueError, match=r"another recipe: optimizer \(sgd there, adamw now\)"):
         whole(digits.train.subset(40), tmp_path, recipe=replace(RECIPE, optimizer="adamw"))
@@ -560,14 +686,23 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(digits, tmp_path):
 
 def test_a_run_by_another_function_as_teacher_is_not_resumed(digits, teacher, tmp_path):
     "It has no weights: what it says of some images tells it from others."
+
     def go(tutor):
-        return distill(tutor, create("resnet8", 10), digits.train.subset(32), "kd",
-                       recipe=replace(RECIPE, epochs=1, milestones=()), folder=tmp_path)
+        return distill(
+            tutor,
+            create("resnet8", 10),
+            digits.train.subset(32),
+            "kd",
+            recipe=replace(RECIPE, epochs=1, milestones=()),
+            folder=tmp_path,
+        )
+
     first = go(lambda x: teacher(x))
     assert go(lambda x: teacher(x) * (1 + 1e-6)).loss == first.loss  # the same but for its rounding
     with pytest.raises(ValueError, match=r"teacher \(logits \[.*\] … there, logits \[.*\] … now\)"):
         go(lambda x: teacher(x.flip(3)))
-    with pytest.raises(ValueError, match=r"teacher \(logits \[.*\] … there, [0-9a-f]{16} now\)"): go(teacher)
+    with pytest.raises(ValueError, match=r"teacher \(logits \[.*\] … there, [0-9a-f]{16} now\)"):
+        go(teacher)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -575,30 +710,45 @@ def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
     "Its checkpoint holds random states of GPUs that are not here; all else is the same."
     recipe = replace(RECIPE, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.002)
     expected, _ = whole(digits.train.subset(40), recipe=recipe)
-    with pytest.raises(Stopped): whole(digits.train.subset(40), tmp_path, Stopping(40, 5), recipe, minutes=0)
+    with pytest.raises(Stopped):
+        whole(digits.train.subset(40), tmp_path, Stopping(40, 5), recipe, minutes=0)
     state = load_checkpoint(checkpoints(tmp_path)[-1])
     there = torch.cuda.device_count()
     state["random"]["cuda"] = [*state["random"]["cuda"], *[torch.zeros(16, dtype=torch.uint8)] * 3]
     assert len(state["random"]["cuda"]) == there + 3
-    for path in checkpoints(tmp_path): path.unlink()
+    for path in checkpoints(tmp_path):
+        path.unlink()
     save_checkpoint(tmp_path, state["position"][2], state)
     resumed, _ = whole(digits.train.subset(40), tmp_path, recipe=recipe)
     assert same(resumed, expected)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
-    (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
-    (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"), (dict(mixes=2.5), "count .* type int, got 2.5"),
-    (dict(mixing={"k": 2}), "a mixing that is a `supermix.recipes.Mixing`, got dict"),
-    (dict(mixes=-5), "count of 1 or more"),
-    (dict(held_out=32), "hold out fewer than the 32 images")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
+        (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
+        (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"),
+        (dict(mixes=2.5), "count .* type int, got 2.5"),
+        (dict(mixing={"k": 2}), "a mixing that is a `supermix.recipes.Mixing`, got dict"),
+        (dict(mixes=-5), "count of 1 or more"),
+        (dict(held_out=32), "hold out fewer than the 32 images"),
+    ],
+)
 def test_a_refused_distillation_leaves_nothing_behind(wrong, message, digits, teacher, tmp_path):
     wrong, recipe = dict(wrong), Training(epochs=1, milestones=(), held_out=wrong.get("held_out", 0))
     wrong.pop("held_out", None)
     with pytest.raises(ValueError, match=message):
-        distill(teacher, create("resnet8", 10), digits.train.subset(32), "kd", "supermix", recipe,
-                folder=tmp_path / "run", **{"mixes": 24, **wrong.pop("options", {}), **wrong})
+        distill(
+            teacher,
+            create("resnet8", 10),
+            digits.train.subset(32),
+            "kd",
+            "supermix",
+            recipe,
+            folder=tmp_path / "run",
+            **{"mixes": 24, **wrong.pop("options", {}), **wrong},
+        )
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -609,17 +759,20 @@ def test_images_that_are_held_out_are_never_trained_on(digits, tmp_path):
     held = [row["held_out"] for row in history.rows]
     assert history.best == (1 + held.index(max(held)), max(held)) and len(held) == 4
     assert read_log(tmp_path / "log.csv")[-1]["held_out"] == pytest.approx(held[-1])
-    assert ("held-out images right in epoch" in repr(history)
-            and f"{history.test:.2f} % of the test images" in repr(history))
+    assert "held-out images right in epoch" in repr(history) and f"{history.test:.2f} % of the test images" in repr(
+        history
+    )
 
 
 def test_tensorboard_reads_what_was_logged(digits, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     _, history = whole(digits.train.subset(40), tmp_path)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert ([(e.step, e.value) for e in events.Scalars("loss")]
-            == [(row["epoch"], pytest.approx(row["loss"])) for row in history.rows])
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["epoch"], pytest.approx(row["loss"])) for row in history.rows
+    ]
 
 
 @pytest.mark.slow
@@ -627,6 +780,7 @@ def test_compiled_it_learns_the_same(digits):
     def losses(compile):
         torch.manual_seed(1)
         return train(create("resnet8", 10), digits.train.subset(64), replace(RECIPE, epochs=2, compile=compile)).loss
+
     assert losses(True) == pytest.approx(losses(False), rel=0.02)
 
 
@@ -661,8 +815,9 @@ def one_and_two(tmp_path_factory):
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for name, launcher in (("one", ()), ("two", two)):
         command = [sys.executable, *launcher, folder / "script.py", folder / name, *TOGETHER]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              timeout=600)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
+        )
         assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two"
 
@@ -672,7 +827,8 @@ def one_and_two(tmp_path_factory):
 def test_two_processes_make_the_updates_of_one(method, one_and_two):
     (one, card), (two, other) = (load_tensors(folder / method) for folder in one_and_two)
     assert card["seen"] == other["seen"] == 140
-    if method not in ("crd_kd", "ft"): torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    if method not in ("crd_kd", "ft"):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
     else:  # CRD draws other negatives in each process, FT's translator has batch norm: near, and not the same
         assert other["loss"] == pytest.approx(card["loss"], rel=0.1)
     assert checkpoints(one_and_two[1] / f"{method}-run")
@@ -701,6 +857,7 @@ def test_accuracy_counts_and_leaves_the_network_as_it_was(digits):
 
 def test_what_was_trained_can_be_asked_whoever_made_it(digits):
     from supermix.zoo import predict
+
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     train(network, digits.train.subset(100), Training(epochs=1, batch_size=50, lr=0.01, milestones=()))
     assert predict(network, digits.test[:3][0]).labels[0] in digits.info.classes
@@ -715,16 +872,22 @@ def test_a_last_batch_that_batch_norm_cannot_learn_from_names_the_batch_size(dig
 def test_seconds_count_all_sittings(digits, tmp_path):
     class Slow(Objective):
         asked = 0
+
         def forward(self, network, batch):
             time.sleep(0.1)
             self.asked += 1
-            if self.asked == 8 and not list(tmp_path.glob("resumed")): raise KeyboardInterrupt
+            if self.asked == 8 and not list(tmp_path.glob("resumed")):
+                raise KeyboardInterrupt
             return nn.functional.cross_entropy(network(batch.images), batch.labels)
+
     recipe = Training(epochs=1, batch_size=10, lr=0.01, milestones=())
+
     def go():
         network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
         return train(network, digits.train.subset(100), recipe, Slow(), folder=tmp_path / "run", minutes=0)
-    with pytest.raises(KeyboardInterrupt): go()
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
     (tmp_path / "resumed").touch()
     history = go()
     assert history.seconds > 1.0 and history.images == 100 and history.speed < 100
@@ -749,10 +912,19 @@ folder=sys.argv[1])):
 def test_processes_that_did_not_join_are_told_how(tmp_path):
     "Each would train everything, and all would write into one folder."
     (tmp_path / "script.py").write_text(NOT_JOINED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               tmp_path / "script.py", tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "script.py",
+        tmp_path / "run",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     for rank in "01":
         said = f"{rank} This is process {rank} of 2 that have not joined. Call device = supermix.training.join() first"
@@ -762,9 +934,13 @@ def test_processes_that_did_not_join_are_told_how(tmp_path):
 
 # ---- Ctrl-C
 
+
 class Lossy(Objective):
     "At one update Ctrl-C falls into a weak reference's callback, where Python drops it."
-    def __init__(self, at): super().__init__(); self.left = at
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
 
     def forward(self, network, batch):
         self.left -= 1
@@ -795,10 +971,13 @@ def interrupted(work, delay: float) -> int:
             os.write(went, b"x")
             work()
             os._exit(0)
-        except KeyboardInterrupt: os._exit(130)
-        except BaseException: os._exit(1)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except BaseException:
+            os._exit(1)
     os.read(ready, 1)
-    for end in (ready, went): os.close(end)
+    for end in (ready, went):
+        os.close(end)
     time.sleep(delay)
     os.kill(pid, signal.SIGINT)
     watch = threading.Timer(60, os.kill, (pid, signal.SIGKILL))
@@ -815,9 +994,12 @@ def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, re
 
     class Ahead(Objective):
         "Work for another thread, and threads that come and go: where Python has the callbacks that drop interrupts."
-        def prepares(self, epoch): return True
 
-        def prepare(self, batch): return threading.Thread(target=len, args=([],))
+        def prepares(self, epoch):
+            return True
+
+        def prepare(self, batch):
+            return threading.Thread(target=len, args=([],))
 
         def forward(self, network, batch):
             batch.prepared.start()
@@ -827,8 +1009,14 @@ def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, re
     def work():
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-        train(network, images, recipe, label_objective if kind == "training" else Ahead(),
-              folder=tmp_path / "run" if kind == "training" else None)
+        train(
+            network,
+            images,
+            recipe,
+            label_objective if kind == "training" else Ahead(),
+            folder=tmp_path / "run" if kind == "training" else None,
+        )
+
     chance = random.Random(kind)
     times = [chance.uniform(0, 0.5) for _ in range(300 if request.config.getoption("--slow") else 12)]
     assert [interrupted(work, delay) for delay in times] == [130] * len(times)
@@ -837,6 +1025,7 @@ def test_ctrl_c_ends_a_run_whenever_it_comes(kind, digits, teacher, tmp_path, re
 @pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forked processes, and no GPU's")
 def test_ctrl_c_ends_the_mixing_whenever_it_comes(digits, teacher, tmp_path, request):
     from supermix.distillation.distill import make_mixes
+
     chance = random.Random(0)
     times = [chance.uniform(0, 1.0) for _ in range(100 if request.config.getoption("--slow") else 4)]
     for number, delay in enumerate(times):

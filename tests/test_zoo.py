@@ -20,35 +20,60 @@ from torch import nn
 
 # As published: the paper's supplement, the CRD benchmark, torchvision
 PARAMETERS = {
-    "wrn_40_2": 2_255_156, "wrn_40_1": 569_780, "wrn_16_2": 703_284, "resnet110": 1_736_564, "resnet56": 861_620,
-    "resnet32": 472_756, "resnet20": 278_324, "resnet50": 23_705_252, "resnet32x4": 7_433_860, "resnet8x4": 1_233_540,
-    "vgg13": 9_462_180, "vgg8": 3_965_028, "mobilenetv2": 812_836, "shufflenetv1": 949_258, "shufflenetv2": 1_355_528,
-    "wrn_40_2a": 2_258_084, "wrn_28_10a": 36_546_980, "shakeshake26_2x96d": 26_366_404,
-    "imagenet_resnet34": 21_797_672, "imagenet_resnet18": 11_689_512, "imagenet_resnet50": 25_557_032,
+    "wrn_40_2": 2_255_156,
+    "wrn_40_1": 569_780,
+    "wrn_16_2": 703_284,
+    "resnet110": 1_736_564,
+    "resnet56": 861_620,
+    "resnet32": 472_756,
+    "resnet20": 278_324,
+    "resnet50": 23_705_252,
+    "resnet32x4": 7_433_860,
+    "resnet8x4": 1_233_540,
+    "vgg13": 9_462_180,
+    "vgg8": 3_965_028,
+    "mobilenetv2": 812_836,
+    "shufflenetv1": 949_258,
+    "shufflenetv2": 1_355_528,
+    "wrn_40_2a": 2_258_084,
+    "wrn_28_10a": 36_546_980,
+    "shakeshake26_2x96d": 26_366_404,
+    "imagenet_resnet34": 21_797_672,
+    "imagenet_resnet18": 11_689_512,
+    "imagenet_resnet50": 25_557_032,
 }
 ORACLE = json.loads((Path(__file__).parent / "data" / "crd_networks.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def rows(): return {row.name: row for row in table()}
+def rows():
+    return {row.name: row for row in table()}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_published_parameter_counts(name, rows): assert rows[name].parameters == PARAMETERS[name]
+def test_the_published_parameter_counts(name, rows):
+    assert rows[name].parameters == PARAMETERS[name]
 
 
 def test_a_row_says_name_stages_cost_and_paper(rows):
     "The cost against a count by hand: output elements times weights of one output."
     for name in ("resnet20", "vgg8", "mobilenetv2", "shufflenetv1"):
         network, cost = create(name).eval(), 0
+
         def count(module, args, output):
             nonlocal cost
             cost += output.numel() * module.weight[0].numel()
+
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)): module.register_forward_hook(count)
-        with torch.no_grad(): network(torch.zeros(1, 3, 32, 32))
-        assert (rows[name].multiply_adds == cost and "arXiv" in rows[name].paper
-                and f"{rows[name].parameters:,}" in str(rows[name]))
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(count)
+        with torch.no_grad():
+            network(torch.zeros(1, 3, 32, 32))
+        assert (
+            rows[name].multiply_adds == cost
+            and "arXiv" in rows[name].paper
+            and f"{rows[name].parameters:,}" in str(rows[name])
+        )
 
 
 def fill(shapes):
@@ -56,11 +81,16 @@ def fill(shapes):
     for i, (key, shape) in enumerate(shapes):
         g = torch.Generator().manual_seed(i)
         kind = key.rsplit(".", 1)[-1]
-        if kind == "num_batches_tracked": yield torch.tensor(0)
-        elif kind == "running_var": yield 0.5 + torch.rand(shape, generator=g, dtype=torch.float64)
-        elif kind in ("running_mean", "bias"): yield 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
-        elif len(shape) == 1: yield 0.25 + 0.5 * torch.rand(shape, generator=g, dtype=torch.float64)
-        else: yield torch.randn(shape, generator=g, dtype=torch.float64) * (2 / torch.Size(shape[1:]).numel()) ** 0.5
+        if kind == "num_batches_tracked":
+            yield torch.tensor(0)
+        elif kind == "running_var":
+            yield 0.5 + torch.rand(shape, generator=g, dtype=torch.float64)
+        elif kind in ("running_mean", "bias"):
+            yield 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
+        elif len(shape) == 1:
+            yield 0.25 + 0.5 * torch.rand(shape, generator=g, dtype=torch.float64)
+        else:
+            yield torch.randn(shape, generator=g, dtype=torch.float64) * (2 / torch.Size(shape[1:]).numel()) ** 0.5
 
 
 def benchmark_state(name):
@@ -74,17 +104,23 @@ def test_the_benchmarks_features_and_logits(name, rows):
     want, network = ORACLE[name], load_crd(create(name).double(), benchmark_state(name))
     assert list(_crd_keys(network).values()) == [key for key, _ in want["state_dict"]] and not network.training
     probe = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1234), dtype=torch.float64)
-    with torch.no_grad(): features, logits = network.features(probe), network(probe)
+    with torch.no_grad():
+        features, logits = network.features(probe), network(probe)
     assert [list(f.shape[1:]) for f in features] == want["features"] == [list(s) for s in rows[name].stages]
     ours = torch.cat([torch.stack([f.mean() for f in features]), logits[0, :8], logits[1, -4:]])
     theirs = want["feature_means"] + want["logits_row0_first8"] + want["logits_row1_last4"]
     torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s},
-                                  lambda s: {"epoch": 240, "model": s, "best_acc": torch.tensor(1.0),
-                                             "opt": Namespace(a=1)},
-                                  lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"epoch": 240, "model": s, "best_acc": torch.tensor(1.0), "opt": Namespace(a=1)},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
+    ],
+)
 def test_a_benchmark_file(wrap, tmp_path):
     state = benchmark_state("vgg8")
     torch.save(wrap(state), tmp_path / "vgg8.pth")
@@ -103,26 +139,33 @@ def test_a_file_of_pytorch_0_4_has_no_counters(name, tmp_path):
     load_crd(network, tmp_path / "old.pth")
     torch.testing.assert_close(network.state_dict(), load_crd(create(name), state).state_dict(), rtol=0, atol=0)
     old.pop(next(key for key in old if key.endswith("running_mean")))
-    with pytest.raises(ValueError, match="missing: .*running_mean"): load_crd(create(name), old)
+    with pytest.raises(ValueError, match="missing: .*running_mean"):
+        load_crd(create(name), old)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("layer2.0.bn1.bias"), "resnet20: missing: layer2.0.bn1.bias"),
-    (lambda s: s.update({"tail.weight": torch.zeros(1)}), "not expected: tail.weight"),
-    (lambda s: s.update({"fc.weight": torch.zeros(10, 64)}), r"fc.weight: expected \(100, 64\), got \(10, 64\)"),
-    (lambda s: s.update(note="hello"), "expected a dictionary of tensors"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("layer2.0.bn1.bias"), "resnet20: missing: layer2.0.bn1.bias"),
+        (lambda s: s.update({"tail.weight": torch.zeros(1)}), "not expected: tail.weight"),
+        (lambda s: s.update({"fc.weight": torch.zeros(10, 64)}), r"fc.weight: expected \(100, 64\), got \(10, 64\)"),
+        (lambda s: s.update(note="hello"), "expected a dictionary of tensors"),
+    ],
+)
 def test_a_wrong_benchmark_state_is_named_and_changes_nothing(change, message):
     state, network = benchmark_state("resnet20"), create("resnet20")
     change(state)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    with pytest.raises(ValueError, match=message): load_crd(network, state)
+    with pytest.raises(ValueError, match=message):
+        load_crd(network, state)
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_benchmark_file_that_would_run_code(tmp_path):
     class Bomb:
-        def __reduce__(self): return (Path.touch, (tmp_path / "ran",))
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
     torch.save({"model": benchmark_state("resnet20"), "opt": Bomb()}, tmp_path / "bad.pth")
     (tmp_path / "short.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:1000])
     for name in ("bad.pth", "short.pth"):
@@ -134,8 +177,9 @@ def test_a_benchmark_file_that_would_run_code(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2",
-                                  "imagenet_resnet18"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "imagenet_resnet18"]
+)
 def test_a_network_takes_any_size_and_gives_any_number_of_classes(name, size):
     network, x = create(name, num_classes=3).eval(), torch.randn(2, 3, *size)
     assert network(x).shape == (2, 3)
@@ -143,14 +187,21 @@ def test_a_network_takes_any_size_and_gives_any_number_of_classes(name, size):
     torch.testing.assert_close(network(x), head(network.features(x)[-1]))
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda: create("resnet21"), "Unknown network 'resnet21'. Did you mean .*'resnet20'"),
-    (lambda: pretrained("digit"), "Unknown shipped teacher 'digit'. Did you mean 'digits'"),
-    (lambda: save(nn.Linear(1, 1), "never.safetensors"), "made by `create` .* got Linear without a registered name"),
-    (lambda: predict(create("resnet8"), torch.zeros(3, 32, 32)), "a network that knows its data"),
-])
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda: create("resnet21"), "Unknown network 'resnet21'. Did you mean .*'resnet20'"),
+        (lambda: pretrained("digit"), "Unknown shipped teacher 'digit'. Did you mean 'digits'"),
+        (
+            lambda: save(nn.Linear(1, 1), "never.safetensors"),
+            "made by `create` .* got Linear without a registered name",
+        ),
+        (lambda: predict(create("resnet8"), torch.zeros(3, 32, 32)), "a network that knows its data"),
+    ],
+)
 def test_unknown_names_and_networks(act, message):
-    with pytest.raises(ValueError, match=message): act()
+    with pytest.raises(ValueError, match=message):
+        act()
 
 
 @pytest.fixture
@@ -171,7 +222,8 @@ def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
     assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
 
 
-def compiled(module): return torch.compile(module, backend="eager")  # needs no C++ compiler
+def compiled(module):
+    return torch.compile(module, backend="eager")  # needs no C++ compiler
 
 
 def with_compiled_part(network):
@@ -179,8 +231,12 @@ def with_compiled_part(network):
     return network
 
 
-WRAPPERS = {"compiled": compiled, "DataParallel": nn.DataParallel, "both": lambda net: nn.DataParallel(compiled(net)),
-            "a wrapped part": with_compiled_part}
+WRAPPERS = {
+    "compiled": compiled,
+    "DataParallel": nn.DataParallel,
+    "both": lambda net: nn.DataParallel(compiled(net)),
+    "a wrapped part": with_compiled_part,
+}
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -223,7 +279,8 @@ def test_predictions_of_any_kind_of_image(saved, digits, tmp_path):
     pictures[0].save(tmp_path / "first.png")
     want = predict(network.train(), floats)
     assert network.training
-    with torch.no_grad(): torch.testing.assert_close(want.probabilities, network.eval()(floats).softmax(1))
+    with torch.no_grad():
+        torch.testing.assert_close(want.probabilities, network.eval()(floats).softmax(1))
     assert torch.equal(want.classes, want.probabilities.argmax(1))
     assert want.labels == [digits.info.classes[c] for c in want.classes]
     first = tmp_path / "first.png"
@@ -238,7 +295,8 @@ def test_a_picture_is_seen_as_where_accuracy_was_measured(crop_pct, photos, tmp_
     pictures = list(map(Image.fromarray, photos.values()))
     pictures.append(pictures[0].crop((0, 0, 48, 48)))
     files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
-    for picture, file in zip(pictures, files): picture.save(file)
+    for picture, file in zip(pictures, files):
+        picture.save(file)
     tested, _ = FolderImages(info, files, torch.zeros(len(files)))[:]
     assert torch.equal(_as_batch(files, info), tested) and torch.equal(_as_batch(pictures, info), tested)
     pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
@@ -265,7 +323,8 @@ def test_what_is_no_file_of_weights(content, tmp_path):
     (tmp_path / "odd.pth").write_bytes(content)
     with pytest.raises(ValueError, match="odd.pth is not a file of weights"):
         load_crd(create("resnet8"), tmp_path / "odd.pth")
-    with pytest.raises(FileNotFoundError): load_crd(create("resnet8"), tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError):
+        load_crd(create("resnet8"), tmp_path / "none.pth")
 
 
 def test_a_folder_gives_a_table(saved, photos, tmp_path):
@@ -280,11 +339,13 @@ def test_a_folder_gives_a_table(saved, photos, tmp_path):
     assert torch.equal(said.probabilities, want.probabilities) and said.labels == want.labels and not want.files
     rows = repr(said).splitlines()
     assert len(rows) == 4 and all(row.startswith(f) and l in row for row, f, l in zip(rows, said.files, said.labels))
-    for i in range(120): shutil.copy(tmp_path / "in" / "four.bmp", tmp_path / "in" / f"x{i:03d}.bmp")
+    for i in range(120):
+        shutil.copy(tmp_path / "in" / "four.bmp", tmp_path / "in" / f"x{i:03d}.bmp")
     many = predict(network, tmp_path / "in")
     assert len(many.classes) == 124 and repr(many).endswith("… and 74 more")
     torch.testing.assert_close(many.probabilities[-1], said.probabilities[-1])
-    with pytest.raises(ValueError, match="b is a folder: give it alone"): predict(network, [tmp_path / "in" / "b"])
+    with pytest.raises(ValueError, match="b is a folder: give it alone"):
+        predict(network, [tmp_path / "in" / "b"])
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="Expected images in .*none, such as .jpg or .png files, found none"):
         predict(network, tmp_path / "none")
@@ -297,15 +358,22 @@ def test_a_network_of_one_channel(digits):
         predict(network, digits.test[:2][0])
 
 
-@pytest.mark.parametrize("images, message", [
-    (torch.zeros(1, 28, 28), r"\(3, H, W\) .* got Tensor \(1, 28, 28\)"), (torch.zeros(3, 4), r"got Tensor \(3, 4\)"),
-    (7, "got int"), ("no-such.png", "There is no file no-such.png"),
-    ([torch.zeros(3, 32, 32), Path("no/such.png")], "There is no file no/such.png"),
-    (Path(__file__), "test_zoo.py cannot be read as an image"),
-    ([], "[Ee]mpty|at least|0 images"), (torch.full((3, 32, 32), float("nan")), "NaN"),
-])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.zeros(1, 28, 28), r"\(3, H, W\) .* got Tensor \(1, 28, 28\)"),
+        (torch.zeros(3, 4), r"got Tensor \(3, 4\)"),
+        (7, "got int"),
+        ("no-such.png", "There is no file no-such.png"),
+        ([torch.zeros(3, 32, 32), Path("no/such.png")], "There is no file no/such.png"),
+        (Path(__file__), "test_zoo.py cannot be read as an image"),
+        ([], "[Ee]mpty|at least|0 images"),
+        (torch.full((3, 32, 32), float("nan")), "NaN"),
+    ],
+)
 def test_what_is_no_image(images, message, saved):
-    with pytest.raises((ValueError, FileNotFoundError), match=message): predict(saved[0], images)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        predict(saved[0], images)
 
 
 def flip(path, at=-1000, bit=3):
@@ -317,7 +385,7 @@ def flip(path, at=-1000, bit=3):
 def rewrite(path, card=None, drop=(), add=()):
     "Write a network's file again with another card or other tensors."
     content = path.read_bytes()
-    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     card = {**json.loads(header["__metadata__"]["card"]), **(card or {})}
     tensors = {**{k: v for k, v in from_safetensors(content).items() if k not in drop}, **dict(add)}
     card = {k: v for k, v in card.items() if v is not None}
@@ -335,8 +403,10 @@ DAMAGE = {
     "a flipped bit": (flip, "net.safetensors was changed after it was saved: the hash of its tensors"),
     "the first flipped bit": (lambda path: flip(path, -4, 0), "net.safetensors was changed"),
     "another hash": (lambda path: rewrite(path, {"tensors": "0" * 16}), "its card says 0000000000000000"),
-    "NaN": (lambda path: rewrite(path, {"tensors": None}, add=[("head.bias", torch.full((10,), float("nan")))]),
-            "net.safetensors: expected finite weights, got NaN or infinity in head.bias"),
+    "NaN": (
+        lambda path: rewrite(path, {"tensors": None}, add=[("head.bias", torch.full((10,), float("nan")))]),
+        "net.safetensors: expected finite weights, got NaN or infinity in head.bias",
+    ),
     "a list of data": (lambda path: rewrite(path, {"info": [1]}), "net.safetensors"),
     "other data": (lambda path: rewrite(path, {"info": {"name": "digits"}}), "net.safetensors"),
 }
@@ -346,14 +416,16 @@ DAMAGE = {
 def test_a_damaged_file_is_named(case, saved):
     damage, message = DAMAGE[case]
     damage(saved[1])
-    with pytest.raises(ValueError, match=f"(?s){message}"): load(saved[1])
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load(saved[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_not_saved(value, saved):
     network, path = saved
     before = path.read_bytes()
-    with torch.no_grad(): network.stages[0][0].a[0].weight[0, 0, 0, 0] = value
+    with torch.no_grad():
+        network.stages[0][0].a[0].weight[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match="resnet8, to be saved as .*net.safetensors.* infinity in stages.0.0.a"):
         save(network, path)
     assert path.read_bytes() == before
@@ -379,8 +451,10 @@ def test_a_card_tells_how_its_teacher_was_trained(name):
 
 
 def test_the_teacher_of_a_hundred_classes_is_as_good_as_its_card_says():
-    try: data = load_data("cifar100", download=False)
-    except FileNotFoundError: pytest.skip("CIFAR-100 is not here: SUPERMIX_DATA names its folder")
+    try:
+        data = load_data("cifar100", download=False)
+    except FileNotFoundError:
+        pytest.skip("CIFAR-100 is not here: SUPERMIX_DATA names its folder")
     teacher, few = pretrained("cifar100"), data.test.subset(2000)
     assert teacher.info == data.info and len(teacher.card["sha256"]) == 64
     whole = teacher.card["test_accuracy"]  # three standard deviations of 2,000 images

@@ -1,6 +1,7 @@
 """Makes the book (out/book): the notebooks with their kept outputs, their solutions, and the package's signatures as
 one static site.
 """
+
 import argparse
 import ast
 import json
@@ -16,11 +17,14 @@ from urllib.parse import unquote, urlsplit
 from house import ROOT, name_of, notebooks
 
 SOURCE = ROOT / "build" / "book"
-FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["'](?:https?:)?//[^>]*>"""
-                     r"""|(?:@import|url\()\s*["']?(?:https?:)?//[^)]*""")
+FETCHED = re.compile(
+    r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["'](?:https?:)?//[^>]*>"""
+    r"""|(?:@import|url\()\s*["']?(?:https?:)?//[^)]*"""
+)
 
 
-def module_of(name): return "supermix." + name.partition("_")[2] if re.match(r"\d\d_", name) else None
+def module_of(name):
+    return "supermix." + name.partition("_")[2] if re.match(r"\d\d_", name) else None
 
 
 def text_cell(text):
@@ -30,24 +34,32 @@ def text_cell(text):
 def page_of(path, solved):
     "A notebook as the book shows it: without directives and widgets, with links to its module and its solutions."
     notebook, name, cells = json.loads(path.read_text()), name_of(path), []
-    notebook["metadata"] = {"kernelspec": notebook["metadata"]["kernelspec"],
-                            "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    notebook["metadata"] = {
+        "kernelspec": notebook["metadata"]["kernelspec"],
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "code":
             alt = re.search(r"^#\| fig-alt: (.*)", text, re.MULTILINE)
-            if alt: cell["metadata"]["mystnb"] = {"image": {"alt": alt[1]}}
+            if alt:
+                cell["metadata"]["mystnb"] = {"image": {"alt": alt[1]}}
             text = re.sub(r"^#\|.*\n?", "", text, flags=re.MULTILINE).strip()
-            cell["outputs"] = [o for o in cell["outputs"]
-                               if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-            if not text: continue  # #| default_exp
-        else: text = text.replace("](../nbs/", "](../").replace("](../solutions/", "](solutions/")
+            cell["outputs"] = [
+                o for o in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+            ]
+            if not text:
+                continue  # #| default_exp
+        else:
+            text = text.replace("](../nbs/", "](../").replace("](../solutions/", "](solutions/")
         cells.append(cell | {"source": text})
     module = module_of(name)
-    if module: cells.insert(1, text_cell(f"*Exports* [`{module}`](api/{module}.md)*.*"))
+    if module:
+        cells.insert(1, text_cell(f"*Exports* [`{module}`](api/{module}.md)*.*"))
     if name.startswith("solutions/"):
         cells.insert(1, text_cell(f"*Back to [chapter {path.stem[:2]}](../{path.stem}.ipynb)*."))
-    if name in solved: cells.append(text_cell(f"*[Solutions](solutions/{name}.ipynb)*"))
+    if name in solved:
+        cells.append(text_cell(f"*[Solutions](solutions/{name}.ipynb)*"))
     return notebook | {"cells": cells}
 
 
@@ -55,26 +67,34 @@ def signature(node, lines):
     "The lines of a definition above its body, comments and all; of a class its fields, too."
     first, top = node.body[0], min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     if isinstance(node, ast.ClassDef):
-        head = lines[top:first.lineno - 1] or [lines[top][:first.col_offset]]
-        return head + [line for n in node.body if isinstance(n, (ast.AnnAssign, ast.Assign))
-                       for line in lines[n.lineno - 1:n.end_lineno]]
-    if first.lineno > node.lineno and not lines[first.lineno - 1][:first.col_offset].strip():
-        return lines[top:first.lineno - 1]
+        head = lines[top : first.lineno - 1] or [lines[top][: first.col_offset]]
+        return head + [
+            line
+            for n in node.body
+            if isinstance(n, (ast.AnnAssign, ast.Assign))
+            for line in lines[n.lineno - 1 : n.end_lineno]
+        ]
+    if first.lineno > node.lineno and not lines[first.lineno - 1][: first.col_offset].strip():
+        return lines[top : first.lineno - 1]
     # it stands on its `def`'s last line
-    return lines[top:first.lineno - 1] + [lines[first.lineno - 1][:first.col_offset].rstrip()]
+    return lines[top : first.lineno - 1] + [lines[first.lineno - 1][: first.col_offset].rstrip()]
 
 
 def described(name, node, lines, heading):
     "A definition as Markdown: heading, signature, docstring; then its public methods."
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        block, about = lines[node.lineno - 1:min(node.end_lineno, node.lineno + 14)], None
-    else: block, about = signature(node, lines), ast.get_docstring(node)
+        block, about = lines[node.lineno - 1 : min(node.end_lineno, node.lineno + 14)], None
+    else:
+        block, about = signature(node, lines), ast.get_docstring(node)
     indent = min(len(line) - len(line.lstrip()) for line in block if line.strip())
     code = "\n".join(line[indent:].rstrip() for line in block)
     parts = [f"{heading} `{name}`", f"```python\n{code}\n```", *([about] if about else [])]
     if isinstance(node, ast.ClassDef):
-        methods = [n for n in node.body if isinstance(n, ast.FunctionDef)
-                   and (n.name in ("__init__", "__call__") or not n.name.startswith("_"))]
+        methods = [
+            n
+            for n in node.body
+            if isinstance(n, ast.FunctionDef) and (n.name in ("__init__", "__call__") or not n.name.startswith("_"))
+        ]
         parts += [described(n.name, n, lines, heading + "#") for n in methods]
     return "\n\n".join(parts)
 
@@ -94,14 +114,20 @@ def api_page(module, chapter):
 
 def title_of(page):
     "The title of a notebook's page, with its number."
-    return re.search(r"^# (?:Solutions: )?(.*)",
-                     "\n\n".join(c["source"] for c in page["cells"] if c["cell_type"] == "markdown"), re.MULTILINE)[1]
+    return re.search(
+        r"^# (?:Solutions: )?(.*)",
+        "\n\n".join(c["source"] for c in page["cells"] if c["cell_type"] == "markdown"),
+        re.MULTILINE,
+    )[1]
 
 
 def tree_of(caption, entries):
     "A part of the navigation, as a cell; none without entries."
-    return [text_cell("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n"
-                      + "\n".join(entries) + "\n```")] if entries else []
+    return (
+        [text_cell("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(entries) + "\n```")]
+        if entries
+        else []
+    )
 
 
 def sources():
@@ -112,32 +138,42 @@ def sources():
     found = {name_of(path): path for path in notebooks()}
     solved = [name.removeprefix("solutions/") for name in found if name.startswith("solutions/")]
     pages = {name: page_of(path, solved) for name, path in found.items()}
-    index = "".join(cell["source"] for cell in pages["index"]["cells"]
-                    if cell["cell_type"] == "markdown").partition("## The chapters")[2]
+    index = "".join(cell["source"] for cell in pages["index"]["cells"] if cell["cell_type"] == "markdown").partition(
+        "## The chapters"
+    )[2]
     order = list(dict.fromkeys(re.findall(r"\]\(([\w./]+)\.ipynb\)", index)))
     modules = {name: module_of(name) for name in order if module_of(name)}
     numbered = lambda names: [  # the glossary has no number
         f"{''.join(re.findall(r'^[0-9]+', name.rpartition('/')[2]))} {title_of(pages[name])} <{name}>".strip()
-        for name in names]
-    pages["index"]["cells"] += [*tree_of("Chapters", numbered(n for n in order if "/" not in n)),
-                                *tree_of("Runs of the paper", numbered(n for n in order if "/" in n)),
-                                *tree_of("Solutions", numbered(f"solutions/{n}" for n in order if n in solved)),
-                                *tree_of("API", [f"api/{m}" for m in modules.values()])]
+        for name in names
+    ]
+    pages["index"]["cells"] += [
+        *tree_of("Chapters", numbered(n for n in order if "/" not in n)),
+        *tree_of("Runs of the paper", numbered(n for n in order if "/" in n)),
+        *tree_of("Solutions", numbered(f"solutions/{n}" for n in order if n in solved)),
+        *tree_of("API", [f"api/{m}" for m in modules.values()]),
+    ]
     for name, page in pages.items():
         target = SOURCE / f"{name}.ipynb"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(page))
-    for name, module in modules.items(): (SOURCE / "api" / f"{module}.md").write_text(api_page(module, name))
+    for name, module in modules.items():
+        (SOURCE / "api" / f"{module}.md").write_text(api_page(module, name))
 
 
 def fetched(site):
     "What pages and styles would fetch from elsewhere."
-    return [f"{f.relative_to(site)}: {m[0][:120]}" for f in sorted(site.rglob("*")) if f.suffix in (".html", ".css")
-            for m in FETCHED.finditer(f.read_text())]
+    return [
+        f"{f.relative_to(site)}: {m[0][:120]}"
+        for f in sorted(site.rglob("*"))
+        if f.suffix in (".html", ".css")
+        for m in FETCHED.finditer(f.read_text())
+    ]
 
 
 class Links(HTMLParser):
     "Where a page leads, and the anchors that others can lead to."
+
     def __init__(self, text):
         super().__init__()
         self.anchors, self.targets = {"", "top"}, []
@@ -152,38 +188,66 @@ class Links(HTMLParser):
 def dead(site):
     "Links within the site that lead to no file of it, or to an anchor that its page does not have."
     site = site.resolve()
-    pages = {f: Links(f.read_text()) for f in sorted(site.rglob("*.html"))
-             if f.relative_to(site).parts[0] != "_static"}  # there are the theme's templates
+    pages = {
+        f: Links(f.read_text()) for f in sorted(site.rglob("*.html")) if f.relative_to(site).parts[0] != "_static"
+    }  # there are the theme's templates
     for page, links in pages.items():
         for target in dict.fromkeys(links.targets):
             parts = urlsplit(target)
-            if parts.scheme or parts.netloc: continue  # elsewhere, or an image in the page
+            if parts.scheme or parts.netloc:
+                continue  # elsewhere, or an image in the page
             file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-            known = (file.is_file() and file.is_relative_to(site)
-                     and (file not in pages or unquote(parts.fragment) in pages[file].anchors))
-            if not known: yield f"{page.relative_to(site)}: {target}"
+            known = (
+                file.is_file()
+                and file.is_relative_to(site)
+                and (file not in pages or unquote(parts.fragment) in pages[file].anchors)
+            )
+            if not known:
+                yield f"{page.relative_to(site)}: {target}"
 
 
 def build(source, site):
     """Render the pages, or exit with all that is wrong: Sphinx's warnings, what would be fetched, and links that lead
     nowhere."""
-    command = [sys.executable, "-m", "sphinx", "-q", "-E", "--fail-on-warning", "--keep-going", "-c", ROOT / "tools",
-               "-d", source.with_name("doctrees"), source, site]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-E",
+        "--fail-on-warning",
+        "--keep-going",
+        "-c",
+        ROOT / "tools",
+        "-d",
+        source.with_name("doctrees"),
+        source,
+        site,
+    ]
     faults = ["Sphinx is not content: see above."] if subprocess.run(command).returncode else []
-    faults += ([f"This is fetched from elsewhere: {fault}" for fault in fetched(site)]
-               + [f"This link leads nowhere: {fault}" for fault in dead(site)])
-    if faults: sys.exit("\n".join(faults))
+    faults += [f"This is fetched from elsewhere: {fault}" for fault in fetched(site)] + [
+        f"This link leads nowhere: {fault}" for fault in dead(site)
+    ]
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "out" / "book",
-                        help="where the book is written; a book that is there is replaced")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=ROOT / "out" / "book",
+        help="where the book is written; a book that is there is replaced",
+    )
     site = parser.parse_args().folder
     if site.exists() and (not site.is_dir() or any(site.iterdir()) and not (site / ".buildinfo").is_file()):
         parser.error(f"{site} is there and is no book: name another folder, or empty it.")
     shutil.rmtree(site, ignore_errors=True)
     sources()
     build(SOURCE, site)
-    print(f"{site / 'index.html'}: {sum(1 for _ in site.rglob('*.html'))} pages, "
-          f"{sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) / 1e6:.0f} MB")
+    print(
+        f"{site / 'index.html'}: {sum(1 for _ in site.rglob('*.html'))} pages, "
+        f"{sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) / 1e6:.0f} MB"
+    )

@@ -1,4 +1,5 @@
 """Sphinx's settings for `make book` (tools/book.py). Nothing of the site is fetched from elsewhere when it is read."""
+
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,7 +17,7 @@ copyright = facts["DEFAULT"]["copyright"]
 
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # the outputs are those in the notebooks
-nb_ipywidgets_js = {}      # a widget needs a kernel; without one its scripts would only be fetched in vain
+nb_ipywidgets_js = {}  # a widget needs a kernel; without one its scripts would only be fetched in vain
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "smartquotes"]
 myst_heading_anchors = 3
@@ -26,13 +27,26 @@ html_title = project
 html_copy_source = html_show_sourcelink = False
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_math_renderer = "mathml"  # browsers know it: no script and no font is needed
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False,
-                      "navbar_persistent": []}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],
+}
 html_static_path, html_css_files, html_favicon = ["book.css"], ["book.css"], "favicon.svg"
 
 
-FENCES = {r"\|": "‖", r"\Vert": "‖", r"\lVert": "‖", r"\rVert": "‖", r"\vert": "|", r"\lvert": "|", r"\rvert": "|",
-          r"\langle": "⟨", r"\rangle": "⟩"}
+FENCES = {
+    r"\|": "‖",
+    r"\Vert": "‖",
+    r"\lVert": "‖",
+    r"\rVert": "‖",
+    r"\vert": "|",
+    r"\lvert": "|",
+    r"\rvert": "|",
+    r"\langle": "⟨",
+    r"\rangle": "⟩",
+}
 # as large as book.css says: few machines have a font with a large one
 SUM = '<mo class="sum" largeop="false">&#x02211;</mo>'
 
@@ -45,11 +59,15 @@ def mathml(node, display):
     tex = re.sub(r"(?<=[\w}])\s*(\\log)(?![a-zA-Z])", r"\\,\1", tex)
     tex = re.sub(r"(\\log|\\mathrm\{\w{2,}\})\s*(?=[^\W_]|\\)(?!\\(?:[bB]igg?|left|[,;:!]))", r"\1\\,", tex)
     tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
-    try: result = convert(tex, display=display)
-    except Exception as error: result = f"\\{error}"
+    try:
+        result = convert(tex, display=display)
+    except Exception as error:
+        result = f"\\{error}"
     result = result.replace("<mi>&#x02032;</mi>", '<mi class="prime">&#x02032;</mi>')
-    if display == "block": result = result.replace("<mo>&#x02211;</mo>", SUM)
-    if "\\" in result: logger.warning("not to be read as LaTeX: %s", tex, location=node)
+    if display == "block":
+        result = result.replace("<mo>&#x02211;</mo>", SUM)
+    if "\\" in result:
+        logger.warning("not to be read as LaTeX: %s", tex, location=node)
     return result
 
 
@@ -63,4 +81,5 @@ def block(self, node):
     raise nodes.SkipNode
 
 
-def setup(app): app.add_html_math_renderer("mathml", (inline, None), (block, None))
+def setup(app):
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))

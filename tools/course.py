@@ -1,13 +1,20 @@
 """The table of chapters in nbs/index.ipynb, written from the chapters themselves."""
+
 import json
 import re
 from functools import cache
 
-PARTS = {0: "What we stand on", 10: "Networks, exact to the parameter", 20: "Training", 29: "Mixing",
-         40: "Learning from a teacher", 50: "Use"}  # by the number of their first chapter
-EVERYWHERE = {"00", "01", "02", "19"}               # chapters that are not named as needs
+PARTS = {
+    0: "What we stand on",
+    10: "Networks, exact to the parameter",
+    20: "Training",
+    29: "Mixing",
+    40: "Learning from a teacher",
+    50: "Use",
+}  # by the number of their first chapter
+EVERYWHERE = {"00", "01", "02", "19"}  # chapters that are not named as needs
 BEGIN, END = "<!-- course: written by tools/course.py -->", "<!-- end of course -->"
-WORDS, LINES, MINUTES = 150, 12, 12                 # words and lines of code a minute, minutes an exercise
+WORDS, LINES, MINUTES = 150, 12, 12  # words and lines of code a minute, minutes an exercise
 TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600)  # seconds, to which a chapter's are rounded up
 
 
@@ -23,10 +30,13 @@ def order(name):
 
 class Chapter:
     "What the table says of a notebook."
+
     def __init__(self, path, name):
         cells = json.loads(path.read_text())["cells"]
-        prose, code = ("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
-                       for kind in ("markdown", "code"))
+        prose, code = (
+            "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
+            for kind in ("markdown", "code")
+        )
         self.name, self.number = name, number(name)
         self.title = re.search(r"^# (.+)$", prose, re.MULTILINE)[1]
         self.line = re.search(r"^> (.+)$", prose, re.MULTILINE)[1]
@@ -36,7 +46,8 @@ class Chapter:
         self.exercises = len(re.findall(r"^\d+\. ", section[1], re.MULTILINE)) if section else 0
 
     @property
-    def reading(self): return max(5, 5 * round(self.minutes / 5))
+    def reading(self):
+        return max(5, 5 * round(self.minutes / 5))
 
 
 def needs(chapters):
@@ -45,7 +56,8 @@ def needs(chapters):
     direct = {c.number: {by_module[m] for m in c.modules if m in by_module} - EVERYWHERE for c in chapters}
 
     @cache
-    def below(one): return direct[one].union(*map(below, direct[one]))
+    def below(one):
+        return direct[one].union(*map(below, direct[one]))
 
     return {one: sorted(found - set().union(*map(below, found))) for one, found in direct.items()}
 
@@ -54,8 +66,10 @@ def ranges(numbers):
     "Numbers as text, of which three or more that follow each other become one: 03, 11–18."
     groups = []
     for n in numbers:
-        if groups and int(n) == int(groups[-1][-1]) + 1: groups[-1].append(n)
-        else: groups.append([n])
+        if groups and int(n) == int(groups[-1][-1]) + 1:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
     parts = [f"{group[0]}–{group[-1]}" if len(group) > 2 else ", ".join(group) for group in groups]
     return ", ".join(parts) or "–"
 
@@ -70,10 +84,13 @@ def table(chapters, seconds):
             lines.append(f"| **{parts.pop(first)}** | | | | | |")
         run = next((t for t in TIMES if t >= seconds[c.name]), TIMES[-1]) if c.name in seconds else "–"
         label = f"{'run ' * ('/' in c.name)}{c.number.removeprefix('runs/')} {c.title}"
-        lines.append(f"| [{label}]({c.name}.ipynb) | {c.line.replace('|', chr(92) + '|')} | "
-                     f"{ranges(needed[c.number])} | {c.reading} | {MINUTES * c.exercises or '–'} | {run} |")
-    hours = [round(sum(values) / 60) for values in ((c.minutes for c in chapters),
-                                                    (MINUTES * c.exercises for c in chapters))]
+        lines.append(
+            f"| [{label}]({c.name}.ipynb) | {c.line.replace('|', chr(92) + '|')} | "
+            f"{ranges(needed[c.number])} | {c.reading} | {MINUTES * c.exercises or '–'} | {run} |"
+        )
+    hours = [
+        round(sum(values) / 60) for values in ((c.minutes for c in chapters), (MINUTES * c.exercises for c in chapters))
+    ]
     return "\n".join([*lines, f"| **All together** | | | {hours[0]} hours | {hours[1]} hours | |"])
 
 
@@ -81,10 +98,12 @@ def fill(cells, text):
     "Put the table between its markers, in place; an error where they are not there."
     for cell in cells:
         source = "".join(cell["source"])
-        if BEGIN not in source: continue
+        if BEGIN not in source:
+            continue
         before, _, rest = source.partition(BEGIN)
         _, end, after = rest.partition(END)
-        if not end: break
+        if not end:
+            break
         cell["source"] = f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".splitlines(keepends=True)
         return
     raise SystemExit(f"Expected a cell of nbs/index.ipynb with the lines '{BEGIN}' and '{END}', found none.")
