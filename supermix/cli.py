@@ -268,13 +268,15 @@ def _end_now(*_) -> None:
 class Stop:
     "What Ctrl-C does while a command works."
     def __init__(self, patience: float = 3.0):  # seconds that the work has to come to its end
-        self.patience, self.process = patience, os.getpid()
+        self.patience = patience
+        self.process = os.getpid()
         self.asked = self.explained = False
 
     def __call__(self, *_):
         if os.getpid() != self.process: os._exit(130)  # in a worker, which was forked: its parent speaks for both
         if self.asked: _end_now()
-        self.asked, sys.unraisablehook = True, lambda lost: None
+        self.asked = True
+        sys.unraisablehook = lambda lost: None
         start_new_thread(self._kill_later, ())  # not a `threading.Thread`, whose start waits for locks that we may hold
         raise KeyboardInterrupt
 

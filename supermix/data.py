@@ -169,7 +169,9 @@ class ArrayImages(Images):
             raise ValueError(f"Expected uint8 pixels (n, 1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}.")
         if labels.shape != pixels.shape[:1]:
             raise ValueError(f"Expected a label for each of {len(pixels)} images, got labels {tuple(labels.shape)}.")
-        self.info, self.pixels, self.labels = info, pixels.expand(-1, 3, -1, -1), labels.long()
+        self.info = info
+        self.pixels = pixels.expand(-1, 3, -1, -1)
+        self.labels = labels.long()
 
     def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         device = self.pixels.device
@@ -223,7 +225,10 @@ class FolderImages(Images):
                  labels: torch.Tensor,  # int64 (n,)
                  workers: int = 8,      # threads that decode
                  ):
-        self.info, self.files, self.labels, self.workers = info, list(files), labels.long(), workers
+        self.info = info
+        self.files = list(files)
+        self.labels = labels.long()
+        self.workers = workers
 
     def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         boxes = [None] * len(indices) if views is None else views.crop.tolist()
@@ -335,7 +340,10 @@ def _orientation(image: Image.Image) -> int:  # 1: upright, 2 … 8: a key of `_
     except Exception: return 1  # broken notes around a whole image
 
 # %% ../nbs/01_data.ipynb #24579fc4
-_TIFF_SIZE, _TIFF_BITS, _TIFF_WHITE = (256, 257), 258, 262  # tags of TIFF; the last is 0 where 0 is white
+# tags of TIFF; the last is 0 where 0 is white
+_TIFF_SIZE = (256, 257)
+_TIFF_BITS = 258
+_TIFF_WHITE = 262
 _SCALED = "Scale it to 8 bits yourself, and save that."
 
 def _eight_bits(image: Image.Image) -> Image.Image:  # of mode I;16, I or F, decoded
@@ -693,13 +701,17 @@ def _files_of(folder: Path) -> tuple[list[str], list[str]]:
 
 def _read_classes(root: Path, classes: list[str]) -> tuple[list[str], torch.Tensor, list[str]]:
     "The images of all classes, their labels, and the names of files that are no images."
-    images, labels, others = [], [], []
+    images = []
+    labels = []
+    others = []
     for label, name in enumerate(classes):
         files, more = _files_of(root / name)
         if not files:
             raise FileNotFoundError(f"The class {root / name} is empty: expected images, found "
                                     f"{_found_in(root / name)}. Put some there, or delete the folder.")
-        images, labels, others = images + files, labels + [label] * len(files), others + more
+        images = images + files
+        labels = labels + [label] * len(files)
+        others = others + more
     return images, torch.tensor(labels), others
 
 # %% ../nbs/01_data.ipynb #6855d69e

@@ -52,7 +52,9 @@ def create(name: str,                       # one of `names()`
         options["weights"] = weights
     network = build(**options)
     outputs = [m for m in network.modules() if isinstance(m, nn.Linear)][-1].out_features
-    network.name, network.num_classes, network.info = name, outputs, None
+    network.name = name
+    network.num_classes = outputs
+    network.info = None
     return network
 
 # %% ../nbs/19_zoo.ipynb #bb640cce

@@ -154,7 +154,8 @@ class _OneOf:
         if len(shares) != n or not all(0 <= share <= 1 for share in shares) or not 0 < sum(shares) <= 1 + 1e-9:
             raise ValueError("Expected a probability above 0 and of 1 at most, "
                              f"or one for each of the {n} mixers with a sum of 1 at most, got {probability}.")
-        self.mixers, self.shares = list(mixers), shares
+        self.mixers = list(mixers)
+        self.shares = shares
 
     @property
     def alone(self) -> object:

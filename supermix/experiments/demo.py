@@ -88,7 +88,9 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
         scale: smoke: the same within seconds, on digits and with hardly any training
         out: the folder for the picture, the numbers and the students
     """
-    recipe, out, start = DEMO.at(scale), Path(out), time.perf_counter()
+    recipe = DEMO.at(scale)
+    out = Path(out)
+    start = time.perf_counter()
     data = load_data(recipe.data)
     images = data.train.subset(recipe.train_images)
     teacher = pretrained(data.info.name)

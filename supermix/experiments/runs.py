@@ -512,7 +512,10 @@ def estimate_cost(recipe: Recipe, variant: Variant = Variant("kd"),
 
     student = create(recipe.student, classes).to(device)
     teacher = create(recipe.teacher, classes).to(device) if _needs_teacher(variant) else None
-    learned, learning, mixing, stored = [student], 0.0, 0.0, 0.0
+    learned = [student]
+    learning = 0.0
+    mixing = 0.0
+    stored = 0.0
     if teacher is not None and not given and not _is_fetched(recipe, classes):
         step = _training_step(teacher, label_objective, x, labels, recipe.teacher_training)
         learning = hours(step, n * recipe.teacher_training.epochs)

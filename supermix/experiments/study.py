@@ -200,7 +200,9 @@ def _load_data_and_teacher(name: str,  # fashion_mnist, cifar100 or cluttered
     "The images of trials, and their teacher: the shipped one, or for cluttered images one that is trained here once."
     if name != "cluttered": return load_data(name), pretrained(name)
     plain = load_data("fashion_mnist")
-    data, path, recipe = _clutter_data(plain), home / f"{name}.safetensors", TEACHERS[plain.info.name]
+    data = _clutter_data(plain)
+    path = home / f"{name}.safetensors"
+    recipe = TEACHERS[plain.info.name]
 
     def make():
         torch.manual_seed(recipe.seed)

@@ -26,7 +26,11 @@ from ..mixing.mixers import constant_masks
 from ..mixing.solver import classes_of, objective, teacher_logits
 
 # %% ../../nbs/71_explore.draw.ipynb #f8573454
-_INK, BLUE, _TEAL, ORANGE, _GREY = "#222222", "#1b3a5b", "#58a4b0", "#d08c28", "#999999"
+_INK = "#222222"
+BLUE = "#1b3a5b"
+_TEAL = "#58a4b0"
+ORANGE = "#d08c28"
+_GREY = "#999999"
 _TILE = 160  # pixels of the largest tile
 
 @cache
@@ -136,7 +140,10 @@ def make_scene(setting: Setting,
 
 # %% ../../nbs/71_explore.draw.ipynb #bb899c94
 # of the whole picture; where its halves begin; from column to column
-_SIZE, _LEFT, _RIGHT, _COLUMN = (1140, 618), 16, 588, 184
+_SIZE = (1140, 618)
+_LEFT = 16
+_RIGHT = 588
+_COLUMN = 184
 
 def _source_places(k: int):  # the left edges of k tiles, and their side
     side = _TILE if k <= 3 else {4: 128, 5: 96}[k]
@@ -169,7 +176,9 @@ def draw_backdrop(scene: Scene) -> Image.Image:
 # %% ../../nbs/71_explore.draw.ipynb #5d5ba500
 def draw_frame(scene: Scene, backdrop: Image.Image, way: Trace, n: int) -> Image.Image:
     "The picture of iteration n of the first set of a trace."
-    image, step, setting = backdrop.copy(), way[n], scene.setting
+    image = backdrop.copy()
+    step = way[n]
+    setting = scene.setting
     canvas, (places, side) = ImageDraw.Draw(image), _source_places(len(scene.pictures))
     for i, (x, picture, mask) in enumerate(zip(places, scene.pictures, step.masks[0].cpu().numpy()), 1):
         image.paste(as_tile(over(mask, picture), side), (x, 218))

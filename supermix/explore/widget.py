@@ -43,14 +43,21 @@ _WORKERS = weakref.WeakSet()
 class _Newest:
     "Runs the newest job in a thread; an older one learns that it is cancelled."
     def __init__(self, failed=lambda error: None):  # called with an exception of the newest job
-        self.lock, self.number, self.done, self.job, self.thread, self.error, self.failed = (
-            threading.Lock(), 0, 0, None, None, None, failed)
+        self.lock = threading.Lock()
+        self.number = 0
+        self.done = 0
+        self.job = None
+        self.thread = None
+        self.error = None
+        self.failed = failed
         _WORKERS.add(self)
 
     def submit(self, job):  # job(cancelled), where cancelled() says whether to stop
         "Start `job`, in place of whatever runs."
         with self.lock:
-            self.number, self.job, self.error = self.number + 1, job, None
+            self.number = self.number + 1
+            self.job = job
+            self.error = None
             if self.thread is None:
                 self.thread = threading.Thread(target=self.work, name="supermix-explore", daemon=True)
                 self.thread.start()
@@ -117,7 +124,11 @@ def _namer(names, logits: int):  # number of a class -> text
 class _Board:
     "A scene and its iterations, as pictures."
     def __init__(self, scene: Scene, backdrop: Image.Image, trace: Trace, finished: bool):
-        self.scene, self.backdrop, self.trace, self.finished, self.frames = scene, backdrop, trace, finished, {}
+        self.scene = scene
+        self.backdrop = backdrop
+        self.trace = trace
+        self.finished = finished
+        self.frames = {}
 
     def __len__(self): return len(self.trace)
 
@@ -150,10 +161,13 @@ def _drawn(session) -> _Board:
 def _solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 8):
     "Solve a setting, and `publish` a `_Board` every `pause` seconds and at the end, unless `cancelled`."
     scene = make_scene(setting, images, teacher, names, picture, seed)
-    mixer, sets, lam = (setting.mixer(teacher), images[list(setting.pick)][None],
-                        torch.tensor([setting.lam], device=images.device))
+    mixer = setting.mixer(teacher)
+    sets = images[list(setting.pick)][None]
+    lam = torch.tensor([setting.lam], device=images.device)
     theta = mixer.first_theta(lam, sets.shape[-2:], seeded(seed, setting.pick))
-    way, backdrop, shown = Trace(), draw_backdrop(scene), 0.0
+    way = Trace()
+    backdrop = draw_backdrop(scene)
+    shown = 0.0
     for step in steps(mixer, sets, lam, theta, setting.stop):
         if cancelled(): return
         way.steps.append(step)
@@ -173,7 +187,9 @@ class Session:
         logits = teacher_logits(self.teacher, self.images)
         self.classes = logits.argmax(1).tolist()
         self.names = _namer(names if names is not None else getattr(info, "classes", None), logits.shape[1])
-        self.worker, self.board, self.n = _Newest(self.failed), None, 0
+        self.worker = _Newest(self.failed)
+        self.board = None
+        self.n = 0
         self.setting = self.check(Setting(**setting))
 
     def check(self, setting: Setting) -> Setting:
@@ -218,7 +234,9 @@ def _widgets():
 def _thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
                 labels: list[str], side: int = 76):
     "A row of toggle buttons with pictures on them, and the box that holds them."
-    w, key, rules = _widgets(), f"supermix-{uuid4().hex[:12]}", []
+    w = _widgets()
+    key = f"supermix-{uuid4().hex[:12]}"
+    rules = []
     buttons = []
     for i, (picture, label) in enumerate(zip(pictures, labels)):
         button = w.ToggleButton(description=label, tooltip=f"image {i + 1}: {label}",
@@ -239,7 +257,9 @@ def _thumbnails(pictures: np.ndarray,  # (n, H, W, 3), in 0 … 1
 # %% ../../nbs/72_explore.widget.ipynb #9585ab6a
 def _make_controls(setting: Setting, size: int) -> dict:  # size: the smaller side of the images, in pixels
     "Every slider and button of the explorer, by name."
-    w, style, wide = _widgets(), {"description_width": "110px"}, {"width": "360px"}
+    w = _widgets()
+    style = {"description_width": "110px"}
+    wide = {"width": "360px"}
     slider = lambda kind, name, tip, **kw: kind(description=name, tooltip=tip, style=style,
                                                 layout=w.Layout(**wide), **kw)
     sizes = sorted({n for n in (2, 4, 8, 16, 32) if n <= size} | {setting.mask_size})
@@ -334,11 +354,14 @@ def _as_html(board: _Board, n: int) -> str:
 class _Panel(_Mirror):
     "A session that shows itself on a page."
     def show(self, n):
-        c, step, board = self.controls, self.board.trace[n], self.board
+        c = self.controls
+        step = self.board.trace[n]
+        board = self.board
         super().show(n)
         self.quiet.on = True
         c["n"].max = c["play"].max = len(board) - 1
-        c["n"].value, c["progress"].max = n, board.scene.setting.max_iter
+        c["n"].value = n
+        c["progress"].max = board.scene.setting.max_iter
         c["progress"].value, c["progress"].description = ((c["progress"].max, "done") if board.finished
                                                           else (n, "solving"))
         self.quiet.on = False

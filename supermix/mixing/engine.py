@@ -119,7 +119,10 @@ class _Slots:
                  queue: Iterator[Sets],
                  n: int,                 # sets that are worked on at the same time
                  device: torch.device):  # the teacher's
-        self.teacher, self.mixing, self.queue, self.device = teacher, mixing, queue, device
+        self.teacher = teacher
+        self.mixing = mixing
+        self.queue = queue
+        self.device = device
         self.shrinks = device.type == "cpu"  # whether free slots go where the queue is empty
         self.spare = n if self.shrinks else _ROOM * n  # the last row: of slots that idle
         self.rows = torch.full((n,), self.spare, device=device)
@@ -128,7 +131,9 @@ class _Slots:
 
     def open(self, like: Sets) -> None:
         "Make room for sets like these."
-        n, on, (k, w) = self.spare + 1, {"device": self.device}, (self.mixing.k, self.mixing.mask_size)
+        n = self.spare + 1
+        on = {"device": self.device}
+        k, w = (self.mixing.k, self.mixing.mask_size)
         self.sets = Sets(*(torch.zeros(n, *t.shape[1:], dtype=t.dtype, **on) for t in like))
         self.sets.classes[:] = torch.arange(k, **on)
         self.theta = torch.zeros(n, k, w, w, dtype=like.lam.dtype, **on)
@@ -152,7 +157,8 @@ class _Slots:
     def _put(self) -> None:
         rows = (self.state[:-1] == _EMPTY).nonzero().flatten()[:len(self.rest.index)]
         n = len(rows)
-        part, self.rest = Sets(*(t[:n].to(self.device) for t in self.rest)), Sets(*(t[n:] for t in self.rest))
+        part = Sets(*(t[:n].to(self.device) for t in self.rest))
+        self.rest = Sets(*(t[n:] for t in self.rest))
         for mine, new in zip(self.sets, part): mine[rows] = new
         self.theta[rows] = first_theta(self.mixing, part.lam, part.images.shape[-2:], part.angle)
         self.turn[rows] = self.count + torch.arange(n, device=self.device)
@@ -193,7 +199,9 @@ def _collect(slots: _Slots) -> tuple[Found, int]:  # the solved sets, and how ma
     return Found(*(t.cpu() for t in found)), int(ended.sum())
 
 # %% ../../nbs/34_mixing.engine.ipynb #c1438fcf
-PASSES, _DRAWS, _SLOTS = "passes of the search", "drawing sets", "slots and queue"
+PASSES = "passes of the search"
+_DRAWS = "drawing sets"
+_SLOTS = "slots and queue"
 
 class _Clock(dict):
     "Seconds by what they were spent on; `device` is waited for before the clock is read."
@@ -224,8 +232,10 @@ class _Tally:
     "What an engine counts."
     def reset(self) -> None:
         "Count from 0."
-        self.tried, self.passes, self.solved_after, self.clock = (
-            0, 0, torch.zeros(1, dtype=torch.int64), _Clock())  # grows with the updates that are made
+        self.tried = 0
+        self.passes = 0
+        self.solved_after = torch.zeros(1, dtype=torch.int64)  # grows with the updates that are made
+        self.clock = _Clock()
         self.clock.device = self.device
 
     def add(self, other: "_Tally") -> None:
@@ -248,7 +258,9 @@ def check_engine(teacher, x: torch.Tensor, mixing: Mixing, slots: int) -> None:
 # %% ../../nbs/34_mixing.engine.ipynb #2d1f6a42
 def _bytes_kept(engine, x: torch.Tensor, n: int) -> int:
     "What autograd keeps of a pass of n sets, all of one image, in bytes."
-    kept, k, w = {}, engine.mixing.k, engine.mixing.mask_size
+    kept = {}
+    k = engine.mixing.k
+    w = engine.mixing.mask_size
     def note(t):
         kept[t.device, t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
@@ -292,8 +304,10 @@ class Engine(_Tally):
                  bfloat16: bool = False,           # the teacher's passes in bfloat16
                  ):
         check_engine(teacher, x, mixing, slots)
-        self.mixing, self.slots, self.dtype, self.network = (
-            mixing, slots, torch.bfloat16 if bfloat16 else torch.float32, teacher)
+        self.mixing = mixing
+        self.slots = slots
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.network = teacher
         first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
         self.device = first.device
         check_teacher(teacher, x.to(first), mixing.k)  # what is no teacher is found out now

@@ -15,7 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 # %% ../../nbs/29_mixing.folding.ipynb #3987e53b
 def _conv_before_norm(network: nn.Module, x: torch.Tensor) -> dict[str, str]:
     "The batch norms whose input is a convolution's output, {name of the norm: name of the convolution}, by one pass."
-    outputs, pairs, calls = {}, {}, {}
+    outputs = {}
+    pairs = {}
+    calls = {}
 
     def note_output(name, output):
         outputs[id(output)] = (name, output)  # the tensor is held, or its id could be another's later

@@ -56,7 +56,9 @@ def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of th
     "The shards that are still to be made, as far as one can tell."
     images, sets = (sum(c[i] for c in counts.values()) for i in range(2))
     expected = shard * (images / sets if images else 1.0)
-    total, number, missing = 0.0, 0, []
+    total = 0.0
+    number = 0
+    missing = []
     while total < count and len(missing) < 1000:  # nobody needs to know more of them at a time
         if number not in counts: missing.append(number)
         total += counts[number][0] if number in counts else expected
@@ -66,7 +68,9 @@ def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of th
 # %% ../../nbs/36_mixing.generate.ipynb #5f85450e
 def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, told=lambda solved, tried: None):
     "Solve the sets of a shard: what was found, and how many sets were begun."
-    begun, blocks, solved = engine.tried, recipe.shard // BLOCK, 0
+    begun = engine.tried
+    blocks = recipe.shard // BLOCK
+    solved = 0
     def parts():
         nonlocal solved
         for found in engine.run(draw_block(images, engine.source_logits, recipe.mixing, recipe.seed, shard * blocks + b)

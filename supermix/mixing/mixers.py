@@ -129,7 +129,9 @@ def _compare_first(mixer: Mixer, seen, labels, most: int = 300) -> None:
 # %% ../../nbs/31_mixing.mixers.ipynb #c9517c6a
 def _unmixed(mixer: Mixer, images, labels, error: FewClasses) -> tuple:  # the images, and soft labels (B, N)
     "A batch that cannot be mixed, as it is, with a warning once; where the teacher is to blame, the error."
-    teacher, N, seen = getattr(mixer, "teacher", None), getattr(mixer, "num_classes", None), None
+    teacher = getattr(mixer, "teacher", None)
+    N = getattr(mixer, "num_classes", None)
+    seen = None
     if teacher is not None:
         with evaluating(teacher), torch.no_grad(): logits = teacher(images)
         N, seen = logits.shape[1], logits.argmax(1)
@@ -214,7 +216,8 @@ class MixUp(Mixer):
             raise ValueError(f"Expected num_classes, a whole number of 1 or more, got {num_classes!r}.")
         if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < float("inf")):
             raise ValueError(f"Expected alpha above 0 and finite, or None, got {alpha!r}.")
-        self.num_classes, self.alpha = num_classes, alpha
+        self.num_classes = num_classes
+        self.alpha = alpha
 
     def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
         return constant_masks(draw.lam, sets.shape[-2:])

@@ -106,8 +106,10 @@ def _energy_terms(shares: torch.Tensor,  # of saliency (B, 2, h, w), each map su
     "The paper's energy of each pair of images, up to a constant."
     B, _, h, w = shares.shape
     z = torch.arange(labels, dtype=torch.float64, device=shares.device) / (labels - 1)
-    beta, slope, degree, couplings = (beta / (16 * max(h, w)), torch.zeros_like(shares[:, 0]),
-                                      torch.zeros_like(shares[:, 0]), [])
+    beta = beta / (16 * max(h, w))
+    slope = torch.zeros_like(shares[:, 0])
+    degree = torch.zeros_like(shares[:, 0])
+    couplings = []
     down, right = (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, :, :-1], np.s_[:, :, 1:])
     for (one, other), d in zip((down, right), gaps):
         slope[one] += d[:, 0, 1] - d[:, 1, 1]
@@ -292,8 +294,12 @@ class PuzzleMix(Mixer):
         blocks = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
         _check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, size, std)
         _graph_cuts()  # better now than at the first batch
-        self.teacher, self.alpha, self.blocks, self.transport, self.xi, self.size = (
-            teacher, alpha, blocks, transport, xi, size)
+        self.teacher = teacher
+        self.alpha = alpha
+        self.blocks = blocks
+        self.transport = transport
+        self.xi = xi
+        self.size = size
         self.energy = {"labels": labels, "beta": beta, "gamma": gamma, "eta": eta, "border": border, "std": std}
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor | None = None,

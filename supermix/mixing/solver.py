@@ -260,7 +260,9 @@ def _hidden_networks(teacher,         # any callable
                      depth: int = 4,  # how far from it to look
                      ) -> dict[str, nn.Module]:  # by the names under which they are held
     "The networks that a callable holds or names, as far as Python lets us look."
-    found, seen, level = {}, {id(teacher)}, [teacher]
+    found = {}
+    seen = {id(teacher)}
+    level = [teacher]
     for _ in range(depth):
         things = {id(v): (name, v) for thing in level for name, v in _held_by(thing).items()
                   if not isinstance(v, (type(None), type, ModuleType, str, int, float, torch.Tensor))}
@@ -334,7 +336,9 @@ class SuperMix(Mixer):
         check_callable(teacher)
         if not isinstance(mixing, Mixing):
             raise ValueError(f"Expected settings as a `Mixing` or by their names, such as k=3, got {mixing!r}.")
-        self.teacher, self.mixing, self.check = teacher, change(mixing, settings), _TeacherCheck()
+        self.teacher = teacher
+        self.mixing = change(mixing, settings)
+        self.check = _TeacherCheck()
 
     def solve(self, sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
               lam: torch.Tensor,         # (B, k): the wanted shares, rows summing to 1
@@ -345,12 +349,16 @@ class SuperMix(Mixer):
         with torch.inference_mode(False), evaluating(self.teacher):
             problem, theta = prepare(self, sets, lam, theta, draw)
             rows = torch.arange(len(sets), device=sets.device)
-            steps, solved, logits = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool), None
+            steps = torch.zeros_like(rows)
+            solved = torch.zeros_like(rows, dtype=torch.bool)
+            logits = None
             while len(rows):
                 now = search_step(self.teacher, problem.rows(rows), theta[rows], steps[rows], self.mixing, torch.any)
                 check_logits(now.logits, len(rows), self.k)
                 if logits is None: logits = torch.empty_like(now.logits)
-                theta[rows], logits[rows], solved[rows] = now.theta_next, now.logits, now.solved
+                theta[rows] = now.theta_next
+                logits[rows] = now.logits
+                solved[rows] = now.solved
                 rows = rows[~(now.solved | now.given_up)]
                 steps[rows] += 1
             masks = masks_from_theta(theta, sets.shape[-2:])

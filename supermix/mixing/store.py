@@ -53,7 +53,9 @@ def _pack(found: Found,  # solved sets
 
 def _unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> torch.Tensor:  # (n, N)
     "Logits with the kept classes' probabilities (to float16's rounding); the other classes share the rest evenly."
-    others, total, log_p = num_classes - top_log_p.shape[1], log_sum_exp.double()[:, None], top_log_p.double()
+    others = num_classes - top_log_p.shape[1]
+    total = log_sum_exp.double()[:, None]
+    log_p = top_log_p.double()
     rest = -torch.expm1(log_p.logsumexp(1, keepdim=True).clamp(max=-1e-12)) / max(others, 1)
     return (total + rest.log()).repeat(1, num_classes).scatter(1, top_classes.long(), total + log_p).float()
 
@@ -192,7 +194,9 @@ def _check_manifest(manifest: dict) -> dict:
 
 def _check_list(manifest: dict) -> None:
     "A ValueError unless a manifest's list of shards is one that a run writes."
-    shards, images, count = manifest.get("shards", []), manifest.get("images"), manifest["recipe"]["count"]
+    shards = manifest.get("shards", [])
+    images = manifest.get("images")
+    count = manifest["recipe"]["count"]
     files, holds = [entry["file"] for entry in shards], [entry["images"] for entry in shards]
     if files != sorted(set(files), key=lambda name: int(name.split(".")[0])):
         raise ValueError("its shards are not in order, or one is listed twice")
@@ -221,7 +225,8 @@ def _differences(new: dict, old: dict) -> list[str]:
 class Store:
     "A folder of shards with a manifest."
     def __init__(self, folder: str | Path):
-        self.folder, self.run = Path(folder).expanduser(), None  # the hash of the run that this process has begun
+        self.folder = Path(folder).expanduser()
+        self.run = None  # the hash of the run that this process has begun
 
     @property
     def manifest_path(self) -> Path: return self.folder / "manifest.json"
@@ -309,7 +314,8 @@ def _check_files(store: Store, manifest: dict) -> None:
 def begin(store: Store, recipe: Generation, images: Images, teacher, idle: bool = False) -> dict:
     """Write the manifest of a new store, or check that what is there is of the same run. `idle`: no other process is at
     work there, so what a run left that made no image may be cleared away."""
-    new, store.run = _origin(recipe, images, teacher), None
+    new = _origin(recipe, images, teacher)
+    store.run = None
     old = store.manifest() if store.manifest_path.exists() else None
     if old is not None and (odd := _differences(new, old)):
         if not (idle and holds_nothing(store)):
@@ -339,7 +345,10 @@ def clear(store: Store) -> None:
 # %% ../../nbs/35_mixing.store.ipynb #77f559d6
 def finish(store: Store) -> dict:
     "List the first shards that hold the images that are wanted, each as it was made, and let go of any beyond."
-    manifest, counts, shards, total = store.manifest(), store.counts(), [], 0
+    manifest = store.manifest()
+    counts = store.counts()
+    shards = []
+    total = 0
     count = manifest["recipe"]["count"]
     for shard in sorted(counts):
         path = store.shard_path(shard)
@@ -406,8 +415,12 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
     tensors, card = load_tensors(path)
     if hashed and tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]:
         raise _changed(path, "its tensors are not those of its card")
-    recipe, n, N = manifest["recipe"], card["images"], card["logits"]
-    k, w, top = recipe["mixing"]["k"], recipe["mixing"]["mask_size"], min(recipe["top"], N)
+    recipe = manifest["recipe"]
+    n = card["images"]
+    N = card["logits"]
+    k = recipe["mixing"]["k"]
+    w = recipe["mixing"]["mask_size"]
+    top = min(recipe["top"], N)
     maps = k if recipe["mixing"]["hold"] is None else k - 1
     shapes = {"index": (n,), "sources": (n, k), "flip": (n, k), "lam": (n, k), "classes": (n, k), "steps": (n,),
               "code": (n, maps, w, w), "top_log_p": (n, top), "top_classes": (n, top), "log_sum_exp": (n,),
@@ -549,7 +562,9 @@ def export_images(mixed: MixedDataset,
                   workers: int = 8,    # threads that write
                   ) -> Path:           # `folder`: a folder of PNGs per class that the teacher sees first; labels.csv
     "Write all mixed images as an ImageFolder, with a table of what they are. (8 bits a colour round them.)"
-    folder, names, places = Path(folder).expanduser(), mixed.names, _folder_names(mixed.names)
+    folder = Path(folder).expanduser()
+    names = mixed.names
+    places = _folder_names(mixed.names)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose a new folder for the pictures.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,9 @@ class Network(nn.Module):
                  num_classes: int,         # number of logits
                  ):
         super().__init__()
-        self.stem, self.stages, self.neck = stem, nn.ModuleList(stages), neck
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.neck = neck
         self.head = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

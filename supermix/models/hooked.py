@@ -23,7 +23,9 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.G
 class _Kept:
     "A tensor as it was heard; `value` is a ValueError if it was changed since."
     def __init__(self, name, tensor):
-        self.name, self.tensor, self.inference = name, tensor, tensor.is_inference()
+        self.name = name
+        self.tensor = tensor
+        self.inference = tensor.is_inference()
         # inference tensors do not count changes
         self.seen = tensor.clone() if self.inference else tensor._version
 
@@ -120,7 +122,10 @@ def _settle(kept: dict[str, _Kept], notes: dict, head: str, size: tuple[int, int
 # %% ../../nbs/18_models.hooked.ipynb #e3cf0213
 def _listen(network: nn.Module, names: dict, x: torch.Tensor, notes: dict | None = None) -> dict[str, _Kept]:
     "Run the network, and keep what stem, stages and the head's input were."
-    kept, find, head, me = {}, network.get_submodule, names["head"], get_ident()
+    kept = {}
+    find = network.get_submodule
+    head = names["head"]
+    me = get_ident()
     def keep(name, tensor):
         if get_ident() != me: return  # another thread's images
         if not isinstance(tensor, torch.Tensor):
@@ -203,8 +208,11 @@ class Hooked(nn.Module):
         known = dict(network.named_modules())
         for name in (stem, *stages, head): lookup(known, name, f"module of {type(network).__name__}")
         if layout is not None: lookup({"BCHW": 1, "BHWC": -1, "BLC": -1, "BCL": 1}, layout, "layout")
-        self.network, self.names, self.paper = network, {"stem": stem, "stages": tuple(stages), "head": head}, paper
-        self.layout, self.axes = layout, None
+        self.network = network
+        self.names = {"stem": stem, "stages": tuple(stages), "head": head}
+        self.paper = paper
+        self.layout = layout
+        self.axes = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Logits (B, N) of images (B, 3, H, W)."
@@ -224,7 +232,9 @@ class Hooked(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         "Stem, stages, neck and head by their names; the stem is whatever else has parameters."
-        find, stages, head = self.network.get_submodule, self.names["stages"], self.names["head"]
+        find = self.network.get_submodule
+        stages = self.names["stages"]
+        head = self.names["head"]
         stem = _stems(self.network, {find(name) for name in (*stages, head)})
         return {"stem": stem, **{f"stage {i + 1}": find(name) for i, name in enumerate(stages)},
                 "neck": nn.Identity(), "head": find(head)}

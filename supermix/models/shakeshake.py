@@ -52,7 +52,9 @@ class ShakeBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else _ShiftedShortcut(c_in, c_out, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, kept = self.first(x), self.second(x), self.shortcut(x)
+        a = self.first(x)
+        b = self.second(x)
+        kept = self.shortcut(x)
         if not self.training: return kept + (a + b) / 2
         alpha, beta = torch.rand(2, len(x), 1, 1, 1, device=a.device, dtype=a.dtype)
         return kept + _shake(a, b, alpha, beta)

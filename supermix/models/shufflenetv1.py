@@ -23,7 +23,8 @@ class ShuffleUnit(Block):
                  ):
         super().__init__()
         made = c_out - c_in if stride == 2 else c_out
-        inner, self.groups = made // 4, 1 if c_in == 24 else groups
+        inner = made // 4
+        self.groups = 1 if c_in == 24 else groups
         self.a = ConvNorm(c_in, inner, 1, groups=self.groups)
         self.b = ConvNorm(inner, inner, stride=stride, groups=inner)
         self.c = ConvNorm(inner, made, 1, groups=groups, act=False)

@@ -24,7 +24,8 @@ class SplitUnit(Block):
         if stride == 1 and c_in != c_out:
             raise ValueError(f"With stride 1 a unit keeps its {c_in} channels, got {c_out}.")
         half = c_out // 2
-        self.c_in, seen = c_in, c_in if stride == 2 else half
+        self.c_in = c_in
+        seen = c_in if stride == 2 else half
         self.left = nn.Identity() if stride == 1 else nn.Sequential(
             ConvNorm(c_in, c_in, stride=2, groups=c_in, act=False), ConvNorm(c_in, half, 1, act=False))
         self.right = nn.Sequential(

@@ -24,8 +24,10 @@ class PreActBlock(nn.Module):
                  bias: bool = False,  # whether its convolutions have biases
                  ):
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(c_in), conv(c_in, c_out, stride=stride, bias=bias)
-        self.norm2, self.conv2 = nn.BatchNorm2d(c_out), conv(c_out, c_out, bias=bias)
+        self.norm1 = nn.BatchNorm2d(c_in)
+        self.conv1 = conv(c_in, c_out, stride=stride, bias=bias)
+        self.norm2 = nn.BatchNorm2d(c_out)
+        self.conv2 = conv(c_out, c_out, bias=bias)
         self.shortcut = shortcut(c_in, c_out, stride, norm=False, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

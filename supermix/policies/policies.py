@@ -74,7 +74,9 @@ def _matrices(op: str,               # one of the five geometric operations
               ) -> torch.Tensor:     # float32 (B, 2, 3)
     "For each image the map from new to old coordinates, in pixels from the middle."
     m = m.double()
-    one, zero, (height, width) = torch.ones_like(m), torch.zeros_like(m), size
+    one = torch.ones_like(m)
+    zero = torch.zeros_like(m)
+    height, width = size
     turn = torch.deg2rad(m)
     rows = {"ShearX": (one, m, m * height / 2, zero, one, zero),
             "ShearY": (one, zero, zero, m, one, m * width / 2),
@@ -502,8 +504,12 @@ class Augmented(Images):
             raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
         if isinstance(images, Augmented):
             raise ValueError(f"Expected images without a policy, got {images}: put all operations into one.")
-        self.images, self.policy, self.epochs, self.share = images, policy, epochs or 1, 0.0
-        self.info, self.labels = images.info, images.labels
+        self.images = images
+        self.policy = policy
+        self.epochs = epochs or 1
+        self.share = 0.0
+        self.info = images.info
+        self.labels = images.labels
 
     def fetch(self, indices: torch.Tensor, views: _AugmentedViews | None = None) -> torch.Tensor:
         pixels, ops = self.images.fetch(indices, views), getattr(views, "ops", None)

@@ -266,7 +266,8 @@ def _make_optimiser(recipe: Training, parameters: Iterable[nn.Parameter]) -> tor
 class _Run:
     "A training in progress: everything that changes, and how it is written to a checkpoint."
     def __init__(self, network: nn.Module, objective: Objective, recipe: Training, images: Images, folder=None):
-        self.network, self.objective = network, objective
+        self.network = network
+        self.objective = objective
         self.loss = _Loss(network, objective)
         self.recipe = recipe
         self.folder = folder
@@ -333,7 +334,8 @@ def _check_identity(folder: str | Path, old: dict, new: dict) -> list[str]:
 
 def _restore(run: _Run, checkpoint: Path) -> None:
     "Put a run where its checkpoint was written; a ValueError where that is another run's."
-    run.saved, state = checkpoint, load_checkpoint(checkpoint)
+    run.saved = checkpoint
+    state = load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.whole_identity()
     if unknown := _check_identity(run.folder, old, dict.fromkeys(old) | new):
         warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down {', '.join(unknown)}: "
@@ -342,7 +344,8 @@ def _restore(run: _Run, checkpoint: Path) -> None:
     run.objective.load_state_dict(state["objective"])
     run.optimiser.load_state_dict(state["optimiser"])
     run.epoch, run.step, run.updates = state["position"]
-    run.losses, run.history = state["losses"], History(**state["history"])
+    run.losses = state["losses"]
+    run.history = History(**state["history"])
     restore_random(state["random"])
 
 def check_begun(folder: str | Path | None,     # of the run's checkpoints; None: there are none
@@ -380,7 +383,9 @@ def _check_weights(run: _Run) -> None:
 # %% ../../nbs/22_training.loop.ipynb #5f2e2fe7
 def _rest_of_epoch(run: _Run, images: Images, device: torch.device) -> Iterator[Batch]:
     "The batches of an epoch from the run's position on; where the objective prepares them, one ahead in a thread."
-    r, (rank, size), objective = run.recipe, world(), run.objective
+    r = run.recipe
+    (rank, size) = world()
+    objective = run.objective
     prepares = objective.prepares(run.epoch)
 
     def batches():
@@ -395,7 +400,8 @@ def _rest_of_epoch(run: _Run, images: Images, device: torch.device) -> Iterator[
 def _add_time(run: _Run) -> None:
     "Add the time since the clock was last looked at to the history's."
     now = time.perf_counter()
-    run.history.seconds, run.clock = run.history.seconds + now - run.clock, now
+    run.history.seconds = run.history.seconds + now - run.clock
+    run.clock = now
 
 def _loss_of_batch(run: _Run, module: nn.Module, batch: Batch, weight: float) -> torch.Tensor:
     "A batch's loss; where too few images are left for batch norm, a ValueError that says so."
@@ -410,7 +416,9 @@ def _loss_of_batch(run: _Run, module: nn.Module, batch: Batch, weight: float) ->
 # %% ../../nbs/22_training.loop.ipynb #7c1d0a04
 def _run_epoch(run: _Run, images: Images, module: nn.Module, device: torch.device, bar, minutes: float) -> None:
     "The rest of an epoch, from the run's position."
-    r, steps, (_, size) = run.recipe, ceil(len(images) / run.recipe.batch_size), world()
+    r = run.recipe
+    steps = ceil(len(images) / run.recipe.batch_size)
+    (_, size) = world()
     since, written = [], time.perf_counter()
     check_every = 50 if device.type == "cuda" else 1
     for batch in _rest_of_epoch(run, images, device):
@@ -450,7 +458,8 @@ def _end_epoch(run: _Run, images: Images, held: Images | None, begun: float, bef
             **run.objective.log_entries())
     run.history.rows, run.history.images = log.rows, run.history.images + len(images)
     bar.set_postfix(epoch=run.epoch + 1, loss=f"{log.rows[-1]['loss']:.3f}")
-    run.epoch, run.step = run.epoch + 1, 0
+    run.epoch = run.epoch + 1
+    run.step = 0
     run.losses = []
 
 # %% ../../nbs/22_training.loop.ipynb #fae0e4dc
