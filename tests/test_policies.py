@@ -65,7 +65,8 @@ def test_every_operation_is_torchvisions(op, space, bins, size, photo):
         theirs = witness._apply_image_or_video_transform(
             image, op, value, interpolation=witness.interpolation, fill=witness._fill
         )
-        assert (one != theirs).float().mean() < 1e-3  # none at all on processors that fuse multiply and add
+        apart = (one.int() - theirs.int()).abs()  # 0 where the processor fuses multiply and add; else a few round
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_the_operation_cutout_is_fast_autoaugments(seeded):
     for level in (0.003, 0.31, 0.5, 0.77, 1.0):
         policy = Policy("p", [[["Cutout", 1.0, level]]], "faa", 2)
         ops, v = policy.draw(300, 32, seeded(1)), 0.2 * level * 32
-        draws = torch.Generator().manual_seed(1)  # what the policy draws: a row, a coin and a sign first
+        draws = seeded(1)  # what the policy draws: a row, a coin and a sign first
         torch.randint(1, (300, 1), generator=draws), torch.rand((300, 1), generator=draws)
         torch.rand((300, 1), generator=draws)
         u = torch.rand((300, 1, 2), generator=draws, dtype=torch.float64)[:, 0] * 32
@@ -486,7 +487,7 @@ def test_fast_autoaugments_list(tmp_path, seeded):
     "As its authors publish it: real levels, geometric operations mirrored at random, enhancements not, and Cutout."
     lines = [
         [["Contrast", 0.83207, 0.49884], ["TranslateX", 0.418499, 0.394023]],
-        [["Cutout", 1.0, 0.61], ["Rotate", 1.0, 0.9]],
+        [["Rotate", 1.0, 0.9], ["Cutout", 1.0, 0.61]],  # in this order, or a square at a corner leaves with it
         [["Posterize", 1.0, 0.99], ["Solarize", 1.0, 0.25]],
     ]
     (tmp_path / "faa.json").write_text(json.dumps(lines))
