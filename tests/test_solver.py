@@ -132,8 +132,7 @@ def sectors(lam, m, n):
 
 def reference(images, lam, m):
     "θ before each pass over one set, to the last, and whether it is solved there; by nothing of the package."
-    n, k, taps = images.shape[-1], len(lam), torch.arange(-int(2.5 * m.sigma), int(2.5 * m.sigma) + 1).double()
-    taps = (-(taps**2) / (2 * m.sigma**2)).exp() / (-(taps**2) / (2 * m.sigma**2)).exp().sum()
+    n, k, speed = images.shape[-1], len(lam), 0.0
     classes = oracle_teacher(images).argmax(1)
     others = [c for c in range(10) if c not in classes]
     want = sum(share * F.one_hot(c, 10) for share, c in zip(lam, classes))
@@ -141,19 +140,27 @@ def reference(images, lam, m):
     way = []
     for updates in range(m.max_iter + 1):
         way.append(theta)
+        left = max(0, 1 - updates / m.anneal) if m.anneal else 0
+        tau, sigma = 1 + (m.tau - 1) * left, m.sigma * (m.sigma_end + (1 - m.sigma_end) * left if m.anneal else 1)
         leaf = theta.clone().requires_grad_()
         z = oracle_teacher((shares_of(leaf, n)[:, None] * images).sum(0)[None])[0]
-        lack = (1 + z[others].max() - z[classes].min()).clamp(min=0)
+        lack = (m.lead + z[others].max() - z[classes].min()).clamp(min=0)
         if updates and set(z.argsort()[-k:].tolist()) == set(classes.tolist()):
             return way, True
         if updates > 1 and m.give_up is not None and lack > m.give_up:
             break
-        loss = (want * (want.clamp(min=1e-99).log() - z.log_softmax(0))).sum() + m.margin * lack
+        warm = want ** (1 / tau) / (want ** (1 / tau)).sum()
+        loss = tau**2 * (warm * (warm.clamp(min=1e-99).log() - (z / tau).log_softmax(0))).sum()
+        if updates >= m.anneal:
+            loss = loss + m.margin * lack
         if m.hold is None:
             loss = loss + m.lambda_s * grey(leaf, n)
         (grad,) = torch.autograd.grad(loss, leaf)
+        taps = torch.arange(-int(2.5 * sigma), int(2.5 * sigma) + 1).double()
+        taps = (-(taps**2) / (2 * sigma**2)).exp() / (-(taps**2) / (2 * sigma**2)).exp().sum()
         d = F.conv2d(grad[:, None], (taps[:, None] * taps)[None, None], padding=len(taps) // 2)[:, 0]
-        theta = theta - (m.step * loss.detach() / ((grad * d).sum() + 1e-10)).clamp(1e-4, 2000) * d
+        speed = m.momentum * speed - (m.step * loss.detach() / ((grad * d).sum() + 1e-10)).clamp(1e-4, 2000) * d
+        theta = theta + speed
         if m.hold is not None:
             theta = held(theta, m.hold, n, 1)
     return way, False
@@ -202,9 +209,9 @@ def recorded(driver, sets, lam, mixing, monkeypatch):
     drive, module = DRIVERS[driver]
     ways, solved = [[] for _ in sets], [False] * len(sets)
 
-    def step(teacher, problem, theta, *rest):
-        now = search_step(teacher, problem, theta, *rest)
-        for images, at, done in zip(problem.sets, theta, now.solved.tolist()):
+    def step(teacher, problem, state, *rest):
+        now = search_step(teacher, problem, state, *rest)
+        for images, at, done in zip(problem.sets, state.theta, now.solved.tolist()):
             b = next(b for b, other in enumerate(sets) if torch.equal(images, other))
             ways[b].append(at.clone())
             solved[b] = done
@@ -234,6 +241,8 @@ def same_ways(ours, theirs):
 
 SLOW = Mixing(max_iter=5, step=0.3)  # small steps: sets stay open for some updates
 HELD = replace(SLOW, hold=0.06)
+HINGED = replace(SLOW, margin=2.0)
+ANNEALED = replace(HINGED, anneal=3, tau=2.0, sigma_end=0.5)
 ONE_FIELD = [
     (SLOW, {}),
     (SLOW, {"k": 3}),
@@ -246,6 +255,11 @@ ONE_FIELD = [
     (SLOW, {"margin": 2.0}),
     (SLOW, {"give_up": 1.0}),
     (HELD, {"start": "regions"}),
+    (HINGED, {"lead": 0.2}),
+    (HELD, {"momentum": 0.5}),
+    (ANNEALED, {"anneal": 2}),
+    (ANNEALED, {"tau": 3.0}),
+    (ANNEALED, {"sigma_end": 0.2}),
 ]
 
 
@@ -301,9 +315,9 @@ class Wider(Mixing):
 def test_a_new_setting_is_known_wherever_settings_go(teacher, digits, capsys):
     assert SuperMix(teacher, Wider(), tilt=2.0).mixing.tilt == 2.0
     assert Engine(teacher, digits.test[:2][0], Wider(tilt=2.0)).mixing.tilt == 2.0
-    assert set(_settings(Wider)) == {f.name for f in fields(Mixing)} | {"tilt?"}  # earlier stores lack it
+    assert set(_settings(Wider)) == set(_settings(Mixing)) | {"tilt?"}  # earlier stores lack it
     assert set(_settings(Mixing)) == set(_MANIFEST["recipe"]["mixing"])
-    assert as_named(Wider()) == asdict(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
+    assert as_named(Wider()) == as_named(Mixing()) and as_named(Wider(tilt=2.0))["tilt"] == 2.0
     assert {f.name for f in fields(Mixing)} < {f.name for f in fields(Setting)}
     with pytest.raises(SystemExit):
         tyro.cli(command, args=["--help"])

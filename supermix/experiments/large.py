@@ -60,7 +60,7 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
 
 # %% ../../nbs/48_experiments.large.ipynb #246c8841
 # the engine's search at 224×224: w and σ are the paper's (S 1.3), margin and max_iter ours
-_LARGE = dict(FAST, mask_size=IMAGENET.mixing.mask_size, sigma=IMAGENET.mixing.sigma, margin=0.2, max_iter=30)
+_LARGE = dict(FAST, mask_size=IMAGENET.mixing.mask_size, sigma=IMAGENET.mixing.sigma)
 
 # %% ../../nbs/48_experiments.large.ipynb #870dee82
 def _peak_memory() -> int:

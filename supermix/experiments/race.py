@@ -24,7 +24,7 @@ from ..data import Images
 from ..mixing.engine import BLOCK, PASSES, Engine, Found, Sets, decode, draw_block, joined, solve_blocks
 from ..mixing.masks import masks_from_theta, mix, soft_labels, sparsity
 from ..mixing.solver import is_solved, newton_step, objective
-from ..recipes import EAGER, FAST, Mixing
+from ..recipes import FAST, FAST_0_1, Mixing
 
 # %% ../../nbs/46_experiments.race.ipynb #3f77fabf
 def _solve_baseline(teacher: Callable,      # images (B, C, H, W) -> logits (B, N), in evaluation mode
@@ -185,14 +185,13 @@ def race(teacher: nn.Module,  # copied, and put into evaluation mode
     return result
 
 # %% ../../nbs/46_experiments.race.ipynb #050eabc7
-_RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine, giving up early": Mixing(**EAGER, k=k)} for k in (2, 3)}
+_RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine of version 0.1": Mixing(**FAST_0_1, k=k)} for k in (2, 3)}
 _SEARCHES = {  # for the picture of trade-offs: what differs from the paper's recipe
     "the paper's": {}, "λ_s 15": {"lambda_s": 15.0}, "λ_s 10": {"lambda_s": 10.0},
-    "step 0.7": {"step": 0.7}, "σ 0.6": {"sigma": 0.6}, "held": {"hold": 0.063}, "hinge": {"margin": 1.0},
-    "regions, held": FAST | {"margin": 0.0}, "regions, held, hinge": FAST, "the same, step 1.5": FAST | {"step": 1.5},
-    "the same at 0.045": FAST | {"hold": 0.045}, "the same at 0.09": FAST | {"hold": 0.09},
-    "the same, 25 updates": FAST | {"max_iter": 25},
-    **{f"giving up at {bound}": EAGER | {"give_up": bound} for bound in (3.0, 4.75, 6.0)},
+    "held": {"hold": 0.063}, "regions, held": {"start": "regions", "hold": 0.063}, "version 0.1": FAST_0_1,
+    "all of it": FAST, "no momentum": FAST | {"momentum": 0.0}, "no temperature": FAST | {"tau": 1.0},
+    "σ stays": FAST | {"sigma_end": 1.0}, "no hinge": FAST | {"margin": 0.0}, "hinge from the start": FAST | {"anneal": 1},
+    "held at 0.045": FAST | {"hold": 0.045}, "held at 0.09": FAST | {"hold": 0.09},
 }
 
 def measure_trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks: int = 4) -> dict[str, float]:

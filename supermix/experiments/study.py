@@ -32,7 +32,7 @@ from ..mixing.masks import mix
 from ..mixing.mixers import CutMix
 from ..mixing.solver import SuperMix
 from ..mixing.store import MixedDataset
-from ..recipes import FAST, METHODS, TEACHERS, Mixing, Training
+from ..recipes import FAST, FAST_0_1, METHODS, TEACHERS, Mixing, Training
 from ..training.loop import train
 from ..zoo import create, load, pretrained, save
 
@@ -44,7 +44,7 @@ class Trial:
     name: str                         # row of its table
     method: str = "kd"                # a name of `METHODS`
     mixer: str | None = None          # a name of `MIXERS`
-    mixing: Mixing = Mixing(**FAST)   # for SuperMix: how masks are searched for
+    mixing: Mixing = Mixing(**FAST_0_1)  # for SuperMix: how masks are searched for
     mixes: int = 10                   # for SuperMix: mixed images made, for each natural one (main)
     label: str = "teacher"            # of mixed images, where the method does not compare logits
     student: str = "resnet8"          # a network of the zoo
@@ -175,7 +175,7 @@ def _compare_masks(teacher: nn.Module, images: ArrayImages, cover: torch.Tensor,
     "What CutMix and SuperMix leave of the items of the same pairs, and a picture (PNG, base64) of some."
     chance = torch.Generator().manual_seed(0)
     x, labels = images[:]
-    cutmix, supermix = CutMix(len(images.info.classes)), SuperMix(teacher, **FAST)
+    cutmix, supermix = CutMix(len(images.info.classes)), SuperMix(teacher, **FAST_0_1)
     draw = supermix.draw(x, labels, chance)
     draw = draw._replace(lam=torch.full_like(draw.lam, 0.5))
     sets, covers = x[draw.partners], cover[draw.partners]
@@ -225,8 +225,8 @@ _MAIN_ROWS = {"alone": ("alone", None), "KD": ("kd", None), "MixUp + KD": ("kd",
 def _core_trials() -> list[Trial]:
     "The rows of the core, for seed 0: each way to mix, alone and beside KD."
     rows = [Trial("core", "alone", "alone"), Trial("core", "KD"), Trial("core", "CRD + KD", "crd_kd")]
-    mixers = {name: (name.lower(), Mixing(**FAST)) for name in ("MixUp", "CutMix", "PuzzleMix", "SuperMix")}
-    for name, (mixer, mixing) in (mixers | {"SuperMix k=3": ("supermix", Mixing(**FAST, k=3))}).items():
+    mixers = {name: (name.lower(), Mixing(**FAST_0_1)) for name in ("MixUp", "CutMix", "PuzzleMix", "SuperMix")}
+    for name, (mixer, mixing) in (mixers | {"SuperMix k=3": ("supermix", Mixing(**FAST_0_1, k=3))}).items():
         rows += [Trial("core", name, "alone", mixer, mixing), Trial("core", f"{name} + KD", "kd", mixer, mixing)]
     return rows
 
@@ -254,7 +254,7 @@ def _ablation_trials() -> list[Trial]:
     base = Trial("ablation", "", "kd", "supermix")
     fast = {"k=4": {"k": 4}, "α=1": {"alpha": 1.0}, "α=10": {"alpha": 10.0}, "σ=0.5": {"sigma": 0.5},
             "σ=2": {"sigma": 2.0}, "w=4": {"mask_size": 4}, "w=16": {"mask_size": 16}}
-    rows = [replace(base, name=name, mixing=Mixing(**FAST | change)) for name, change in fast.items()]
+    rows = [replace(base, name=name, mixing=Mixing(**FAST_0_1 | change)) for name, change in fast.items()]
     rows += [replace(base, name=f"paper, λs={l}", mixing=Mixing(lambda_s=float(l))) for l in (25, 10, 50)]
     rows += [replace(base, name=f"mixes x{m}", mixes=m) for m in (1, 3, 30)]
     labels = ("softmax", "lam", "area")
@@ -275,12 +275,12 @@ def _schedule_trials() -> list[Trial]:
 
 def _further_trials() -> list[Trial]:
     "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best."
-    return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST, k=3, alpha=10.0))]
+    return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST_0_1, k=3, alpha=10.0))]
 
 # %% ../../nbs/60_experiments.study.ipynb #22a17de7
 def _repeat_trials() -> list[Trial]:
     "The core's main rows once more, for seed 0: on a GPU, with more seeds."
-    return [*_main_trials("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3)),
+    return [*_main_trials("seeds")[1:], Trial("seeds", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST_0_1, k=3)),
             *_double_trials(("KD",), "updates", "seeds")]
 
 def _fresh_trial(group: str) -> Trial:
@@ -293,9 +293,9 @@ def _harder_trials() -> list[Trial]:
 
 def _hundred_class_trials() -> list[Trial]:
     "The main rows on 10,000 images of CIFAR-100, twenty epochs, for seed 0."
-    options = dict(data="cifar100", images=10_000, updates=1580, mixes=1)
+    options = dict(data="cifar100", images=10_000, updates=1580, mixes=1, mixing=Mixing(**FAST))
     return [*_main_trials("cifar100", **options), *_double_trials(("KD",), "updates", "cifar100", **options),
-            Trial("cifar100", "SuperMix k=3 + KD", "kd", "supermix", Mixing(**FAST, k=3), **options)]
+            Trial("cifar100", "SuperMix k=3 + KD", "kd", "supermix", **options | {"mixing": Mixing(**FAST, k=3)})]
 
 def all_trials() -> list[Trial]:
     "All trials, in the order in which they are run: seed by seed, so that there is something to see early."

@@ -15,7 +15,7 @@ import torch
 from ..core import evaluating, lookup
 from ..mixing.masks import areas, soft_labels, sparsity
 from ..mixing.mixers import box_masks
-from ..mixing.solver import SuperMix, check_logits, objective, prepare, search_step
+from ..mixing.solver import State, State, SuperMix, check_logits, objective, prepare, search_step
 from ..recipes import FAST, Mixing
 
 # %% ../../nbs/70_explore.trace.ipynb #dfff0c9b
@@ -45,18 +45,18 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
     "The iterations of `mixer.solve(sets, lam, theta)`, one by one."
     with torch.inference_mode(False), evaluating(mixer.teacher):
         problem, theta = prepare(mixer, sets, lam, theta)
-    rows, state = torch.arange(len(sets), device=sets.device), None
+    rows = torch.arange(len(sets), device=sets.device)
+    state, shown = State.begin(theta), None
     for n in range(mixer.max_iter + 1):
         with torch.inference_mode(False), evaluating(mixer.teacher):
-            now = search_step(mixer.teacher, problem.rows(rows), theta[rows], torch.full_like(rows, n), mixer.mixing,
-                              torch.any, stop)
+            now = search_step(mixer.teacher, problem.rows(rows), state.rows(rows), mixer.mixing, torch.any, stop)
             check_logits(now.logits, len(rows), mixer.k)
-            found = theta[rows], now.masks, now.images, now.logits, now.solved
-            state = found if state is None else [t.index_copy(0, rows, new) for t, new in zip(state, found)]
-            theta = theta.index_copy(0, rows, now.theta_next)
+            found = state.theta[rows], now.masks, now.images, now.logits, now.solved
+            shown = found if shown is None else [t.index_copy(0, rows, new) for t, new in zip(shown, found)]
+            state = State(*(whole.index_copy(0, rows, part) for whole, part in zip(state, now.state)))
             target = soft_labels(problem.classes, problem.lam, now.logits.shape[1])
             if stop: rows = rows[~(now.solved | now.given_up)]
-            step = Step(n, *state[:4], objective(state[3], target, state[1], 0.0), sparsity(state[1]), state[4])
+            step = Step(n, *shown[:4], objective(shown[3], target, shown[1], 0.0), sparsity(shown[1]), shown[4])
         yield step
         if not len(rows): return
 
@@ -135,7 +135,7 @@ class Setting(Mixing):
 
     def mixer(self, teacher: Callable) -> SuperMix:
         "The solver with these settings."
-        fast = {key: FAST[key] for key in ("start", "hold", "margin")} if self.search == "fast" else {}
+        fast = FAST if self.search == "fast" else {}
         return SuperMix(teacher, Mixing(**{f.name: getattr(self, f.name) for f in fields(Mixing)} | fast))
 
 # %% ../../nbs/70_explore.trace.ipynb #0b7fc718

@@ -20,8 +20,8 @@ from ..data import Images
 from .folding import fold_norms
 from .masks import REST, masks_from_theta, mix
 from .mixers import draw_lam, draw_partners
-from .solver import (Problem, check_callable, check_classes, check_logits, check_teacher, first_theta,
-                                    search_step, teacher_logits)
+from .solver import (Problem, State, check_callable, check_classes, check_logits, check_teacher,
+                                    first_theta, search_step, teacher_logits)
 from ..recipes import FAST, Mixing
 
 # %% ../../nbs/34_mixing.engine.ipynb #2f044944
@@ -136,38 +136,41 @@ class _Slots:
         k, w = (self.mixing.k, self.mixing.mask_size)
         self.sets = Sets(*(torch.zeros(n, *t.shape[1:], dtype=t.dtype, **on) for t in like))
         self.sets.classes[:] = torch.arange(k, **on)
-        self.theta = torch.zeros(n, k, w, w, dtype=like.lam.dtype, **on)
-        self.steps, self.turn = (torch.zeros(n, dtype=torch.int64, **on) for _ in range(2))
-        self.state = torch.full((n,), _EMPTY, dtype=torch.int8, **on)
+        self.sets.lam[:] = 1 / k
+        self.state = State.begin(torch.zeros(n, k, w, w, dtype=like.lam.dtype, **on))
+        self.turn = torch.zeros(n, dtype=torch.int64, **on)
+        self.holds = torch.full((n,), _EMPTY, dtype=torch.int8, **on)
         self.passes = torch.zeros((), dtype=torch.int64, **on)
 
     def fill(self) -> bool:
         "Put the queue's next sets into empty rows; False where no set is left."
-        while self.sets is None or (self.state[:-1] == _EMPTY).any():
+        while self.sets is None or (self.holds[:-1] == _EMPTY).any():
             if self.rest is None or not len(self.rest.index): self.rest = next(self.queue, None)
             if self.rest is None: break
             if self.sets is None: self.open(self.rest)
             self._put()
         if self.sets is None: return False
         if self.shrinks:
-            free = self.state[self.rows] != _GOING
-            self.rows = self.rows[~free | (free.cumsum(0) <= (self.state == _WAITING).sum())]
-        return bool((self.state != _EMPTY).any())
+            free = self.holds[self.rows] != _GOING
+            self.rows = self.rows[~free | (free.cumsum(0) <= (self.holds == _WAITING).sum())]
+        return bool((self.holds != _EMPTY).any())
 
     def _put(self) -> None:
-        rows = (self.state[:-1] == _EMPTY).nonzero().flatten()[:len(self.rest.index)]
+        rows = (self.holds[:-1] == _EMPTY).nonzero().flatten()[:len(self.rest.index)]
         n = len(rows)
         part = Sets(*(t[:n].to(self.device) for t in self.rest))
         self.rest = Sets(*(t[n:] for t in self.rest))
         for mine, new in zip(self.sets, part): mine[rows] = new
-        self.theta[rows] = first_theta(self.mixing, part.lam, part.images.shape[-2:], part.angle)
+        start = State.begin(first_theta(self.mixing, part.lam, part.images.shape[-2:], part.angle))
+        for mine, new in zip(self.state, start): mine[rows] = new
         self.turn[rows] = self.count + torch.arange(n, device=self.device)
-        self.steps[rows], self.state[rows], self.count = 0, _WAITING, self.count + n
+        self.holds[rows] = _WAITING
+        self.count += n
 
 # %% ../../nbs/34_mixing.engine.ipynb #46df95bf
 def _take_rows(slots: _Slots) -> None:
     "Give free slots the rows that have waited longest, in order; where none waits they idle."
-    free, waiting = slots.state[slots.rows] != _GOING, slots.state == _WAITING
+    free, waiting = slots.holds[slots.rows] != _GOING, slots.holds == _WAITING
     longest = slots.turn.masked_fill(~waiting, torch.iinfo(torch.int64).max).argsort()
     place = free.cumsum(0) - 1
     served = free & (place < waiting.sum())
@@ -178,24 +181,23 @@ def _step_slots(slots: _Slots) -> None:
     _take_rows(slots)
     rows, sets = slots.rows, slots.sets
     problem = Problem(sets.images, sets.classes, sets.lam).rows(rows)
-    now = search_step(slots.teacher, problem, slots.theta[rows], slots.steps[rows], slots.mixing,
-                      torch.any if slots.shrinks else None)
+    now = search_step(slots.teacher, problem, slots.state.rows(rows), slots.mixing, torch.any if slots.shrinks else None)
     if slots.logits is None: slots.logits = now.logits.new_zeros(slots.spare + 1, now.logits.shape[1])
-    slots.theta[rows] = _round_theta(now.theta_next, slots.mixing.hold is not None)
+    after = now.state._replace(theta=_round_theta(now.state.theta, slots.mixing.hold is not None))
+    for mine, new in zip(slots.state, after): mine[rows] = new
     slots.logits[rows] = now.logits
-    slots.steps[rows] += ~(now.solved | now.given_up)
-    state = _GOING + now.solved.to(torch.int8) + 2 * now.given_up.to(torch.int8)
-    slots.state[rows] = state.masked_fill(rows == slots.spare, _EMPTY)
+    holds = _GOING + now.solved.to(torch.int8) + 2 * now.given_up.to(torch.int8)
+    slots.holds[rows] = holds.masked_fill(rows == slots.spare, _EMPTY)
     slots.passes += (rows != slots.spare).sum()
 
 def _collect(slots: _Slots) -> tuple[Found, int]:  # the solved sets, and how many sets have ended
     "What came out since the last look; its rows are free then."
     check_logits(slots.logits[slots.rows], len(slots.rows), slots.mixing.k)
-    done, ended = slots.state == _SOLVED, slots.state >= _SOLVED
-    code = _encode(slots.theta[done], slots.mixing.hold is not None)
+    done, ended = slots.holds == _SOLVED, slots.holds >= _SOLVED
+    code = _encode(slots.state.theta[done], slots.mixing.hold is not None)
     sets = Sets(*(t[done] for t in slots.sets))
-    found = Found(*sets[:5], sets.classes, code, slots.logits[done].float(), slots.steps[done])
-    slots.state.masked_fill_(ended, _EMPTY)
+    found = Found(*sets[:5], sets.classes, code, slots.logits[done].float(), slots.state.steps[done])
+    slots.holds.masked_fill_(ended, _EMPTY)
     return Found(*(t.cpu() for t in found)), int(ended.sum())
 
 # %% ../../nbs/34_mixing.engine.ipynb #c1438fcf

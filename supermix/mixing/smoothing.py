@@ -29,11 +29,19 @@ def _band(n: int, sigma: float, dtype, device) -> torch.Tensor:  # (n, n)
         distance = torch.arange(n)[:, None] - torch.arange(n)
         return (kernel[(distance + radius).clamp(0, len(kernel) - 1)] * (distance.abs() <= radius)).to(device)
 
+@lru_cache(64)
+def _bands(n: int, sigma: float | tuple[float, ...], dtype, device) -> torch.Tensor:  # (n, n), or (len(sigma), n, n)
+    "The matrix of one σ, or those of several."
+    if not isinstance(sigma, tuple): return _band(n, sigma, dtype, device)
+    with torch.inference_mode(False): return torch.stack([_band(n, one, dtype, device) for one in sigma])
+
 def smooth(maps: torch.Tensor,  # float (..., h, w)
-           sigma: float,        # standard deviation of the Gaussian, in cells
+           sigma: float | tuple[float, ...],  # standard deviation of the Gaussian, in cells; or several of them
+           which: torch.Tensor | None = None,  # int64 (B,), for maps (B, k, h, w): which of several each row takes
            ) -> torch.Tensor:   # of the same shape
     "Filter each map with a Gaussian of size 5σ, with zeros beyond its borders."
     if sigma == 0: return maps
-    columns, rows = (_band(n, sigma, maps.dtype, maps.device) for n in maps.shape[-2:])
+    columns, rows = (_bands(n, sigma, maps.dtype, maps.device) for n in maps.shape[-2:])
+    if which is not None: columns, rows = columns[which, None], rows[which, None]
     with torch.autocast(maps.device.type, enabled=False):  # a product of matrices would be rounded to bfloat16
-        return columns @ maps @ rows.T
+        return columns @ maps @ rows.mT

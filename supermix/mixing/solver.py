@@ -28,19 +28,25 @@ def objective(logits: torch.Tensor,  # the teacher's, of the mixed images (B, N)
               target: torch.Tensor,  # ŷ (B, N)
               masks: torch.Tensor,   # (B, k, H, W)
               lambda_s: float,       # weight of the sparsity term
+              tau: torch.Tensor | None = None,  # (B,): temperatures of both distributions; None: 1, as in the paper
               ) -> torch.Tensor:     # (B,): the loss of each set
-    "Equation (3): KL(ŷ ‖ p(x̂)) plus the weighted sparsity of the masks."
-    log_p = logits.to(target.dtype).log_softmax(1)
-    return F.kl_div(log_p, target, reduction="none").sum(1) + lambda_s * sparsity(masks)
+    "Equation (3): KL(ŷ ‖ p(x̂)), at a temperature τ times τ², plus the weighted sparsity of the masks."
+    logits = logits.to(target.dtype)
+    if tau is not None:
+        logits = logits / tau[:, None]
+        target = (target.log() / tau[:, None]).softmax(1)
+    kl = F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+    return (kl if tau is None else kl * tau ** 2) + lambda_s * sparsity(masks)
 
 # %% ../../nbs/33_mixing.solver.ipynb #db0babe6
 def newton_step(theta: torch.Tensor,  # (B, k, w, w)
                 loss: torch.Tensor,   # (B,), at theta
                 grad: torch.Tensor,   # (B, k, w, w): ∂loss/∂theta
-                sigma: float,         # of the Gaussian filter, in cells
+                sigma: float | tuple[float, ...],   # of the Gaussian filter, in cells; or several of them
+                which: torch.Tensor | None = None,  # int64 (B,): which of several each set takes
                 ) -> torch.Tensor:    # the next theta
     "Equation (4): along the smoothed gradient to where the linearised loss is zero."
-    direction = smooth(grad, sigma)
+    direction = smooth(grad, sigma, which)
     slope = (grad * direction).sum((1, 2, 3))
     length = (loss / (slope + 1e-10)).clamp(1e-4, 2000)
     return theta - length[:, None, None, None] * direction
@@ -66,11 +72,12 @@ def is_solved(logits: torch.Tensor,   # of the mixed images (B, N)
 # %% ../../nbs/33_mixing.solver.ipynb #301d4718
 def hinge(logits: torch.Tensor,   # of the mixed images (B, N), N above k
           classes: torch.Tensor,  # int64 (B, k): the teacher's classes of the sources
+          lead: float = 1.0,      # that is wanted
           ) -> torch.Tensor:      # (B,)
-    "How much the least of the sources' logits lacks to lead all others by 1."
+    "How much the least of the sources' logits lacks to lead all others by so much."
     sources = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, classes, True)
     others = logits.masked_fill(sources, -torch.inf).amax(1)
-    return (1 + others - logits.masked_fill(~sources, torch.inf).amin(1)).clamp(min=0).nan_to_num(posinf=0, neginf=0)
+    return (lead + others - logits.masked_fill(~sources, torch.inf).amin(1)).clamp(min=0).nan_to_num(posinf=0, neginf=0)
 
 # %% ../../nbs/33_mixing.solver.ipynb #6278cc0c
 class Problem(NamedTuple):
@@ -83,14 +90,29 @@ class Problem(NamedTuple):
         "Some of the sets."
         return Problem(*(t[which] for t in self))
 
+class State(NamedTuple):
+    "Where searches stand."
+    theta: torch.Tensor  # (B, k, w, w)
+    speed: torch.Tensor  # (B, k, w, w): the last update, of which momentum repeats a part
+    steps: torch.Tensor  # int64 (B,): updates so far
+
+    @staticmethod
+    def begin(theta: torch.Tensor) -> "State":
+        "Searches that begin at θ."
+        return State(theta, torch.zeros_like(theta), torch.zeros(len(theta), dtype=torch.int64, device=theta.device))
+
+    def rows(self, which: torch.Tensor) -> "State":  # int64 or bool
+        "Some of the searches."
+        return State(*(t[which] for t in self))
+
 class _Pass(NamedTuple):
-    "What a pass of the search finds at θ, a row for each set, and the next θ."
+    "What a pass of the search finds at θ, a row for each set, and where the search then stands."
     masks: torch.Tensor       # (B, k, H, W)
     images: torch.Tensor      # (B, C, H, W): the mixed images
     logits: torch.Tensor      # (B, N): the teacher's, of these
     solved: torch.Tensor      # bool (B,)
     given_up: torch.Tensor    # bool (B,): unsolved, and no further update is made
-    theta_next: torch.Tensor  # (B, k, w, w); θ itself where the search has ended
+    state: State              # after the update; as before where the search has ended
 
 # %% ../../nbs/33_mixing.solver.ipynb #d7088f2c
 def check_gradient(logits: torch.Tensor) -> None:
@@ -98,35 +120,46 @@ def check_gradient(logits: torch.Tensor) -> None:
     if not logits.requires_grad:
         raise ValueError("Expected a teacher that is differentiable, got logits without a gradient (detached?).")
 
+def _update(state: State, loss: torch.Tensor, grad: torch.Tensor, mixing: Mixing, size: tuple[int, int]) -> State:
+    "All searches after an update: Newton's step, a part of the last update, and the rescaling of θ."
+    n = mixing.anneal
+    sigmas = tuple(mixing.sigma * (1 + (mixing.sigma_end - 1) * i / n) for i in range(n + 1)) if n else mixing.sigma
+    moved = newton_step(state.theta, mixing.step * loss, grad, sigmas, state.steps.clamp(max=n) if n else None)
+    if mixing.momentum: moved = moved + mixing.momentum * state.speed
+    held = moved if mixing.hold is None else hold_sparsity(moved, mixing.hold, size)
+    return State(held, moved - state.theta, state.steps + 1)
+
 def search_step(teacher: Callable,    # images (B, C, H, W) -> logits (B, N), in evaluation mode
                 problem: Problem,     # B sets
-                theta: torch.Tensor,  # (B, k, w, w)
-                steps: torch.Tensor,  # int64 (B,): updates so far
+                state: State,         # of their searches
                 mixing: Mixing,
                 wanted: Callable | None = None,  # bool (B,), the sets that go on -> whether to update; None: always
                 stop: bool = True,    # whether a search ends where its set is solved or hopeless
                 ) -> _Pass:
     "One pass of the search: masks, mix, logits, stopping rule, and the update of the sets that go on."
     size = problem.sets.shape[-2:]
+    steps = state.steps
     with torch.enable_grad():
-        leaf = theta.detach().clone().requires_grad_()
+        leaf = state.theta.detach().clone().requires_grad_()
         masks = masks_from_theta(leaf, size)
         images = mix(problem.sets, masks)
         logits = teacher(images).to(problem.lam.dtype)
         check_gradient(logits)
-        target, lack = soft_labels(problem.classes, problem.lam, logits.shape[1]), hinge(logits, problem.classes)
+        target = soft_labels(problem.classes, problem.lam, logits.shape[1])
+        lack = hinge(logits, problem.classes, mixing.lead)
         solved = is_solved(logits.detach(), problem.classes, target, masks.detach(), mixing.hold) & (steps > 0)
         spent, hopeless = steps >= mixing.max_iter, torch.zeros_like(solved)
         if mixing.give_up is not None: hopeless = (lack.detach() > mixing.give_up) & (steps > 1)
         going = ~(solved | hopeless | spent) if stop else ~spent
         if wanted is None or wanted(going):
-            loss = objective(logits, target, masks, mixing.lambda_s if mixing.hold is None else 0.0)
-            if mixing.margin: loss = loss + mixing.margin * lack
+            tau = 1 + (mixing.tau - 1) * (1 - steps.to(lack) / mixing.anneal).clamp(min=0) if mixing.anneal else None
+            loss = objective(logits, target, masks, mixing.lambda_s if mixing.hold is None else 0.0, tau)
+            if mixing.margin: loss = loss + mixing.margin * lack * (steps >= mixing.anneal)
             grad, = torch.autograd.grad(loss.sum(), leaf)
-            moved = newton_step(theta, mixing.step * loss.detach(), grad, mixing.sigma)
-            if mixing.hold is not None: moved = hold_sparsity(moved, mixing.hold, size)
-            theta = torch.where(going[:, None, None, None], moved, theta)
-    return _Pass(masks.detach(), images.detach(), logits.detach(), solved, ~solved & (hopeless | spent), theta)
+            after = _update(state, loss.detach(), grad, mixing, size)
+            state = State(*(torch.where(going.view(-1, *[1] * (old.ndim - 1)), new, old)
+                            for old, new in zip(state, after)))
+    return _Pass(masks.detach(), images.detach(), logits.detach(), solved, ~solved & (hopeless | spent), state)
 
 # %% ../../nbs/33_mixing.solver.ipynb #27c406ba
 def first_theta(mixing: Mixing,
@@ -349,21 +382,20 @@ class SuperMix(Mixer):
         with torch.inference_mode(False), evaluating(self.teacher):
             problem, theta = prepare(self, sets, lam, theta, draw)
             rows = torch.arange(len(sets), device=sets.device)
-            steps = torch.zeros_like(rows)
+            state = State.begin(theta)
             solved = torch.zeros_like(rows, dtype=torch.bool)
             logits = None
             while len(rows):
-                now = search_step(self.teacher, problem.rows(rows), theta[rows], steps[rows], self.mixing, torch.any)
+                now = search_step(self.teacher, problem.rows(rows), state.rows(rows), self.mixing, torch.any)
                 check_logits(now.logits, len(rows), self.k)
                 if logits is None: logits = torch.empty_like(now.logits)
-                theta[rows] = now.theta_next
+                for whole, part in zip(state, now.state): whole[rows] = part
                 logits[rows] = now.logits
                 solved[rows] = now.solved
                 rows = rows[~(now.solved | now.given_up)]
-                steps[rows] += 1
-            masks = masks_from_theta(theta, sets.shape[-2:])
+            masks = masks_from_theta(state.theta, sets.shape[-2:])
             images = mix(problem.sets, masks)
-        return Mixed(images, masks, theta, problem.lam, problem.classes, logits, steps, solved)
+        return Mixed(images, masks, state.theta, problem.lam, problem.classes, logits, state.steps, solved)
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor | None = None,
              generator: torch.Generator | None = None) -> Draw:
