@@ -88,7 +88,8 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
                           f"{values['solved']:.1%} of the sets solved (baseline: {result['baseline']['solved']:.1%})")
     return work
 
-def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str = "efficientnet_lite0") -> Callable:
+def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str = "efficientnet_lite0",
+          photos: Path | None = None) -> Callable:
     """The engine against the baseline at 224×224, with an ImageNet teacher on photographs (chapter 48);
     some ten minutes.
 
@@ -97,14 +98,16 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
         blocks: blocks of 128 sets that the engine makes.
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
             (imagenet_resnet34), whose weights are fetched.
+        photos: a folder of photographs, of which all are used; none: scikit-image's five.
     """
-    from supermix.experiments.large import large_teacher, measure_large, photographs
+    from supermix.experiments.large import large_teacher, measure_large, photographs, photographs_in
 
     def work():
         network, *wants = large_teacher(teacher)
         with tempfile.TemporaryDirectory() as folder:
-            result = measure_large(network, photographs(folder, *wants), out, blocks=blocks)
-        print(f"{result['ratio']:.1f} times the baseline")
+            images = photographs_in(photos, network, *wants) if photos else photographs(folder, *wants)
+            result = measure_large(network, images, out, blocks=blocks)
+        print(f"{result['ratio']:.1f} times the baseline, on {result['photographs']:,} photographs")
     return work
 
 # %% ../nbs/90_cli.ipynb #dc2bf1ec
