@@ -268,13 +268,15 @@ def _solve_job(setting, images, teacher, names, picture, seed, publish, cancelle
     theta = mixer.first_theta(lam, sets.shape[-2:], seeded(seed, setting.pick))
     way = Trace()
     backdrop = draw_backdrop(scene)
-    shown = 0.0
+    shown, cost = 0.0, 0.0  # when a frame was last drawn, and how long that took
     for step in steps(mixer, sets, lam, theta, setting.stop):
         if cancelled(): return
         way.steps.append(step)
-        if time.perf_counter() - shown > pause:
+        now = time.perf_counter()
+        if now - shown > max(pause, 4 * cost):
             publish(_Board(scene, backdrop, Trace(list(way.steps)), False))
             shown = time.perf_counter()
+            cost = shown - now
     if not cancelled(): publish(_Board(scene, backdrop, way, True))
 
 # %% ../../nbs/72_explore.widget.ipynb #2c64483b
@@ -561,7 +563,7 @@ def write_notebook(path: Path, images: str | None, teacher: str | None, network:
     known = f"open_teacher({teacher!r}, {network!r})" if network else repr(teacher)
     arguments = ", ".join([repr(images)] * (images is not None or known != "None") + [known] * (known != "None"))
     texts = [("markdown", "# Explore\n\n*Run ▸ Run All Cells* shows the explorer. Click on two to five images, move a "
-                          "slider, and scrub through the iterations. Chapter 72 has eight guided experiments."),
+                          "slider, and scrub through the iterations. Chapter 72 has nine guided experiments."),
              ("code", "from supermix.explore.widget import explore, open_teacher\n\n"
                       f"explore({arguments})")]
     cells = [{"cell_type": kind, "id": kind, "metadata": {}, "source": text}
@@ -584,8 +586,8 @@ def open_explorer(data: Path | str | None, teacher: Path | None, network: str | 
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--ServerApp.root_dir={out.resolve()}", "--ServerApp.log_level=ERROR", "--ServerApp.use_redirect_file="
-               "True", f"--LabApp.default_url=/lab/tree/{notebook.name}", *["--no-browser"] * (not browser)]
+               f"--ServerApp.root_dir={out.resolve()}", "--Application.log_level=ERROR",
+               f"--LabApp.default_url=/lab/tree/{notebook.name}", *["--no-browser"] * (not browser)]
     print(f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}\nCtrl-C ends it.", flush=True)
     _serve(command + ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0), {"JUPYTER_TOKEN": token})
 
