@@ -16,6 +16,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from supermix.zoo import pretrained, save
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "out" / "browser"
@@ -335,6 +337,57 @@ def test_the_explorer(lab, page):
             one.locator(".noUi-handle").press("ArrowRight")
         changed(now, f"the control of small explorer {i + 1}")
         one.screenshot(path=SHOTS / f"explorer_small_{i + 1}.png")
+
+
+@pytest.mark.slow
+def test_own_pictures_from_the_shell(page, tmp_path, photos):
+    "`supermix explore` on a folder and a teacher's file: the notebook is there, runs, and answers a slider."
+    (tmp_path / "pictures").mkdir()
+    for name, pixels in photos.items():
+        Image.fromarray(pixels).resize((90, 60)).save(tmp_path / "pictures" / f"{name}.jpg")
+    save(pretrained("digits"), tmp_path / "teacher.safetensors")
+    command = ["explore", "--data", "pictures", "--teacher", "teacher.safetensors", "--no-browser"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("MPLBACKEND", None)
+    door = subprocess.Popen(
+        [sys.executable, "-m", "supermix", *command], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env
+    )
+    try:
+        address = door.stdout.readline().strip()
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(address, timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        page.goto(address)
+        cell = page.locator(".jp-CodeCell .cm-content", has_text="explore(")
+        cell.wait_for(timeout=60_000)
+        assert f"explore('{tmp_path}/pictures', '{tmp_path}/teacher.safetensors')" in cell.inner_text()
+        cell.click()
+        page.keyboard.press("Shift+Enter")
+        explorer = page.locator(".supermix-explorer")
+        explorer.wait_for(timeout=90_000)
+        picture = explorer.locator("img.supermix-picture")
+        bar = explorer.locator(".widget-hprogress .widget-label")
+        deadline = time.monotonic() + 60
+        while bar.inner_text() != "done":
+            assert time.monotonic() < deadline, "the first set is not solved"
+            page.wait_for_timeout(100)
+        before = picture.get_attribute("src")
+        row = explorer.locator(".widget-inline-hbox", has=page.locator(".widget-label:text-is('λ of image 1')"))
+        row.locator(".noUi-handle").first.focus()
+        page.keyboard.press("ArrowLeft")
+        while picture.get_attribute("src") == before:
+            assert time.monotonic() < deadline + 60, "a slider changes nothing"
+            page.wait_for_timeout(100)
+        assert explorer.locator("button.supermix-thumb").count() == 4
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / "front_door.png")
+    finally:
+        door.terminate()
+        door.wait(20)
 
 
 @pytest.mark.slow

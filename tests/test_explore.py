@@ -2,22 +2,35 @@
 
 import copy
 import io
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from supermix.explore.trace import Setting, boxes_in_turn, share_out, steps, trace
-from supermix.explore.widget import Explorer, Session, _Newest, _stop_all, explore
-from supermix.mixing.masks import areas
+from supermix import cli
+from supermix.data import centred, load_data, open_image
+from supermix.explore.draw import _source_places
+from supermix.explore.trace import Setting, boxes_in_turn, next_move, share_out, steps, trace
+from supermix.explore.widget import Explorer, Session, _Newest, _stop_all, explore, open_teacher
+from supermix.mixing.masks import areas, masks_from_theta
 from supermix.mixing.mixers import box_masks
-from supermix.mixing.solver import SuperMix
+from supermix.mixing.puzzlemix import PuzzleMix
+from supermix.mixing.solver import SuperMix, prepare
 from supermix.recipes import FAST
 from supermix.training.loop import accuracy
+from supermix.zoo import _crd_keys, create, save
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 pytest.importorskip("ipywidgets")
 
@@ -326,3 +339,216 @@ def test_a_tensor_and_any_teacher():
     with pytest.raises(ValueError, match="at least two"):
         Session(images[:1], lambda x: x.flatten(1) @ head)
     assert Setting(pick=(1, 2, 3)).checked(4).lam == pytest.approx((1 / 3,) * 3)
+
+
+# ---- the picture, and the front door
+
+
+@pytest.fixture(scope="module")
+def frames(digits, teacher):
+    "A picture of the last iteration for two to five sources, as an array, with its scene."
+    session = Session(digits, teacher, max_iter=3)
+    found = {}
+    for k in (2, 3, 4, 5):
+        session.change(pick=range(k)).wait()
+        found[k] = session.board.scene, np.asarray(Image.open(io.BytesIO(session.board.frame(1))).convert("RGB"))
+    return found
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_any_number_of_sources_is_laid_out_without_holes(frames, k):
+    scene, picture = frames[k]
+    assert picture.shape[0] <= 800 and picture.shape[1] < 1400
+    names = [name for name, *_ in scene.rivals]
+    assert names[:2] == ["MixUp", "CutMix"] and ("PuzzleMix" in names) <= (k == 2)
+    ink = (picture < 250).any(2)
+    empty_columns = np.flatnonzero(~ink[:520].any(0))
+    gaps = np.split(empty_columns, np.flatnonzero(np.diff(empty_columns) > 1) + 1)
+    assert max(map(len, gaps)) <= 40, "a column of the picture is empty"
+    empty_rows = np.flatnonzero(~ink.any(1))
+    gaps = np.split(empty_rows, np.flatnonzero(np.diff(empty_rows) > 1) + 1)
+    assert max(map(len, gaps)) <= 24, "a strip of the picture is empty"
+    tiles = _source_places(k)[0]
+    assert len(tiles) == k and all(ink[60:100, x : x + 80].any() for x in tiles)
+
+
+def test_the_next_step_is_the_one_that_the_search_takes(digits, teacher):
+    sets, lam = digits.test[:6][0].view(2, 3, 3, 32, 32), torch.tensor([[0.5, 0.3, 0.2]]).expand(2, 3)
+    mixer = SuperMix(teacher, k=3, max_iter=4)
+    way = trace(mixer, sets, lam, stop=False)
+    problem = prepare(mixer, sets, lam)[0]
+    for now, after in zip(way.steps, way.steps[1:]):
+        torch.testing.assert_close(now.theta + next_move(mixer, problem, now.theta), after.theta, atol=1e-4, rtol=1e-4)
+    fast = SuperMix(teacher, k=3, **FAST)
+    theta = fast.first_theta(lam, (32, 32))
+    move = next_move(fast, problem, theta, fast.anneal)  # when the hinge is on
+    small = mixer_loss(fast, problem, theta + 0.01 * move / move.abs().amax((1, 2, 3), keepdim=True))
+    assert (small < mixer_loss(fast, problem, theta)).all(), "the loss does not fall along the next step"
+
+
+def mixer_loss(mixer, problem, theta):
+    "KL and hinge of some θ, written out once more."
+    masks = masks_from_theta(theta, problem.sets.shape[-2:])
+    with torch.no_grad():
+        logits = mixer.teacher((masks[:, :, None] * problem.sets).sum(1))
+    rest = logits.scatter(1, problem.classes, float("-inf")).amax(1)
+    lack = (mixer.lead + rest - logits.gather(1, problem.classes).amin(1)).clamp(min=0)
+    target = torch.zeros_like(logits).scatter_add(1, problem.classes, problem.lam)
+    kl = (target * (target.clamp(min=1e-9).log() - logits.log_softmax(1))).sum(1)
+    return kl + mixer.margin * lack
+
+
+def test_puzzlemix_is_that_of_its_chapter(digits, teacher):
+    pytest.importorskip("gco")
+    scene = Session(digits, teacher, lam=(0.3, 0.7), max_iter=1).change().wait().board.scene
+    name, picture, p, target, kl, s = scene.rivals[2]
+    mixer = PuzzleMix(teacher, alpha=None, blocks=(8,), std=1.0)
+    pair = Session(digits, teacher).images[:2]
+    draw = mixer.draw(pair, None, torch.Generator().manual_seed(0))
+    row = next(i for i, row in enumerate(draw.partners.tolist()) if row == [0, 1])
+    draw = type(draw)(*(v if isinstance(v, int) else v[row : row + 1] for v in draw))
+    draw = draw._replace(lam=torch.tensor([[0.3, 0.7]]))
+    masks = mixer.choose_masks(pair[None], draw)
+    mixed = (masks[:, :, None] * mixer.move(pair[None], masks, draw)).sum(1)
+    assert name == "PuzzleMix" and np.allclose(picture, digits.info.denormalize(mixed)[0].permute(1, 2, 0), atol=1e-5)
+    assert target.sum() == pytest.approx(1) and target[scene.classes].tolist() == pytest.approx(
+        areas(masks)[0].tolist()
+    )
+
+
+def test_answers_are_quick(digits, teacher):
+    "A move that redraws under 300 ms and a new solve under 1 s, of the processor; as fast as it gets in a few tries."
+    made, solves, redraws = Session(digits, teacher).change().wait(), [], []
+    for lambda_s in (20, 30, 40):
+        start = time.process_time()
+        made.change(lambda_s=lambda_s).wait()
+        solves.append(time.process_time() - start)
+        start = time.process_time()
+        made.board.frames.clear()
+        made.board.frame(0)
+        redraws.append(time.process_time() - start)
+    assert min(solves) < 1 and min(redraws) < 0.3, (solves, redraws)
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory, photos):
+    "Real photographs, two of them in a folder below."
+    home = tmp_path_factory.mktemp("own") / "my photos"
+    for place, name in (("", "chelsea"), ("", "coffee"), ("below", "astronaut"), ("below", "rocket")):
+        (home / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos[name]).resize((80, 60)).save(home / place / f"{name}.jpg")
+    return home
+
+
+def test_a_folder_and_a_file_in_one_line(own_folder, teacher, tmp_path, digits):
+    made = explore(own_folder, str(save(teacher, tmp_path / "teacher.safetensors")), max_iter=2).wait()
+    try:
+        assert made.images.shape == (4, 3, 32, 32) and made.names(made.classes[0]) in digits.info.classes
+        expected = digits.info.normalize(pil_to_tensor(centred(open_image(own_folder / "chelsea.jpg"), digits.info)))
+        assert any(torch.equal(image, expected) for image in made.images)
+    finally:
+        made.close()
+    with pytest.raises(ValueError, match="Expected a teacher for your images"):
+        Session(own_folder)
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere, and no data set"):
+        Session(tmp_path / "nowhere", teacher)
+    with pytest.raises(FileNotFoundError, match="no file .*none.pth"):
+        Session(own_folder, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="does not say which images it takes"):
+        Session(own_folder, lambda x: x.mean((2, 3)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="Expected images in .*empty"):
+        Session(tmp_path / "empty", teacher)
+
+
+def test_data_sets_by_name_and_their_teachers(monkeypatch):
+    assert Session("digits").images.shape == (16, 3, 32, 32)
+
+    def without(name, download=True):
+        if name == "cifar100":
+            raise FileNotFoundError("There is no cifar-100-python.")
+        return load_data(name, download=False)
+
+    monkeypatch.setattr("supermix.explore.widget.load_data", without)
+    assert len(Session().images) == 16  # of Fashion-MNIST, or of the digits
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("SUPERMIX_DATA", ".")) / "cifar-100-python").is_dir(), reason="no CIFAR-100"
+)
+def test_cifar100_is_shown_where_it_is_found():
+    session = Session(max_iter=2).change().wait()
+    assert len(session.board.scene.target) == 100 and "apple" in map(session.names, range(100))
+
+
+def test_teachers_from_files(tmp_path, own_folder):
+    network = create("resnet8", 7)
+    torch.save({"model": {_crd_keys(network)[k]: v for k, v in network.state_dict().items()}}, tmp_path / "crd.pth")
+    opened = open_teacher(tmp_path / "crd.pth", "resnet8")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(opened(x), network.eval()(x)) and opened.info.size == 32 and opened.info.mean[0] == 0.5071
+    assert len(Session(own_folder, opened).images) == 4
+    with pytest.raises(ValueError, match="Unknown network 'resnet9'"):
+        open_teacher(tmp_path / "crd.pth", "resnet9")
+    with pytest.raises(ValueError, match="a teacher's file, a network's name, or both"):
+        open_teacher()
+    save(network, tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="holds a resnet8, and --network says resnet14"):
+        open_teacher(tmp_path / "ours.safetensors", "resnet14")
+    timm = pytest.importorskip("timm")
+    other = timm.create_model("resnet10t", num_classes=5).eval()
+    torch.save(other.state_dict(), tmp_path / "timm.pth")
+    opened = open_teacher(tmp_path / "timm.pth", "resnet10t")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(opened(x), other(x)) and opened.info.interpolation == "bicubic" and opened.num_classes == 5
+
+
+@pytest.mark.slow
+def test_the_front_door_opens_and_closes(own_folder, teacher, tmp_path):
+    "The command serves a ready notebook on this machine alone, to those who have the token, and ends with Ctrl-C."
+    pytest.importorskip("jupyterlab")
+    save(teacher, tmp_path / "teacher.safetensors")
+    command = ["explore", "--data", own_folder, "--teacher", tmp_path / "teacher.safetensors", "--no-browser"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "supermix", *map(str, command), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        address = process.stdout.readline().strip()
+        base, token = re.match(
+            r"(http://127\.0\.0\.1:\d+)/lab/tree/explore.ipynb\?token=([0-9a-f]{32})$", address
+        ).groups()
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{base}/api/contents/explore.ipynb?token={token}", timeout=5) as reply:
+                    cells = json.load(reply)["content"]["cells"]
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "JupyterLab does not answer"
+                time.sleep(0.5)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{base}/api/contents/explore.ipynb", timeout=5)
+        arguments = re.search(r"^explore\((.*)\)$", "".join(cells[1]["source"]), re.MULTILINE)[1]
+        assert arguments == f"{str(own_folder)!r}, {str(tmp_path / 'teacher.safetensors')!r}"
+        listening = Path(f"/proc/{process.pid}/net/tcp").read_text() if sys.platform == "linux" else ""
+        port = f":{int(base.rpartition(':')[2]):04X}"
+        assert all(
+            line.split()[1].startswith("0100007F")
+            for line in listening.splitlines()[1:]
+            if line.split()[1].endswith(port)
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"{base}/api?token={token}", timeout=5)
+    finally:
+        process.kill()
+
+
+def test_the_command_tells_what_is_wrong_before_it_serves(tmp_path):
+    with pytest.raises(SystemExit, match="no folder .*nowhere"):
+        cli.main(["explore", "--data", str(tmp_path / "nowhere"), "--teacher", "x", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

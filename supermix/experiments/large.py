@@ -7,8 +7,10 @@ __all__ = ['measure_large']
 
 # %% ../../nbs/48_experiments.large.ipynb #564e0874
 import json
+import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +20,9 @@ from ..core import write_atomic
 from ..data import FolderImages, Images, Info
 from .race import Lap, compare_kl, lap_of_engine, summarize, time_baseline
 from ..mixing.engine import PASSES, Engine, Sets, draw_block, joined
+from ..mixing.solver import teacher_logits
 from ..recipes import FAST, IMAGENET, Mixing
-from ..zoo import create
+from ..zoo import _image_files, create
 
 # %% ../../nbs/48_experiments.large.ipynb #3d93f142
 _PHOTOS = ("chelsea", "coffee", "astronaut", "rocket", "motorcycle")
@@ -42,6 +45,11 @@ def large_teacher(name: str = "efficientnet_lite0",  # or one of the zoo's Image
     if name == "efficientnet_lite0": return _lite_teacher(), (0.5,) * 3, (0.5,) * 3
     return create(name, weights="DEFAULT").eval().requires_grad_(False), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+def imagenet_classes() -> tuple[str, ...]:
+    "The names of ImageNet's thousand classes, in the order of the labels."
+    from torchvision.models import ResNet34_Weights
+    return tuple(ResNet34_Weights.DEFAULT.meta["categories"])
+
 def photographs(folder: str | Path,  # gets a folder of files for each photograph
                 mean: tuple[float, ...] = (0.5,) * 3,  # by which the teacher's images are normalised
                 std: tuple[float, ...] = (0.5,) * 3,
@@ -57,6 +65,27 @@ def photographs(folder: str | Path,  # gets a folder of files for each photograp
         Image.fromarray(pixels).save(Path(folder) / name / "photo.jpg", quality=92)
     info = Info("photographs", _PHOTOS, 224, mean, std, crop_pct=224 / 256)
     return FolderImages(info, [Path(folder) / name / "photo.jpg" for name in _PHOTOS], torch.arange(len(_PHOTOS)))
+
+# %% ../../nbs/48_experiments.large.ipynb #441328e0
+def photographs_in(folder: str | Path,   # with image files, in it or below
+                   teacher: nn.Module,   # names the photographs whose names begin with no number of a class
+                   mean: tuple[float, ...] = (0.5,) * 3,  # by which the teacher's images are normalised
+                   std: tuple[float, ...] = (0.5,) * 3,
+                   ) -> FolderImages:    # under random windows, as ImageNet's training images are
+    "All photographs of a folder, as sources of mixes at 224×224. A file that cannot be read is an error at once."
+    folder = Path(folder).expanduser()
+    if not folder.is_dir(): raise FileNotFoundError(f"There is no folder {folder}.")
+    files = [folder / name for name in _image_files(folder)]
+    if len(files) < 2: raise ValueError(f"Expected two photographs or more in {folder}, got {len(files)}.")
+    unlabelled = FolderImages(Info(folder.resolve().name, (), 224, mean, std, crop_pct=224 / 256), files,
+                              torch.zeros(len(files)))
+    logits = torch.cat([teacher_logits(teacher, x) for x, *_ in unlabelled.batches(32)])
+    N = logits.shape[1]
+    numbers = [re.match(r"\d+", file.name) for file in files]
+    labels = torch.tensor([int(n[0]) if n and int(n[0]) < N else seen
+                           for n, seen in zip(numbers, logits.argmax(1).tolist())])
+    names = imagenet_classes() if N == 1000 else tuple(f"class {c}" for c in range(N))
+    return FolderImages(replace(unlabelled.info, classes=names), files, labels)
 
 # %% ../../nbs/48_experiments.large.ipynb #246c8841
 # the engine's search at 224×224: w and σ are the paper's (S 1.3), margin and max_iter ours
@@ -107,6 +136,7 @@ def measure_large(teacher: nn.Module, images: Images,
                "peak memory after each block of the engine (MiB)": memory,
                "peak memory after the baseline (MiB)": _peak_memory(),
                "share of time in passes": share,
+               "folder": images.info.name, "photographs": len(images),
                "sets": engine.tried, "slots": slots, "threads": torch.get_num_threads(),
                "teacher": getattr(teacher, "name", type(teacher).__name__), "command": "supermix large"}
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())

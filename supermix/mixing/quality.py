@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import evaluating, progress
-from .masks import areas, show_mixes, sparsity
+from .masks import areas, sparsity
 from .store import MixedDataset
 
 # %% ../../nbs/37_mixing.quality.ipynb #b16cda6a
@@ -106,13 +106,21 @@ def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
     return fig
 
 # %% ../../nbs/37_mixing.quality.ipynb #51e8b2d1
-def show_extremes(mixed: MixedDataset, report: Quality, each: int = 3) -> plt.Figure:
-    "Rows of mixes: those with the smallest KL, around the median, and with the largest."
+def show_extremes(mixed: MixedDataset, report: Quality, each: int = 2) -> plt.Figure:
+    "Three rows of mixes with their sources: those with the smallest KL, around the median, and with the largest."
     order = report.kl.argsort()
     middle = len(order) // 2
     rows = torch.cat([order[:each], order[middle:middle + each], order[-each:]])
-    batch, names = mixed.batch(rows), mixed.names
-    titles = [f"KL {report.kl[r]:.2f}\n" + ", ".join(f"{p:.0%} {names[c]}" for c, p in zip(cs, ps))
-              for r, cs, ps in zip(rows, batch.classes.tolist(), report.teacher[rows].tolist())]
-    return show_mixes(mixed.info, batch.sets, batch.masks, titles,
-                      name="Smallest, median and largest KL; what the teacher sees")
+    batch, names, width = mixed.batch(rows), mixed.names, report.lam.shape[1] + 1
+    fig, axes = plt.subplots(3, each * width, figsize=(1.6 * each * width, 6), squeeze=False, layout="constrained")
+    for ax in axes.flat: ax.set_axis_off()
+    for place, r in enumerate(rows.tolist()):
+        part = axes[place // each, place % each * width:(place % each + 1) * width]
+        pictures = mixed.info.denormalize(torch.cat([batch.sets[place], batch.images[place:place + 1]]))
+        lam, p = (t.flatten().tolist() for t in (report.lam[r], report.teacher[r]))
+        titles = [f"{names[c]}\nλ {l:.0%}, p {q:.0%}" for c, l, q in zip(batch.classes[place].tolist(), lam, p)]
+        for ax, picture, title in zip(part, pictures, [*titles, f"mix\nKL {report.kl[r]:.2f}"]):
+            ax.imshow(picture.permute(1, 2, 0))
+            ax.set_title(title, fontsize=10)
+    fig.suptitle("Which mixes are best (top), typical, worst (bottom)? Wanted shares λ; the teacher sees p")
+    return fig
