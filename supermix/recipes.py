@@ -91,7 +91,7 @@ class Training(Typed):
     nesterov: bool = _later(False)      # for SGD: Nesterov's momentum instead of the plain one
     label_smoothing: float = _later(0.0)  # share of a natural image's label that goes to all classes evenly
     clip_grad: float | None = _later(None)  # largest norm of the gradient of all weights together; None: any
-    views: int | None = _later(None)  # fixed random views an image, which the epochs show in turn; None: always new ones
+    views: int | None = _later(None)  # fixed random views an image, which epochs show in turn; None: always new ones
 
     def check(self) -> None:
         _within(self, "epochs batch_size views", least=1)
@@ -168,8 +168,9 @@ class Generation(Typed):
     shard: int = 4096       # sets that are drawn for a file, a multiple of 128 (ours)
     slots: int = 128        # sets that are worked on at the same time (ours)
     bfloat16: bool = False  # the teacher's passes in bfloat16: faster where the processor has it (ours)
-    top: Annotated[int | str, tyro.conf.arg(metavar="{INT,all}")] = 10  # largest logits that are kept of the teacher's,
-                            # beside their log-sum-exp, 3 bytes each; "all": 2 bytes a class (ours)
+    # largest logits that are kept of the teacher's, beside their log-sum-exp, 3 bytes each (4 with more than 256
+    # classes); all: of each class, 2 bytes, and a student can do without the teacher (ours)
+    top: Annotated[int | str, tyro.conf.arg(metavar="{INT,all}")] = 10
     train_images: int | None = None  # sources: a class-balanced part of the training images; None: all (ours)
     seed: int = 0           # of all draws (ours)
 

@@ -728,7 +728,7 @@ def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
     [
         (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
         (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
-        (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"),
+        (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, or None, got -1"),
         (dict(mixes=2.5), "count .* type int, got 2.5"),
         (dict(mixing={"k": 2}), "a mixing that is a `supermix.recipes.Mixing`, got dict"),
         (dict(mixes=-5), "count of 1 or more"),

@@ -97,8 +97,8 @@ def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to lo
                mixing: Mixing = Mixing(**FAST),      # how they are searched for
                seed: int = 0,                        # of all draws
                folder: str | Path | None = None,     # of the store; one begun there goes on; None: in memory only
-               mixed_pad: int | None = 2,            # pixels that random crops of the mixes in training may be off; None:
-                                                     # mixes as they were made, with all of the teacher's logits
+               mixed_pad: int | None = 2,            # pixels that random crops of the mixes in training may be off;
+                                                     # None: mixes as they were made, with the teacher's logits
                ) -> MixedDataset:
     """Make SuperMix images from random views of `images`, for `distill(…, mixer=…)`. A ValueError where the settings do
     not fit the teacher or the images, where the folder holds a store made otherwise, or where no mask is found."""
@@ -196,8 +196,8 @@ def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock 
         return made and _Mixes(*made)
     mixed, known = mixer.sample(len(batch.images), batch.generator)
     soft = known.target if label == "lam" else known.area if label == "area" else None
-    device, logits = batch.images.device, known.logits if mixer.pad is None else None
-    return _Mixes(mixed.to(device), soft if soft is None else soft.to(device), logits if logits is None else logits.to(device))
+    parts = mixed, soft, known.logits if mixer.pad is None else None
+    return _Mixes(*(part if part is None else part.to(batch.images.device) for part in parts))
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5af
 def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, width)
@@ -349,7 +349,8 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
         terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
     else: both, soft = to_device(torch.cat([both, mixes.images]), student), mixes.labels
     ours = outputs_of(unwrapped(student), both) if later else Outputs([], student(both))
-    theirs = _teacher_outputs(objective, terms, batch, both, mixes and mixes.logits) if terms.teaches else Outputs([], None)
+    theirs = Outputs([], None)
+    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, mixes and mixes.logits)
     zs, zt = ours.logits.float(), theirs.logits
     if terms.mixed_ce and terms.label in ("lam", "area"): soft = _widen(soft, zs.shape[1])
     logits = (zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)
@@ -362,8 +363,8 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
 # %% ../../nbs/45_distillation.distill.ipynb #de679164
 @torch.no_grad()
 def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
-                     both: torch.Tensor,           # the batch's images and the mixed ones behind them (B + B', 3, H, W)
-                     stored: torch.Tensor | None,  # the teacher's logits of the mixed ones (B', N), if a stock keeps them
+                     both: torch.Tensor,           # natural and then mixed images (B + B', 3, H, W)
+                     stored: torch.Tensor | None,  # the teacher's logits of mixed ones (B', N), if a stock keeps them
                      ) -> Outputs:
     """Features of the natural images, and logits (B + B', N) of all, as far as the terms look at them; the other rows
     are 0. What is known already is not computed again."""
@@ -617,8 +618,8 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of 
             recipe: Training = Training(),        # the numbers of the training
             mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": how masks are searched for
             mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten a natural image
-            mixed_pad: int | None = 2,            # for mixer="supermix": pixels that random crops of mixes may be off; None:
-                                                  # mixes as they were made, of which the stock keeps the teacher's logits
+            mixed_pad: int | None = 2,            # for mixer="supermix": pixels that random crops of mixes may be off;
+                                                  # None: mixes as they were made, with the teacher's logits
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             probability: float | list[float] | None = None,  # of mixes beside a batch, or of each mixer; None: always
             **options: object,                    # of `train`: title, minutes, live

@@ -438,7 +438,8 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
     below = {"sources": manifest["data"]["images"], "classes": N, "top_classes": N, "flip": 2}
     if info is not None and shapes["crop"][2] == 2: below["crop"] = 2 * info.pad + 1
     for name, end in below.items():
-        least, most = (int(v) for v in tensors[name].aminmax()) if tensors[name].numel() else (0, 0)  # to torch 256 is a byte's 0
+        # Python's numbers: to torch 256 is a byte's 0
+        least, most = (int(v) for v in tensors[name].aminmax()) if tensors[name].numel() else (0, 0)
         if not 0 <= least <= most < end:
             raise _changed(path, f"expected {name} from 0 to {end - 1}, got {least} to {most}")
     return tensors
@@ -520,8 +521,8 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         self.num_classes = _width_of(store, self.manifest)  # the teacher's classes, which may be more than the data's
         if pad is None and not self.keeps_all:
             raise ValueError(f"{store.folder} keeps {self.small['top_log_p'].shape[1]} of the teacher's "
-                             f"{self.num_classes} logits, and pad=None needs all: make it with `supermix generate --top "
-                             "all`, or give a number of pixels, with which the teacher sees each mixed image again.")
+                             f"{self.num_classes} logits; pad=None needs all: make it with `supermix generate --top all`, "
+                             "or give a number of pixels: then the teacher sees each mixed image again.")
         known = list(self.info.classes)
         self.names = known if len(known) == self.num_classes else [f"class {n}" for n in range(self.num_classes)]
 
@@ -546,7 +547,7 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         return (image, soft) if rows.ndim else (image[0], soft[0])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
-        "Random mixed images as a student gets them (under random views, unless `pad` is None), and what is known of them."
+        "Random mixed images as a student gets them, under random views unless `pad` is None; and what is known of them."
         batch = self.batch(torch.randint(len(self), (n,), generator=generator))
         return batch.images if self.pad is None else _seen_anew(batch.images, self.info, self.pad, generator), batch
 
