@@ -83,7 +83,7 @@ class Training(Typed):
     first_stage: int = 30   # of these, for the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
     first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
     held_out: int = 0       # training images on which the best epoch is told; 0: none (ours)
-    bfloat16: bool = False  # autocast to bfloat16: faster where the processor has it (ours)
+    bfloat16: bool = False  # autocast to bfloat16: faster on some processors and on GPUs (ours)
     compile: bool = False   # let torch.compile fuse what it can (ours)
     seed: int = 0           # of weights, order, views and mixes (ours)
     optimizer: str = _later("sgd")      # "sgd" (S 1.1) or "adamw" (Loshchilov & Hutter 2019), with torch's β2 and ε
@@ -91,6 +91,7 @@ class Training(Typed):
     nesterov: bool = _later(False)      # for SGD: Nesterov's momentum instead of the plain one
     label_smoothing: float = _later(0.0)  # share of a natural image's label that goes to all classes evenly
     clip_grad: float | None = _later(None)  # largest norm of the gradient of all weights together; None: any
+    bfloat16_if_faster: bool = _later(False)  # the same where a second's measurement finds it faster here (ours)
     views: int | None = _later(None)  # fixed random views an image, which epochs show in turn; None: always new ones
 
     def check(self) -> None:

@@ -348,6 +348,7 @@ def test_new_fields_leave_old_names_as_they_are():
         "nesterov": False,
         "label_smoothing": 0.0,
         "clip_grad": None,
+        "bfloat16_if_faster": False,
         "views": None,
     }
 

@@ -23,7 +23,7 @@ from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
-from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, train
+from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, measure_bfloat16, train
 from supermix.zoo import create
 from torch import nn
 
@@ -1030,3 +1030,50 @@ def test_ctrl_c_ends_the_mixing_whenever_it_comes(digits, teacher, tmp_path, req
     times = [chance.uniform(0, 1.0) for _ in range(100 if request.config.getoption("--slow") else 4)]
     for number, delay in enumerate(times):
         assert interrupted(lambda: make_mixes(teacher, digits, 100_000, folder=tmp_path / str(number)), delay) == 130
+
+
+@pytest.mark.parametrize("gain", [0.7, 1.05, 1.6])
+def test_bfloat16_is_chosen_where_it_is_measured_to_be_faster(gain, digits, tmp_path, monkeypatch):
+    "The choice gives the bits of the recipe that says so itself, is logged, and stays where a run goes on elsewhere."
+    recipe = Training(epochs=2, batch_size=32, milestones=())
+    images = digits.train.subset(64)
+
+    def trained(folder=None, **changes):
+        torch.manual_seed(0)
+        network = create("resnet8", 10)
+        history = train(network, images, replace(recipe, **changes), folder=folder)
+        return network.state_dict(), history
+
+    monkeypatch.setattr("supermix.training.loop.measure_bfloat16", lambda device: gain)
+    chosen, history = trained(tmp_path, bfloat16_if_faster=True)
+    given, _ = trained(bfloat16=gain > 1.1)
+    assert all(torch.equal(a, b) for a, b in zip(chosen.values(), given.values(), strict=True))
+    assert [row["bfloat16"] for row in history.rows] == [int(gain > 1.1)] * 2
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the second epoch
+    monkeypatch.setattr("supermix.training.loop.measure_bfloat16", lambda device: 1 / gain)
+    again, _ = trained(tmp_path, bfloat16_if_faster=True)
+    assert all(torch.equal(a, b) for a, b in zip(chosen.values(), again.values(), strict=True))
+
+
+def test_measuring_bfloat16_leaves_the_draws_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert 0 < measure_bfloat16(seconds=0) < 100 and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_checkpoint_without_the_choice_goes_on(digits, tmp_path):
+    "Checkpoints of earlier versions do not say in which precision the run was: the recipe did."
+    images = digits.train.subset(40)
+    expected, _ = whole(images, None, recipe=replace(RECIPE, epochs=2))
+    whole(images, tmp_path, recipe=replace(RECIPE, epochs=2))
+    checkpoints(tmp_path)[-1].unlink()
+    path = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(path)
+    identity = json.loads(state["recipe"])
+    for name in ("bfloat16_if_faster", "views"):
+        identity.pop(name)
+    path.unlink()
+    old = {name: value for name, value in state.items() if name != "bfloat16"} | {"recipe": json.dumps(identity)}
+    save_checkpoint(tmp_path, state["position"][2], old)
+    again, _ = whole(images, tmp_path, recipe=replace(RECIPE, epochs=2))
+    assert same(again, expected)
