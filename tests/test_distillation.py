@@ -28,6 +28,7 @@ from supermix.mixing.solver import SuperMix, is_solved
 from supermix.mixing.store import MixedDataset
 from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
+from supermix.training import loop
 from supermix.training.checkpoints import checkpoints, load_checkpoint
 from supermix.training.logs import read_log
 from supermix.training.loop import Batch, accuracy, train
@@ -1020,3 +1021,51 @@ def test_a_stock_by_name_of_unmoved_mixes(teacher, few, tmp_path):
     assert stock.manifest["recipe"]["top"] == "all" and len(history.loss) == 1
     with pytest.raises(ValueError, match="top: 'all' there, 10 now"):
         make_mixes(teacher, few, 30, folder=tmp_path / "mixes")
+
+
+REPLAYED = {
+    "kd": ("kd", None, {}),
+    "views looked up": ("kd", None, {"views": 2}),
+    "moved mixes": ("kd", "mixes", {}),
+    "unmoved mixes": ("kd", "still", {"views": 2}),
+    "soft labels of mixes": (Terms(ce=1.0, mixed_ce=1.0, label="area"), "mixes", {}),
+    "no teacher": (Terms(ce=1.0, mixed_kd=0.9), "still", {}),
+    "dkd": ("dkd", "still", {}),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_a_replayed_distillation_is_the_same(case, teacher, few, mixes, still, monkeypatch):
+    "Updates as a GPU replays them: 40 images in batches of 16, so two of three are replayed."
+    method, stock, changes = REPLAYED[case]
+    recipe = replace(SHORT, epochs=3, lr=0.02, **changes)
+
+    def trained():
+        torch.manual_seed(0)
+        student = create("resnet8", 10)
+        mixer = {None: None, "mixes": mixes, "still": still}[stock]
+        history = distill(None if case == "no teacher" else teacher, student, few, method, mixer, recipe)
+        return student.state_dict(), history
+
+    eager, expected = trained()
+    monkeypatch.setattr(loop, "_why_eager", lambda run, *_: "" if run.objective.capturable(run.epoch) else "no")
+    ours, history = trained()
+    assert history.how == "one graph an update" and "GPU" in expected.how
+    assert history.loss == pytest.approx(expected.loss, rel=1e-3)
+    for a, b in zip(ours.values(), eager.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method, mixer", [("crd", None), ("kd", "mixup"), ("kd", ["mixup", "cutmix"])])
+def test_what_is_not_replayed(method, mixer, teacher, few):
+    distillation = []
+
+    class Seen(Distillation):
+        def begin_epoch(self, network, epoch):
+            super().begin_epoch(network, epoch)
+            distillation.append(self.capturable(epoch))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supermix.distillation.distill.Distillation", Seen)
+        distill(teacher, create("resnet8", 10), few, method, mixer, SHORT)
+    assert distillation == [False]

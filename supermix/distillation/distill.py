@@ -322,6 +322,11 @@ class Distillation(_Staged):
         super().begin_epoch(network, epoch)
         if self.known is not None: self.known.begin_epoch(epoch)
 
+    def capturable(self, epoch: int) -> bool:
+        "True for terms on logits, of a teacher that is a network, with mixes from a stock or none."
+        known = isinstance(self.teacher, nn.Module | None) and isinstance(self.mixer, MixedDataset | None)
+        return known and not self.terms.features
+
     def prepares(self, epoch: int) -> bool:
         "True for a stock, whose images have to be mixed again."
         return isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self._is_first(epoch)
@@ -405,7 +410,8 @@ class _KnownLogits:
                 x = shown.info.normalize(shown.fetch(rows, shown.draw(rows, None)))
                 parts.append(self.teacher(to_device(x, self.teacher)).float().log_softmax(1).half())
             self.of_view[view] = torch.cat(parts)
-        self.now = self.of_view[view]
+        if self.now is None: self.now = self.of_view[view].clone()
+        else: self.now.copy_(self.of_view[view])  # in its place, for updates that are replayed
 
     def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:  # int64 (B,) -> float32 (B, N)
         return self.now[indices.to(self.now.device)].float()

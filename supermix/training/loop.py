@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import (check_interrupt, compare_classes, evaluating, file_hash, interruptible, lookup, progress,
                            seeded, unwrapped, write_atomic)
-from ..data import Images, fingerprint, load_data, one_ahead
+from ..data import ArrayImages, Images, fingerprint, load_data, one_ahead
 from ..recipes import QUICK, TEACHERS, Terms, Training, later_defaults
 from .checkpoints import checkpoints, load_checkpoint, random_state, restore_random, save_checkpoint
 from .logs import Log
@@ -111,6 +111,13 @@ class Objective(nn.Module):
         "Called after `begin_epoch`, before the epoch's first update: True makes the optimiser forget its momentum."
         return False
 
+    def capturable(self, epoch: int) -> bool:
+        """Called after `begin_epoch`: whether, on a GPU, an update may be recorded once, as a CUDA graph, and replayed.
+        Return True where `forward` makes the same operations in each update of all epochs, and looks neither at a
+        tensor's values nor at `batch.generator`; and where `prepare` returns a named tuple of tensors or None, and
+        needs of its batch nothing but the size, the indices and the generator."""
+        return False
+
     def reaches_all(self, epoch: int) -> bool:
         """Called after `begin_epoch`: whether the loss of this epoch depends on every parameter that learns. Return
         False where it does not: several processes then look in each update for parameters without a gradient."""
@@ -152,6 +159,8 @@ class _FunctionObjective(Objective):
 
     def forward(self, network, batch): return self.function(network, batch)
 
+    def capturable(self, epoch): return self.function is label_objective
+
 def _as_objective(objective) -> Objective:
     "An `Objective`, or a function as one; a ValueError where it is something else."
     if isinstance(objective, Objective): return objective
@@ -168,6 +177,7 @@ class History:
     images: int = 0                                 # natural images that were trained on, counted in each epoch
     seconds: float = 0.0                            # time in the loop, all sittings together
     test: float | None = None                       # accuracy on test images (if given) after the last epoch, percent
+    how: str = ""                   # whether updates were replayed as a graph, or why they were made one by one
 
     @property
     def loss(self) -> list[float]:
@@ -280,14 +290,35 @@ class _Run:
         self.history = History()
         self.saved = None             # the newest checkpoint's path
         self.built_for = None         # what `self.module` was built for
+        self.replayed = None          # the update that is replayed on a GPU
+        self.not_recorded = ""        # why it is not, where a recording failed
+        self.lr = None                # the learning rate of the last update
         self.bfloat16 = None if recipe.bfloat16_if_faster else recipe.bfloat16  # None: not chosen yet
 
     def state(self) -> dict:
         "What a checkpoint holds."
-        return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(),
+        return {"network": self.network.state_dict(), "optimiser": self.plain_optimiser(),
                 "objective": self.objective.state_dict(), "random": random_state(),
                 "bfloat16": self.bfloat16, "position": [self.epoch, self.step, self.updates], "losses": self.losses,
                 "history": asdict(self.history), "recipe": json.dumps(self.whole_identity())}
+
+    def plain_optimiser(self) -> dict:
+        "The optimiser's state, as every device takes it: the learning rate is a number."
+        state = self.optimiser.state_dict()
+        groups = [group | {"lr": float(group["lr"]), "fused": None} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
+
+    def forget_momentum(self) -> None:
+        "Let the optimiser begin anew."
+        self.drop_graph()
+        self.optimiser.state.clear()
+
+    def drop_graph(self, why: str = "") -> None:
+        "Go on without a recorded update."
+        if self.replayed is None: return
+        self.replayed, self.not_recorded = None, why
+        for group in self.optimiser.param_groups: group.update(lr=float(group["lr"]), fused=None)
+        self.optimiser.zero_grad(set_to_none=True)
 
     def whole_identity(self) -> dict:
         "What a checkpoint has to agree with: recipe, network and images, and the objective's identity."
@@ -440,6 +471,45 @@ def _rest_of_epoch(run: _Run, images: Images, device: torch.device) -> Iterator[
             yield batch._replace(prepared=objective.prepare(batch)) if prepares else batch
     return one_ahead(batches()) if prepares else batches()
 
+# %% ../../nbs/22_training.loop.ipynb #5b5d5bd8
+class _Feed:
+    """The full batches of an epoch, made where the images are: pixels stay bytes until they are cropped and mirrored.
+    What decides a batch is copied once an epoch; `batch` makes the same operations on the same memory each time."""
+    def __init__(self, images: ArrayImages, recipe: Training):
+        self.images = images
+        self.recipe = recipe
+        n, device = len(images), images.labels.device
+        self.pixels, self.labels = images.kept, images.labels
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (images.info.mean, images.info.std))
+        self.order, self.crop = (torch.zeros(n, *more, dtype=torch.long, device=device) for more in ((), (2,)))
+        self.flip = torch.zeros(n, dtype=torch.bool, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)  # of the next batch's first image in the order
+        self.rows = torch.arange(recipe.batch_size, device=device)
+
+    def begin(self, epoch: int, step: int) -> None:
+        "The order and the views of `Images.batches`, from this step on."
+        r, images = self.recipe, fixed_views(self.images, self.recipe, epoch) if self.recipe.views else self.images
+        order = torch.randperm(len(images), generator=seeded(r.seed, "order", epoch))
+        views = [images.draw(rows, seeded(r.seed, "views", epoch, number))
+                 for number, rows in enumerate(order.split(r.batch_size))]
+        self.order.copy_(order)
+        self.crop.copy_(torch.cat([v.crop for v in views]))
+        self.flip.copy_(torch.cat([v.flip for v in views]))
+        self.place.fill_(step * r.batch_size)
+
+    def batch(self) -> tuple[torch.Tensor, ...]:  # images (B, 3, H, W), labels (B,), indices (B,)
+        "The next full batch."
+        rows, pad = self.place + self.rows, self.images.info.pad
+        indices, crop = self.order[rows], self.crop[rows]
+        pixels = self.pixels[indices]
+        (H, W) = pixels.shape[-2:]
+        windows = F.pad(pixels, (pad,) * 4).unfold(2, H, 1).unfold(3, W, 1)
+        cut = windows[self.rows, :, crop[:, 0], crop[:, 1]]
+        cut = torch.where(self.flip[rows][:, None, None, None], cut.flip(-1), cut)
+        x = cut.float().div_(255).expand(-1, 3, -1, -1).sub(self.mean).div_(self.std)
+        self.place.add_(self.recipe.batch_size)
+        return x.contiguous(memory_format=torch.channels_last), self.labels[indices], indices
+
 # %% ../../nbs/22_training.loop.ipynb #7c1d0a03
 def _add_time(run: _Run) -> None:
     "Add the time since the clock was last looked at to the history's."
@@ -457,32 +527,174 @@ def _loss_of_batch(run: _Run, module: nn.Module, batch: Batch, weight: float) ->
         raise ValueError("Batch norm cannot learn from a single image, which is what the last batch of an epoch has "
                          f"here: choose another batch_size than {run.recipe.batch_size}.") from error
 
+def _update(run: _Run, module: nn.Module, batch: Batch, weight: float = 1.0,
+            seen: Callable = lambda loss: None,  # is told the loss before the weights change
+            ) -> torch.Tensor:                   # the loss
+    "One update: forward pass, loss, gradient, step."
+    loss = _loss_of_batch(run, module, batch, weight)
+    seen(loss.detach())
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if run.recipe.clip_grad is not None: nn.utils.clip_grad_norm_(run.loss.parameters(), run.recipe.clip_grad)
+    if run.replayed is not None: _share_layout(run.optimiser)
+    run.optimiser.step()
+    return loss.detach()
+
+# %% ../../nbs/22_training.loop.ipynb #7f4ef827
+def _share_layout(optimiser: torch.optim.SGD) -> None:
+    "Give gradients and momentum the strides of their weights, which the fused optimiser wants of 1×1 kernels, too."
+    for p in (p for group in optimiser.param_groups for p in group["params"] if p.grad is not None):
+        state = optimiser.state[p]
+        if p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
+        held = state.get("momentum_buffer")
+        if held is not None and held.stride() != p.stride(): state["momentum_buffer"] = torch.empty_like(p).copy_(held)
+
+class _Replayed:
+    """An update as one CUDA graph: batch, forward pass, loss, gradient and optimiser, recorded once and replayed. The
+    first updates run as they are, in which kernels are chosen and the optimiser's momentum is made. On another device
+    all do so, on the same memory each time."""
+    def __init__(self, run: "_Run", module: nn.Module, images: ArrayImages):
+        self.run = run
+        self.module = module
+        self.feed = _Feed(images, run.recipe)
+        self.device = images.labels.device
+        self.lr = torch.zeros((), device=self.device)
+        self.prepared = None  # tensors that every update finds in the same place
+        self.graph = self.loss = None
+        self.made = 0         # updates that ran as they are
+        self.recording = False
+        for group in run.optimiser.param_groups: group.update(lr=self.lr, fused=True)
+
+    def body(self) -> torch.Tensor:
+        "One update; its loss."
+        x, labels, indices = self.feed.batch()
+        batch = Batch(x, labels, indices, None, self.prepared, self.run.recipe.label_smoothing)
+        return _update(self.run, self.module, batch)
+
+    def __call__(self, prepared) -> torch.Tensor:  # what the objective prepared: None, or tensors on a processor
+        "Make the next update; its loss."
+        self.fill(prepared)
+        if self.device.type != "cuda": return self.body()
+        if self.graph is None and self.made < 3:
+            self.made += 1
+            return self.aside()
+        if self.graph is None: self.record()
+        self.graph.replay()
+        return self.loss.clone()
+
+    def aside(self) -> torch.Tensor:
+        "An update as it is, on a stream of its own, as a recording wants of those before it."
+        stream, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream): loss = self.body()
+        here.wait_stream(stream)
+        return loss
+
+    def record(self) -> None:
+        "Record the graph; nothing is computed yet."
+        self.run.optimiser.zero_grad(set_to_none=True)
+        self.recording = True
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread prepares the next batch meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"): self.loss = self.body()
+        self.recording = False
+
+    def fill(self, prepared) -> None:
+        "Copy what was prepared to where updates find it."
+        if prepared is None: return
+        if self.prepared is None:
+            self.prepared = type(prepared)(*(
+                t if t is None else torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in prepared))
+        for here, new in zip(self.prepared, prepared):
+            if new is not None: here.copy_(new, non_blocking=True)
+
+# %% ../../nbs/22_training.loop.ipynb #97b8caa2
+def _why_eager(run: _Run, images: Images, device: torch.device) -> str:
+    "Why updates of this epoch are not replayed as a graph; an empty text where they are."
+    if device.type != "cuda": return "not on a GPU"
+    if world()[1] > 1: return "several processes"
+    if not run.objective.capturable(run.epoch): return "the objective is not capturable"
+    if not isinstance(images, ArrayImages) or images.labels.device != device: return "the images are not on the GPU"
+    if run.recipe.optimizer != "sgd": return f"{run.recipe.optimizer} is not recorded"
+    if len(images) < 4 * run.recipe.batch_size: return "fewer than four full batches"
+    return run.not_recorded  # what an attempt said
+
+def _prepared_steps(run: _Run, images: Images, steps: range) -> Iterator:
+    "What the objective prepares for these full batches, one ahead in a thread; None where it does not."
+    r, objective = run.recipe, run.objective
+    if not objective.prepares(run.epoch): return iter([None] * len(steps))
+    order = torch.randperm(len(images), generator=seeded(r.seed, "order", run.epoch)).split(r.batch_size)
+    size = images.info.size
+    like, unknown = torch.empty(1).expand(r.batch_size, 3, size, size), torch.zeros(r.batch_size, dtype=torch.long)
+
+    def made():
+        for step in steps:
+            found = objective.prepare(Batch(like, unknown, order[step], seeded(r.seed, "batch", run.epoch, step, 0)))
+            if torch.cuda.is_available(): found = type(found)(*(t if t is None else t.pin_memory() for t in found))
+            yield found
+    return one_ahead(made())
+
+# %% ../../nbs/22_training.loop.ipynb #aed12dc9
+def _set_rate(run: _Run, lr: float) -> None:
+    "Give the optimiser its learning rate, where it is not the same as before."
+    for group in run.optimiser.param_groups:
+        if not isinstance(group["lr"], torch.Tensor): group["lr"] = lr
+        elif lr != run.lr: group["lr"].fill_(lr)  # no copy from the processor
+    run.lr = lr
+
+def _eager_updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
+    "The rest of an epoch's updates, operation by operation; `seen` is told each loss before the weights change."
+    r, (_, size), steps = run.recipe, world(), ceil(len(images) / run.recipe.batch_size)
+    for batch in _rest_of_epoch(run, images, device):
+        _set_rate(run, run.objective.learning_rate(r, run.epoch + run.step / steps))
+        whole = min(r.batch_size, len(images) - run.step * r.batch_size)  # images of this batch in all processes
+        weight = size * len(batch.labels) / whole if whole >= size > 1 else 1.0
+        yield _update(run, module, batch, weight, seen)
+
+def _replayed_updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
+    "The same, of which full batches are replayed; the last smaller one, and all after a failed recording, are not."
+    r, steps = run.recipe, ceil(len(images) / run.recipe.batch_size)
+    full = range(run.step, len(images) // r.batch_size)
+    if run.replayed is None: run.replayed = _Replayed(run, module, images)
+    run.replayed.feed.begin(run.epoch, run.step)
+    for step, prepared in zip(full, _prepared_steps(run, images, full)):
+        _set_rate(run, run.objective.learning_rate(r, run.epoch + step / steps))
+        try: loss = run.replayed(prepared)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or not run.replayed.recording: raise
+            run.drop_graph(f"the recording failed: {str(error).splitlines()[0]}")
+            break
+        seen(loss)
+        yield loss
+    yield from _eager_updates(run, images, module, device, seen)
+
+def _updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
+    "The rest of an epoch's updates, in the quickest way that the run allows."
+    why = _why_eager(run, images, device)
+    run.history.how = f"one by one ({why})" if why else "one graph an update"
+    if not why: return _replayed_updates(run, images, module, device, seen)
+    run.drop_graph()
+    return _eager_updates(run, images, module, device, seen)
+
 # %% ../../nbs/22_training.loop.ipynb #7c1d0a04
 def _run_epoch(run: _Run, images: Images, module: nn.Module, device: torch.device, bar, minutes: float) -> None:
     "The rest of an epoch, from the run's position."
-    r = run.recipe
     steps = ceil(len(images) / run.recipe.batch_size)
-    (_, size) = world()
     since, written = [], time.perf_counter()
     check_every = 50 if device.type == "cuda" else 1
-    for batch in _rest_of_epoch(run, images, device):
-        lr = run.objective.learning_rate(r, run.epoch + run.step / steps)
-        for group in run.optimiser.param_groups: group["lr"] = lr
-        whole = min(r.batch_size, len(images) - run.step * r.batch_size)  # images of this batch in all processes
-        weight = size * len(batch.labels) / whole if whole >= size > 1 else 1.0
-        loss = _loss_of_batch(run, module, batch, weight)
-        since.append(loss.detach())
+
+    def seen(loss: torch.Tensor) -> None:
+        since.append(loss)
         run.updates += 1
         if len(since) >= check_every: _check_losses(run, since, steps)  # before the step, so that weights stay good
-        run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if r.clip_grad is not None: nn.utils.clip_grad_norm_(run.loss.parameters(), r.clip_grad)
-        run.optimiser.step()
+
+    for _ in _updates(run, images, module, device, seen):
         with torch.no_grad(): run.objective.after_step(run.network)
         run.step += 1
         bar.update()
         check_interrupt()
-        if size == 1 and run.step < steps and time.perf_counter() - written > 60 * minutes:  # the last one comes anyway
+        # the last one comes anyway
+        if world()[1] == 1 and run.step < steps and time.perf_counter() - written > 60 * minutes:
             _check_losses(run, since, steps)
             _add_time(run)
             run.save()
@@ -496,7 +708,7 @@ def _end_epoch(run: _Run, images: Images, held: Images | None, begun: float, bef
     count = max(len(images) - before * run.recipe.batch_size, 0)
     seconds = max(time.perf_counter() - begun, 1e-9)
     held_out = {"held_out": accuracy(run.network, held)} if held is not None else {}
-    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.optimiser.param_groups[0]["lr"],  # the last one used
+    log.add(epoch=run.epoch + 1, step=run.updates, lr=run.lr,  # the last one used
             loss=sum(run.losses) / len(run.losses),
             **{"images/s": round(count / seconds, 1), "seconds": round(run.history.seconds, 2)}, **held_out,
             **({"bfloat16": int(run.bfloat16)} if run.recipe.bfloat16_if_faster else {}), **run.objective.log_entries())
@@ -511,6 +723,12 @@ def check_training(recipe: Training, images: int) -> None:
     "A ValueError where this number of images cannot be trained on by the recipe: it holds out as many, or more."
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
+
+def _move_images(images: Images, device: torch.device) -> Images:
+    "Images in memory, on the network's GPU where they take less than a quarter of what is free there."
+    if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if 4 * images.kept.nbytes < free else images
 
 def _check_views(recipe: Training, images: Images) -> None:
     "A ValueError where views are to stay the same, and a policy changes them from epoch to epoch."
@@ -539,6 +757,7 @@ def train(network: nn.Module,                # is trained in place; images (B, 3
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)
+    images = _move_images(images, device)
     run = _Run(network, objective.to(device), recipe, images, folder)
     run.resume()
     if run.bfloat16 is None: run.bfloat16 = _choose_bfloat16(device)
@@ -551,7 +770,7 @@ def train(network: nn.Module,                # is trained in place; images (B, 3
             run.clock = begun
             network.train()
             objective.begin_epoch(network, run.epoch)
-            if run.step == 0 and objective.resets_optimiser(run.epoch): run.optimiser.state.clear()
+            if run.step == 0 and objective.resets_optimiser(run.epoch): run.forget_momentum()
             _run_epoch(run, images, run.loss_module(device), device, bar, minutes)
             _end_epoch(run, images, held, begun, before, log, bar)
             run.save()
