@@ -28,6 +28,7 @@ from supermix.mixing.solver import SuperMix, is_solved
 from supermix.mixing.store import MixedDataset
 from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Mixing, Terms, Training
+from supermix.training import loop
 from supermix.training.checkpoints import checkpoints, load_checkpoint
 from supermix.training.logs import read_log
 from supermix.training.loop import Batch, accuracy, train
@@ -819,8 +820,8 @@ REFUSED = {
     "a mixing in words": (dict(mixing={"k": 2}), "Expected a mixing that is a .*Mixing.*got dict"),
     "no mixes": (dict(mixes=0), "count .*1 or more"),
     "half a mix": (dict(mixes=2.5), "count of Generation to be of type int, got 2.5"),
-    "a pad below 0": (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"),
-    "half a pixel": (dict(mixed_pad=1.5), "mixed_pad of 0 or more pixels, got 1.5"),
+    "a pad below 0": (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, or None, got -1"),
+    "half a pixel": (dict(mixed_pad=1.5), "mixed_pad of 0 or more pixels, or None, got 1.5"),
     "a method that there is not": (dict(method="attention"), "What the CRD benchmark calls so is 'at' here"),
     "a mixer that there is not": (dict(mixer=["supermix", "cutmx"]), "Unknown mixer 'cutmx'. Did you mean 'cutmix'"),
     "more held out than there are": (dict(recipe=replace(SHORT, held_out=40)), "hold out fewer than the 40"),
@@ -894,3 +895,177 @@ def test_wrapped_networks_learn_the_same(wrap, method, mixer, teacher, few):
 def test_the_teacher_within_a_wrapper_is_no_student(teacher, few):
     with pytest.raises(ValueError, match="a student beside the teacher"):
         distill(teacher, nn.DataParallel(teacher), few, "kd", None, SHORT)
+
+
+@pytest.fixture(scope="module")
+def still(teacher, few):
+    return make_mixes(teacher, few, 60, mixed_pad=None)
+
+
+class Counting(nn.Module):
+    "A teacher that counts the images that it, or a folded copy, is shown."
+
+    images = 0
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        Counting.images += len(x)
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [*(Terms(mixed_kd=0.9, logits=name) for name in LOGIT_LOSSES)]
+    + [*(Terms(ce=1.0, mixed_ce=1.0, label=label) for label in ("teacher", "softmax"))],
+    ids=lambda terms: terms.logits if terms.mixed_kd else terms.label,
+)
+def test_stored_logits_give_the_loss_of_the_loop_with_the_teacher(terms, teacher, few, still):
+    torch.manual_seed(0)
+    student, batch = create("resnet8", 10).eval(), batch_of(few, 40)
+    mixed, _ = still.sample(40, place(0))
+    assert {image.numpy().tobytes() for image in mixed} <= {i.numpy().tobytes() for i in still.batch(range(60)).images}
+    asked = Distillation(teacher, terms, still)
+    asked.prepare = lambda batch: _mix_batch(still, batch, terms.label)._replace(logits=None)
+    kept = Distillation(None, terms, still)(student, batch)
+    torch.testing.assert_close(kept, asked(student, batch_of(few, 40)), rtol=3e-3, atol=1e-4)
+
+
+def test_a_stock_of_unmoved_mixes_needs_no_teacher(few, still, tmp_path):
+    terms = Terms(ce=1.0, mixed_kd=0.9)
+    recipe = replace(SHORT, epochs=2)
+
+    def student_of(folder):
+        torch.manual_seed(0)
+        student = create("resnet8", 10)
+        distill(None, student, few, terms, still, recipe, folder=folder)
+        return student.state_dict()
+
+    whole = student_of(tmp_path)
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the second epoch
+    for tensors in (student_of(tmp_path), student_of(None)):
+        assert all(torch.equal(a, b) for a, b in zip(whole.values(), tensors.values(), strict=True))
+
+
+def test_the_teacher_sees_natural_images_alone_and_each_view_once(teacher, few):
+    counting = Counting(teacher).eval()
+    still = make_mixes(counting, few, 30, mixed_pad=None)
+
+    def shown(mixer, **changes):
+        Counting.images = 0
+        torch.manual_seed(0)
+        distill(counting, create("resnet8", 10), few, "kd", mixer, replace(SHORT, **changes))
+        return Counting.images
+
+    looks = shown(still) - 40  # before the training, of checks
+    assert shown(still, epochs=5) - looks == 5 * 40
+    assert shown(still, epochs=5, views=2) - looks == 2 * 40
+    looks = shown(None) - 40
+    assert shown(None, epochs=5, views=2) - looks == 2 * 40
+
+
+@pytest.mark.parametrize("mixer", [None, "still"])
+def test_looked_up_logits_are_the_teachers(mixer, teacher, few, still, tmp_path):
+    mixer = mixer and still
+    recipe = replace(SHORT, epochs=3, views=2, held_out=0 if mixer else 8)
+
+    def history_of(method, folder=None):
+        torch.manual_seed(0)
+        student = create("resnet8", 10)
+        return distill(teacher, student, few, method, mixer, recipe, folder=folder), student.state_dict()
+
+    kept, tensors = history_of("kd", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supermix.distillation.distill._KnownLogits", lambda *_: None)
+        asked, _ = history_of("kd")
+    assert kept.loss[0] == pytest.approx(asked.loss[0], rel=3e-3) and kept.loss != asked.loss
+    checkpoints(tmp_path)[-1].unlink()  # in the third epoch, which shows the first view again
+    _, again = history_of("kd", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(tensors.values(), again.values(), strict=True))
+
+
+FEW_KEPT = {
+    "a term on natural logits": ("kd", None, "compares natural ones, too: give the teacher"),
+    "a term on features": ("crd", None, "compares natural ones, too: give the teacher"),
+    "mixes that are moved": (Terms(ce=1.0, mixed_kd=0.9), 2, "needs a teacher, got None. A stock knows .*pad=None"),
+    "another mixer beside it": (Terms(ce=1.0, mixed_kd=0.9), "mixup", "needs a teacher, got None."),
+}
+
+
+@pytest.mark.parametrize("case", FEW_KEPT)
+def test_what_cannot_be_known_without_a_teacher(case, few, still, tmp_path):
+    method, other, message = FEW_KEPT[case]
+    mixer = still
+    if other == 2:
+        mixer = copy.copy(still)
+        mixer.pad = 2
+    elif other:
+        mixer = [still, other]
+    with pytest.raises(ValueError, match=message):
+        distill(None, create("resnet8", 10), few, method, mixer, SHORT, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_logits_of_another_teacher_are_refused(few, still):
+    with pytest.raises(ValueError, match=r"logits of another teacher \(resnet20, .* given \(resnet8"):
+        distill(create("resnet8", 10).eval(), create("resnet8", 10), few, "kd", still, SHORT)
+
+
+def test_a_stock_by_name_of_unmoved_mixes(teacher, few, tmp_path):
+    history = distill(
+        teacher, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=30, mixed_pad=None, folder=tmp_path
+    )
+    stock = MixedDataset(tmp_path / "mixes", few, pad=None)
+    assert stock.manifest["recipe"]["top"] == "all" and len(history.loss) == 1
+    with pytest.raises(ValueError, match="top: 'all' there, 10 now"):
+        make_mixes(teacher, few, 30, folder=tmp_path / "mixes")
+
+
+REPLAYED = {
+    "kd": ("kd", None, {}),
+    "views looked up": ("kd", None, {"views": 2}),
+    "moved mixes": ("kd", "mixes", {}),
+    "unmoved mixes": ("kd", "still", {"views": 2}),
+    "soft labels of mixes": (Terms(ce=1.0, mixed_ce=1.0, label="area"), "mixes", {}),
+    "no teacher": (Terms(ce=1.0, mixed_kd=0.9), "still", {}),
+    "dkd": ("dkd", "still", {}),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_a_replayed_distillation_is_the_same(case, teacher, few, mixes, still, monkeypatch):
+    "Updates as a GPU replays them: 40 images in batches of 16, so two of three are replayed."
+    method, stock, changes = REPLAYED[case]
+    recipe = replace(SHORT, epochs=3, lr=0.02, **changes)
+
+    def trained():
+        torch.manual_seed(0)
+        student = create("resnet8", 10)
+        mixer = {None: None, "mixes": mixes, "still": still}[stock]
+        history = distill(None if case == "no teacher" else teacher, student, few, method, mixer, recipe)
+        return student.state_dict(), history
+
+    eager, expected = trained()
+    monkeypatch.setattr(loop, "_why_eager", lambda run, *_: "" if run.objective.capturable(run.epoch) else "no")
+    ours, history = trained()
+    assert history.how == "one graph an update" and "GPU" in expected.how
+    assert history.loss == pytest.approx(expected.loss, rel=1e-3)
+    for a, b in zip(ours.values(), eager.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method, mixer", [("crd", None), ("kd", "mixup"), ("kd", ["mixup", "cutmix"])])
+def test_what_is_not_replayed(method, mixer, teacher, few):
+    distillation = []
+
+    class Seen(Distillation):
+        def begin_epoch(self, network, epoch):
+            super().begin_epoch(network, epoch)
+            distillation.append(self.capturable(epoch))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supermix.distillation.distill.Distillation", Seen)
+        distill(teacher, create("resnet8", 10), few, method, mixer, SHORT)
+    assert distillation == [False]

@@ -244,6 +244,7 @@ OUT_OF_RANGE = [
     (Generation, dict(shard=100), "multiple of 128"),
     (Generation, dict(shard=0), "multiple of 128"),
     (Generation, dict(top=1), "top of at least k = 2 logits, .* got 1"),
+    (Generation, dict(top="al"), "top of at least k = 2 logits, .* or 'all', got 'al'"),
     (Generation, dict(slots=0), "slots of 1 or more"),
     (Generation, dict(train_images=0), "train_images of 1 or more"),
     (Terms, dict(), "a weight above 0 among ce, kd, mixed_ce, mixed_kd and features, got none"),
@@ -262,6 +263,7 @@ OUT_OF_RANGE = [
     (Recipe, dict(low_lr=0.0), "low_lr above 0, or None"),
     (Recipe, dict(mixes=0), "mixes of 1 or more"),
     (Recipe, dict(mixed_pad=-1), "mixed_pad of 0 or more"),
+    (Training, dict(views=0), "views of 1 or more, or None, got 0"),
     (Recipe, dict(size=0), "size of 1 or more, or None, got 0"),
     (Variant, dict(k=1), "k of 2 or more images a set, or None, got 1"),
     (Variant, dict(cutout=-1), "cutout of 0 or more"),
@@ -356,6 +358,8 @@ def test_new_fields_leave_old_names_as_they_are():
         "nesterov": False,
         "label_smoothing": 0.0,
         "clip_grad": None,
+        "bfloat16_if_faster": False,
+        "views": None,
     }
 
 

@@ -810,3 +810,46 @@ def test_a_run_does_not_depend_on_the_number_of_images(teacher, digits, tmp_path
     one, two = (begin(Store(tmp_path / str(n)), replace(RECIPE, count=n), digits.train, teacher) for n in (5, 500))
     assert _run_of(one) == _run_of(two) and one != two
     assert _run_of(one) != _run_of(begin(Store(tmp_path / "x"), replace(RECIPE, shard=512), digits.train, teacher))
+
+
+def test_all_logits_are_kept_in_their_order(teacher, digits, tmp_path):
+    recipe = replace(RECIPE, count=100, shard=128, top="all")
+    folder = generate(recipe, tmp_path / "all", digits.train, teacher).folder
+    tensors, _ = load_tensors(folder / "00000.safetensors")
+    n = len(tensors["index"])
+    assert tensors["top_log_p"].shape == (n, 10) and tensors["top_classes"].shape == (n, 0)
+    kept, some = MixedDataset(folder, digits.train, pad=None), MixedDataset(folder, digits.train)
+    assert kept.keeps_all and some.keeps_all
+    with torch.no_grad():
+        asked = teacher.eval()(kept.batch(range(100)).images)
+    torch.testing.assert_close(kept.batch(range(100)).logits, asked, rtol=2e-3, atol=2e-2)
+    views, known = kept.sample(30, torch.Generator().manual_seed(0))
+    assert torch.equal(views, known.images)
+
+
+def test_too_few_logits_for_a_student_without_a_teacher(mixed, folder, digits, teacher, tmp_path):
+    assert mixed.keeps_all and MixedDataset(folder, digits.train, pad=None).keeps_all  # ten of ten
+    few = generate(replace(RECIPE, count=60, shard=128, top=4), tmp_path / "few", digits.train, teacher).folder
+    assert not MixedDataset(few, digits.train).keeps_all
+    with pytest.raises(ValueError, match="keeps 4 of the teacher's 10 logits; pad=None needs all: .*--top all"):
+        MixedDataset(few, digits.train, pad=None)
+
+
+@pytest.mark.parametrize("N", [10, 100, 300])
+def test_the_size_of_all_logits(N, seeded):
+    logits = torch.randn(5, N, generator=seeded()) * 4
+    found = Found(
+        index=torch.arange(5),
+        sources=torch.zeros(5, 2, dtype=torch.long),
+        crop=torch.zeros(5, 2, 2, dtype=torch.long),
+        flip=torch.zeros(5, 2, dtype=torch.bool),
+        lam=torch.full((5, 2), 0.5),
+        classes=torch.zeros(5, 2, dtype=torch.long),
+        code=torch.zeros(5, 1, 8, 8),
+        steps=torch.ones(5, dtype=torch.long),
+        logits=logits,
+    )
+    packed = _pack(found, "all")
+    assert packed["top_log_p"].nbytes + packed["top_classes"].nbytes == 5 * 2 * N
+    again = _unpack_logits(packed["top_log_p"], packed["top_classes"], packed["log_sum_exp"], N)
+    torch.testing.assert_close(again, logits, rtol=1e-3, atol=2e-2)

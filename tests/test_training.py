@@ -23,7 +23,7 @@ from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
-from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, train
+from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, measure_bfloat16, train
 from supermix.zoo import create
 from torch import nn
 
@@ -728,7 +728,7 @@ def test_a_run_of_a_machine_with_gpus_goes_on_here(optimizer, digits, tmp_path):
     [
         (dict(options={"epochs": 3}), "Unknown option of `train` 'epochs'"),
         (dict(options={"minute": 3}), "Unknown option of `train` 'minute'. Did you mean 'minutes'"),
-        (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, got -1"),
+        (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, or None, got -1"),
         (dict(mixes=2.5), "count .* type int, got 2.5"),
         (dict(mixing={"k": 2}), "a mixing that is a `supermix.recipes.Mixing`, got dict"),
         (dict(mixes=-5), "count of 1 or more"),
@@ -1030,3 +1030,172 @@ def test_ctrl_c_ends_the_mixing_whenever_it_comes(digits, teacher, tmp_path, req
     times = [chance.uniform(0, 1.0) for _ in range(100 if request.config.getoption("--slow") else 4)]
     for number, delay in enumerate(times):
         assert interrupted(lambda: make_mixes(teacher, digits, 100_000, folder=tmp_path / str(number)), delay) == 130
+
+
+@pytest.mark.parametrize("gain", [0.7, 1.05, 1.6])
+def test_bfloat16_is_chosen_where_it_is_measured_to_be_faster(gain, digits, tmp_path, monkeypatch):
+    "The choice gives the bits of the recipe that says so itself, is logged, and stays where a run goes on elsewhere."
+    recipe = Training(epochs=2, batch_size=32, milestones=())
+    images = digits.train.subset(64)
+
+    def trained(folder=None, **changes):
+        torch.manual_seed(0)
+        network = create("resnet8", 10)
+        history = train(network, images, replace(recipe, **changes), folder=folder)
+        return network.state_dict(), history
+
+    monkeypatch.setattr("supermix.training.loop.measure_bfloat16", lambda device: gain)
+    chosen, history = trained(tmp_path, bfloat16_if_faster=True)
+    given, _ = trained(bfloat16=gain > 1.1)
+    assert all(torch.equal(a, b) for a, b in zip(chosen.values(), given.values(), strict=True))
+    assert [row["bfloat16"] for row in history.rows] == [int(gain > 1.1)] * 2
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the second epoch
+    monkeypatch.setattr("supermix.training.loop.measure_bfloat16", lambda device: 1 / gain)
+    again, _ = trained(tmp_path, bfloat16_if_faster=True)
+    assert all(torch.equal(a, b) for a, b in zip(chosen.values(), again.values(), strict=True))
+
+
+def test_measuring_bfloat16_leaves_the_draws_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert 0 < measure_bfloat16(seconds=0) < 100 and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_checkpoint_without_the_choice_goes_on(digits, tmp_path):
+    "Checkpoints of earlier versions do not say in which precision the run was: the recipe did."
+    images = digits.train.subset(40)
+    expected, _ = whole(images, None, recipe=replace(RECIPE, epochs=2))
+    whole(images, tmp_path, recipe=replace(RECIPE, epochs=2))
+    checkpoints(tmp_path)[-1].unlink()
+    path = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(path)
+    identity = json.loads(state["recipe"])
+    for name in ("bfloat16_if_faster", "views"):
+        identity.pop(name)
+    path.unlink()
+    old = {name: value for name, value in state.items() if name != "bfloat16"} | {"recipe": json.dumps(identity)}
+    save_checkpoint(tmp_path, state["position"][2], old)
+    again, _ = whole(images, tmp_path, recipe=replace(RECIPE, epochs=2))
+    assert same(again, expected)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    "Updates are made as a GPU replays them, on the same memory each time; only the recording itself needs a GPU."
+    monkeypatch.setattr("supermix.training.loop._why_eager", lambda run, images, device: run.not_recorded)
+
+
+def close(a, b, rtol=1e-3, atol=1e-4):
+    for x, y in zip(a.values(), b.values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+REPLAYED = Training(epochs=2, batch_size=16, lr=0.02, milestones=(1,), warmup=1, seed=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"momentum": 0.0},
+        {"nesterov": True},
+        {"clip_grad": 0.5, "label_smoothing": 0.1},
+        {"views": 1},
+        {"held_out": 8},
+    ],
+    ids=str,
+)
+def test_a_replayed_update_is_the_same(changes, digits, request):
+    "50 images in batches of 16: three full batches an epoch, and one of 2 that is not replayed."
+    images, recipe = digits.train.subset(50), replace(REPLAYED, **changes)
+
+    def trained():
+        torch.manual_seed(1)
+        network = create("resnet8", 10)
+        history = train(network, images, recipe)
+        return network.state_dict(), history
+
+    eager, expected = trained()
+    request.getfixturevalue("replayed")
+    ours, history = trained()
+    assert history.how == "one graph an update" and expected.how == "one by one (not on a GPU)"
+    assert history.loss == pytest.approx(expected.loss, rel=1e-4) and history.rows[-1]["lr"] == expected.rows[-1]["lr"]
+    close(ours, eager)
+
+
+@pytest.mark.parametrize("where", ["first epoch", "second epoch"])
+def test_a_replayed_run_goes_on_with_the_same_bits(where, digits, tmp_path, replayed):
+    images = digits.train.subset(50)
+
+    def trained(folder=None, **options):
+        torch.manual_seed(1)
+        network = create("resnet8", 10)
+        train(network, images, REPLAYED, folder=folder, **options)
+        return network.state_dict()
+
+    whole_run = trained(tmp_path, minutes=0)
+    found = {load_checkpoint(path)["position"][2]: path for path in checkpoints(tmp_path)}
+    assert same(whole_run, trained())
+    stopped = 2 if where == "first epoch" else 6
+
+    class Stopping(Objective):
+        def __init__(self):
+            super().__init__()
+            self.made = 0
+
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def capturable(self, epoch):
+            return True
+
+        def after_step(self, network):
+            self.made += 1
+            if self.made == stopped + 1:
+                raise KeyboardInterrupt
+
+    assert found
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(create("resnet8", 10), images, REPLAYED, Stopping(), folder=tmp_path / "killed", minutes=0)
+    state = load_checkpoint(checkpoints(tmp_path / "killed")[-1])
+    assert state["position"][2] == stopped
+    groups = state["optimiser"]["param_groups"]
+    assert all(isinstance(group["lr"], float) and group["fused"] is None for group in groups)
+    assert same(whole_run, trained(tmp_path / "killed", minutes=0))
+
+
+def test_a_recording_that_fails_goes_on_update_by_update(digits, replayed, monkeypatch):
+    def failing(self, prepared):
+        if self.feed.place.item() < 16:
+            return self.body()
+        self.recording = True
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("supermix.training.loop._Replayed.__call__", failing)
+    torch.manual_seed(1)
+    network = create("resnet8", 10)
+    history = train(network, digits.train.subset(50), REPLAYED)
+    assert history.how == "one by one (the recording failed: operation not permitted when stream is capturing)"
+    assert history.rows[-1]["step"] == 8
+
+
+def test_a_loss_that_is_no_number_ends_a_replayed_run(digits, replayed):
+    with pytest.raises(FloatingPointError, match="try a lower learning rate"):
+        train(create("resnet8", 10), digits.train.subset(64), replace(REPLAYED, lr=1e6, warmup=0))
+
+
+def test_strides_of_gradients_are_their_weights():
+    "Of a 1×1 kernel's many strides the fused optimiser wants those of the weight."
+    from supermix.training.loop import _share_layout
+
+    weight = nn.Parameter(torch.randn(8, 4, 1, 1).to(memory_format=torch.channels_last))
+    optimiser = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    gradient = torch.randn(8, 4).view(8, 4, 1, 1)
+    expected = weight.detach() - 0.1 * gradient
+    weight.grad = gradient.as_strided((8, 4, 1, 1), (4, 1, 1, 1))
+    assert weight.grad.stride() != weight.stride()
+    _share_layout(optimiser)
+    assert weight.grad.stride() == weight.stride() and torch.equal(weight.grad, gradient)
+    optimiser.step()
+    torch.testing.assert_close(weight.detach(), expected)

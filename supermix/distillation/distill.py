@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from ..mixing.solver import check_teacher, teacher_logits
 from ..mixing.store import MixedDataset, teacher_identity
 from ..recipes import FAST, Generation, Mixing, Terms, Training, method_terms
 from ..training.loop import (Batch, History, Objective, check_begun, check_teacher_labels, check_training,
-                                    short_hash, to_device, train, world)
+                                    fixed_views, short_hash, to_device, train, world)
 
 # %% ../../nbs/45_distillation.distill.ipynb #d2bedd17
 class Ensemble(nn.Module):
@@ -60,13 +61,15 @@ def _as_teacher(teacher: Callable | list[nn.Module] | None) -> Callable | None:
     return Ensemble([unwrapped(t) for t in teacher])
 
 # %% ../../nbs/45_distillation.distill.ipynb #885b24f2
-def _stock_recipe(images: Images, count: int, mixing: Mixing, seed: int) -> Generation:
-    "The recipe of a stock: a shard has about a quarter of its sets, 4,096 at most."
+def _stock_recipe(images: Images, count: int, mixing: Mixing, seed: int, mixed_pad: int | None) -> Generation:
+    """The recipe of a stock: a shard has about a quarter of its sets, 4,096 at most. All logits are kept where mixes are
+    used as they were made."""
     shard = min(4096, 128 * ceil(count / 512)) if isinstance(count, int) and count > 0 else 128
-    return Generation(images.info.name, "given", count, mixing, shard=shard, seed=seed)
+    top = {"top": "all"} if mixed_pad is None else {}
+    return Generation(images.info.name, "given", count, mixing, shard=shard, seed=seed, **top)
 
-def _make_stock(teacher: Callable, images: Images, recipe: Generation, folder, mixed_pad: int, right: float,
-                ) -> MixedDataset:
+def _make_stock(teacher: Callable, images: Images, recipe: Generation, folder, mixed_pad: int | None,
+                right: float) -> MixedDataset:
     "The stock of a recipe. The progress bar shows `right`, the teacher's accuracy on the images (%)."
     if hasattr(images, "policy"): images = images.images  # a policy is for natural images; mixes keep crop and flip
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
@@ -79,10 +82,10 @@ def check_mixing(teacher: Callable, mixing: Mixing, images: Images) -> None:
     check_engine(teacher, x, mixing, slots=1)
     teacher_logits(teacher, to_device(x, teacher), mixing.k)
 
-def _check_stock_settings(mixed_pad: int, folder: str | Path | None) -> None:
+def _check_stock_settings(mixed_pad: int | None, folder: str | Path | None) -> None:
     "A ValueError unless mixes can be moved by this number of pixels, and a folder may be there."
-    if not isinstance(mixed_pad, int) or isinstance(mixed_pad, bool) or mixed_pad < 0:
-        raise ValueError(f"Expected mixed_pad of 0 or more pixels, got {mixed_pad!r}.")
+    if mixed_pad is not None and (not isinstance(mixed_pad, int) or isinstance(mixed_pad, bool) or mixed_pad < 0):
+        raise ValueError(f"Expected mixed_pad of 0 or more pixels, or None, got {mixed_pad!r}.")
     place = None if folder is None else Path(folder) if isinstance(folder, (str, Path)) else False
     if place is False or place and place.exists() and not place.is_dir():
         raise ValueError(f"Expected a folder, or a place where one can be made, got {folder!r}.")
@@ -94,13 +97,14 @@ def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to lo
                mixing: Mixing = Mixing(**FAST),      # how they are searched for
                seed: int = 0,                        # of all draws
                folder: str | Path | None = None,     # of the store; one begun there goes on; None: in memory only
-               mixed_pad: int = 2,                   # pixels that random crops of the mixes in training may be off
+               mixed_pad: int | None = 2,            # pixels that random crops of the mixes in training may be off;
+                                                     # None: mixes as they were made, with the teacher's logits
                ) -> MixedDataset:
     """Make SuperMix images from random views of `images`, for `distill(…, mixer=…)`. A ValueError where the settings do
     not fit the teacher or the images, where the folder holds a store made otherwise, or where no mask is found."""
     if isinstance(images, Data): images = images.train
     _check_stock_settings(mixed_pad, folder)
-    teacher, recipe = _as_teacher(teacher), _stock_recipe(images, count, mixing, seed)
+    teacher, recipe = _as_teacher(teacher), _stock_recipe(images, count, mixing, seed, mixed_pad)
     check_mixing(teacher, recipe.mixing, images)
     right = check_teacher_labels(teacher, images)
     return _make_stock(teacher, images, recipe, folder, mixed_pad, right)
@@ -173,19 +177,27 @@ class _OneOf:
         return next((mixer for mixer, end in zip(self.mixers, accumulate(self.shares)) if draw < end), last)
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5ad
+class _Mixes(NamedTuple):
+    "Mixed images, and what is known of them."
+    images: torch.Tensor                 # (B, 3, H, W)
+    labels: torch.Tensor | None = None   # soft labels (B, N); None where the teacher labels a stock's images
+    logits: torch.Tensor | None = None   # the teacher's (B, N), where a stock keeps them; None: the teacher is asked
+
 def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock of `make_mixes`, a `_OneOf`; None
                batch: Batch,   # B natural images, their labels, and the generator of all draws
                label: str,     # `Terms.label`: which soft labels a stock gives
-               ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Mixed images (B, 3, H, W) and their soft labels (B, N), from a stock or mixed from this batch. Soft labels are
-    None where the teacher labels a stock's images; the whole is None where there are no mixes."""
+               ) -> _Mixes | None:
+    "Mixed images from a stock, or mixed from this batch; None where there are none."
     if isinstance(mixer, _OneOf): mixer = mixer.choose(batch.generator)
     if mixer is None: return None
-    if isinstance(mixer, Mixer): return mixer(batch.images, batch.labels, generator=batch.generator)
-    if not isinstance(mixer, MixedDataset): return _foreign_mixes(mixer, batch)
+    if isinstance(mixer, Mixer): return _Mixes(*mixer(batch.images, batch.labels, generator=batch.generator))
+    if not isinstance(mixer, MixedDataset):
+        made = _foreign_mixes(mixer, batch)
+        return made and _Mixes(*made)
     mixed, known = mixer.sample(len(batch.images), batch.generator)
     soft = known.target if label == "lam" else known.area if label == "area" else None
-    return mixed.to(batch.images.device), soft if soft is None else soft.to(batch.images.device)
+    parts = mixed, soft, known.logits if mixer.pad is None else None
+    return _Mixes(*(part if part is None else part.to(batch.images.device) for part in parts))
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5af
 def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, width)
@@ -193,6 +205,15 @@ def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, w
     if labels.shape[1] > width:
         raise ValueError(f"Expected a student of the {labels.shape[1]} classes of the mixes' labels, got {width}.")
     return F.pad(labels, (0, width - labels.shape[1]))
+
+def _keeps_logits(mixer: object) -> bool:
+    "Whether mixes come with the teacher's logits: from a stock of unmoved ones."
+    return isinstance(mixer, MixedDataset) and mixer.pad is None
+
+def _asks_teacher(terms: Terms, mixers: list) -> bool:
+    "Whether the loss needs the teacher's passes, for natural images or for mixes without the logits of their stock."
+    of_mixes = terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax"))
+    return bool(terms.kd or terms.features or of_mixes and not (mixers and all(map(_keeps_logits, mixers))))
 
 def _mixer_identity(mixer: object) -> str:
     "What tells a mixer from others: its numbers, or its store's hashes."
@@ -276,7 +297,8 @@ class Distillation(_Staged):
         super().__init__(make_terms(terms, student, teacher, images) if features is None else features, first_stage)
         self.terms = terms
         self.mixer = mixer
-        self.notes = {}  # numbers for each row of the log
+        self.notes = {}   # numbers for each row of the log
+        self.known = None  # the teacher's logits of fixed views, where the recipe has them
         self._identity = _method_identity(terms, teacher, images) | {"mixer": _mixer_identity(mixer)}
         if isinstance(teacher, nn.Module) and images is not None and not terms.features:  # logits only
             teacher = fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last)
@@ -295,12 +317,22 @@ class Distillation(_Staged):
         "The numbers in `notes`."
         return self.notes
 
+    def begin_epoch(self, network: nn.Module, epoch: int) -> None:
+        "Choose what learns, and look up the teacher's logits of the views that this epoch shows."
+        super().begin_epoch(network, epoch)
+        if self.known is not None: self.known.begin_epoch(epoch)
+
+    def capturable(self, epoch: int) -> bool:
+        "True for terms on logits, of a teacher that is a network, with mixes from a stock or none."
+        known = isinstance(self.teacher, nn.Module | None) and isinstance(self.mixer, MixedDataset | None)
+        return known and not self.terms.features
+
     def prepares(self, epoch: int) -> bool:
         "True for a stock, whose images have to be mixed again."
         return isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self._is_first(epoch)
 
-    def prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        "Mixed images (B, 3, H, W), and soft labels (B, N) where the mixer gives them."
+    def prepare(self, batch: Batch) -> _Mixes | None:
+        "Mixed images, and what the mixer knows of them."
         return _mix_batch(self.mixer, batch, self.terms.label)
 
     def forward(self, network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -311,17 +343,19 @@ class Distillation(_Staged):
         return _sum_of_terms(self, network, batch, mixes)
 
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c8a
-def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mixes: tuple | None) -> torch.Tensor:
-    "The weighted sum of a natural batch and of its mixes, where there are any: images (B', 3, H, W) and soft labels."
+def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mixes: _Mixes | None,
+                  ) -> torch.Tensor:
+    "The weighted sum of a natural batch and of its mixes, where there are any."
     terms, n = objective.terms, len(batch.images)
     both, soft = batch.images, None
     later = [(term, weight) for name, weight in terms.features if (term := objective.features[name]).later]
     if mixes is None:
         if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn from here
         terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
-    else: both, soft = to_device(torch.cat([both, mixes[0]]), student), mixes[1]
+    else: both, soft = to_device(torch.cat([both, mixes.images]), student), mixes.labels
     ours = outputs_of(unwrapped(student), both) if later else Outputs([], student(both))
-    theirs = _teacher_outputs(objective.teacher, both, n, terms, bool(later)) if terms.teaches else Outputs([], None)
+    theirs = Outputs([], None)
+    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, mixes and mixes.logits)
     zs, zt = ours.logits.float(), theirs.logits
     if terms.mixed_ce and terms.label in ("lam", "area"): soft = _widen(soft, zs.shape[1])
     logits = (zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)
@@ -333,18 +367,54 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
 
 # %% ../../nbs/45_distillation.distill.ipynb #de679164
 @torch.no_grad()
-def _teacher_outputs(teacher: Callable, both: torch.Tensor, n: int, terms: Terms, features: bool) -> Outputs:
-    """Of n natural images and the mixed ones behind them, (B + B', 3, H, W): features of the natural ones, and logits
-    (B + B', N), as far as the terms look at them; the other rows are 0."""
-    natural = outputs_of(teacher, both[:n]) if features else Outputs([], None)  # one pass gives features and logits
-    start = 0 if terms.kd and not features else n
-    stop = len(both) if terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax")) else n
-    if start == stop: return Outputs(natural.features, natural.logits.float()) if features else natural
-    some = teacher(both[start:stop]).float()
-    logits = some.new_zeros(len(both), some.shape[1])
-    if features: logits[:n] = natural.logits
-    logits[start:stop] = some
-    return Outputs(natural.features, logits)
+def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
+                     both: torch.Tensor,           # natural and then mixed images (B + B', 3, H, W)
+                     stored: torch.Tensor | None,  # the teacher's logits of mixed ones (B', N), if a stock keeps them
+                     ) -> Outputs:
+    """Features of the natural images, and logits (B + B', N) of all, as far as the terms look at them; the other rows
+    are 0. What is known already is not computed again."""
+    teacher, n = objective.teacher, len(batch.images)
+    features, natural = [], None
+    if any(objective.features[name].later for name, _ in terms.features):  # one pass gives features and logits
+        features, natural = outputs_of(teacher, both[:n])
+    elif terms.kd and objective.known is not None: natural = objective.known[batch.indices].to(both.device)
+    start = 0 if terms.kd and natural is None else n
+    looks = terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax"))
+    stop = len(both) if looks and stored is None else n
+    asked = teacher(both[start:stop]).float() if start < stop else None
+    parts = [(natural, slice(0, n)), (stored if looks else None, slice(n, None)), (asked, slice(start, stop))]
+    parts = [(part, rows) for part, rows in parts if part is not None]
+    if not parts: return Outputs(features, None)
+    logits = torch.zeros(len(both), parts[0][0].shape[1], device=both.device)
+    for part, rows in parts: logits[rows] = part
+    return Outputs(features, logits)
+
+class _KnownLogits:
+    """The teacher's logits of fixed views (`Training.views`): computed in the first epoch that shows a view, and kept in
+    16 bits (n, N), as log-probabilities."""
+    def __init__(self, teacher: Callable, images: Images, recipe: Training):
+        self.teacher = teacher
+        self.images = images
+        self.recipe = recipe
+        self.of_view = {}  # by the view's number
+        self.now = None    # of the epoch that is trained
+
+    @torch.no_grad()
+    def begin_epoch(self, epoch: int) -> None:
+        "Compute what is missing for this epoch."
+        view = epoch % self.recipe.views
+        if view not in self.of_view:
+            shown = fixed_views(self.images, self.recipe, epoch)
+            parts = []
+            for rows in torch.arange(len(shown)).split(500):
+                x = shown.info.normalize(shown.fetch(rows, shown.draw(rows, None)))
+                parts.append(self.teacher(to_device(x, self.teacher)).float().log_softmax(1).half())
+            self.of_view[view] = torch.cat(parts)
+        if self.now is None: self.now = self.of_view[view].clone()
+        else: self.now.copy_(self.of_view[view])  # in its place, for updates that are replayed
+
+    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:  # int64 (B,) -> float32 (B, N)
+        return self.now[indices.to(self.now.device)].float()
 
 def make_terms(terms: Terms,                         # of which the terms on features are made
                student: nn.Module,                   # with `features`, where there are such terms
@@ -382,8 +452,16 @@ def _check_mixers(teacher: Callable | None, terms: Terms, mixers: list) -> None:
                          "give a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
     lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
     searches = any(isinstance(m, str) and m in ("supermix", "puzzlemix") for m in mixers)
-    if teacher is None and (terms.teaches or searches):
-        raise ValueError("This method or mixer needs a teacher, got None.")
+    if teacher is None and any(map(_keeps_logits, mixers)) and (terms.kd or terms.features):
+        raise ValueError("The stock keeps the teacher's logits of mixed images alone, and this method compares natural "
+                         "ones, too: give the teacher (with Training(views=8) it sees each natural image eight times "
+                         "at most), or a method without such a term, as in method=Terms(ce=1.0, mixed_kd=0.9).")
+    if teacher is None and (_asks_teacher(terms, mixers) or searches):
+        stored = any(isinstance(m, MixedDataset) for m in mixers) and not (terms.kd or terms.features)
+        fix = (" A stock knows its teacher's logits where it keeps all of them and its images are not moved: "
+               "MixedDataset(folder, images, pad=None), made by `supermix generate --top all` or with "
+               "make_mixes(…, mixed_pad=None)." if stored else "")
+        raise ValueError(f"This method or mixer needs a teacher, got None.{fix}")
     by_area = lambda m: isinstance(m, (str, MixedDataset)) or isinstance(m, Mixer) and (
         m.weights.__func__ is Mixer.weights)
     if terms.label == "area" and not all(map(by_area, mixers)):
@@ -422,7 +500,9 @@ def check_parts(teacher: Callable | None,  # images (B, 3, H, W) to logits (B, N
     x = to_device(images[:1][0], student)
     with torch.no_grad(), evaluating(student), fitting(student, x, "student"):
         widths = {"student": student(x).shape[1]}
-    if terms.teaches:
+    stocks = [m for m in _as_list(mixer) if isinstance(m, MixedDataset)]
+    if terms.teaches and teacher is None: widths["teacher"] = stocks[0].num_classes
+    elif terms.teaches:
         check_teacher(teacher, x := to_device(images[:4][0], teacher), 1)  # a function may hide one in training mode
         widths["teacher"] = teacher_logits(teacher, x[:1], 1).shape[1]
     _check_widths(widths, terms, images)
@@ -451,6 +531,15 @@ def _check_source(stock: MixedDataset, images: Images) -> None:
                          f"({found}): other images, labels, size, mean or std. Make it from the same images: "
                          "make_mixes(teacher, images, …), of which held_out leaves images.split(held_out)[1].")
 
+def _check_stock_teacher(stock: MixedDataset, teacher: Callable | None, images: Images) -> None:
+    "A ValueError where the logits that a stock gives are another teacher's than those of natural images."
+    if teacher is None or not _keeps_logits(stock): return
+    made, given = stock.manifest["teacher"], teacher_identity(teacher, images)
+    if made["weights"] != given["weights"]:
+        raise ValueError(f"The stock keeps the logits of another teacher ({made['name']}, {made['weights']}) than the "
+                         f"one that is given ({given['name']}, {given['weights']}): give that one, or make the stock "
+                         "with this one.")
+
 def _try_mixer(mixer: Callable, images: Images, width: int | None) -> None:
     "A ValueError unless a mixer takes such images and labels; its soft labels are of `width` classes at most."
     if not callable(mixer):
@@ -467,14 +556,16 @@ def _try_mixer(mixer: Callable, images: Images, width: int | None) -> None:
         except Exception as error:
             raise ValueError(f"The mixer {_mixer_identity(mixer)} does not take images {tuple(x.shape)} and labels "
                              f"({len(few)},): {type(error).__name__}: {error}") from error
-    if made is not None and width is not None: _widen(made[1], width)
+    if made is not None and width is not None: _widen(made.labels, width)
 
 def _make_mixers(mixers: list, teacher: Callable | None, images: Images, width: int | None) -> list:
     "Mixers by name are made, and all are tried; 'supermix' stays a name, for its stock takes long."
     made = [make(teacher, images.info) if isinstance(mixer, str) and (make := lookup(MIXERS, mixer, "mixer")) else mixer
             for mixer in mixers]
     for mixer in made:
-        if isinstance(mixer, MixedDataset): _check_source(mixer, images)
+        if isinstance(mixer, MixedDataset):
+            _check_source(mixer, images)
+            _check_stock_teacher(mixer, teacher, images)
         elif not isinstance(mixer, str): _try_mixer(mixer, images, width)
     return made
 
@@ -513,11 +604,12 @@ def _plan(teacher, student: nn.Module, images: Images, terms: Terms, mixers: _On
         mixers = _OneOf(_make_mixers(mixers.mixers, teacher, learned, width if soft else None), mixers.shares)
     return mixers, learned, features
 
-def _plan_stock(teacher: Callable, images: Images, mixes: int | None, mixing: Mixing, seed: int, folder) -> Generation:
+def _plan_stock(teacher: Callable, images: Images, mixes: int | None, mixing: Mixing, seed: int, folder,
+                mixed_pad: int | None) -> Generation:
     "The recipe of the SuperMix images that are to be made: ten for each natural image, if no number is given."
     if world()[1] > 1 and folder is None:
         raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
-    stock = _stock_recipe(images, 10 * len(images) if mixes is None else mixes, mixing, seed)
+    stock = _stock_recipe(images, 10 * len(images) if mixes is None else mixes, mixing, seed, mixed_pad)
     check_mixing(teacher, mixing, images)
     return stock
 
@@ -532,7 +624,8 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of 
             recipe: Training = Training(),        # the numbers of the training
             mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": how masks are searched for
             mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten a natural image
-            mixed_pad: int = 2,                   # for mixer="supermix": pixels that random crops of mixes may be off
+            mixed_pad: int | None = 2,            # for mixer="supermix": pixels that random crops of mixes may be off;
+                                                  # None: mixes as they were made, with the teacher's logits
             folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
             probability: float | list[float] | None = None,  # of mixes beside a batch, or of each mixer; None: always
             **options: object,                    # of `train`: title, minutes, live
@@ -545,7 +638,7 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of 
     teacher, (images, test) = _as_teacher(teacher), (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms, mixers = _terms_and_mixers(method, mixer, probability, mixes)
     mixers, learned, features = _plan(teacher, student, images, terms, mixers, recipe)
-    stock = (_plan_stock(teacher, learned, mixes, mixing, recipe.seed, folder)
+    stock = (_plan_stock(teacher, learned, mixes, mixing, recipe.seed, folder, mixed_pad)
              if mixers and "supermix" in mixers.mixers else None)
     known = {} if stock else {"mixer": _mixer_identity(mixers and mixers.alone)}
     check_begun(folder, student, learned, recipe, _method_identity(terms, teacher, learned) | known)
@@ -560,4 +653,6 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of 
         objective = Distillation(teacher, terms, mixers and mixers.alone, student, learned, recipe.first_stage,
                                  features)
         objective.notes = notes
+        if recipe.views and terms.kd and not features:
+            objective.known = _KnownLogits(objective.teacher, learned, recipe)
         return train(student, images, recipe, objective, title, test, folder, **options)

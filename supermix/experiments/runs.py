@@ -243,7 +243,8 @@ def _open_mixer(recipe: Recipe, variant: Variant,
         return _ROW_MIXERS[variant.mixer](teacher, images.info) if variant.mixer else None
     mixing = _row_mixing(recipe, variant)
     sources = images.split(recipe.training.held_out)[1] if recipe.training.held_out else images
-    what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources))
+    what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources),
+                      *["all logits"] * (recipe.mixed_pad is None))
     return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed,
                       Path(folder) / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
 

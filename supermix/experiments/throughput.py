@@ -23,7 +23,7 @@ from torchvision import transforms
 from ..core import progress, write_atomic
 from ..data import ArrayImages, Images, Info, load_data
 from ..recipes import Training
-from ..training.loop import train
+from ..training.loop import measure_bfloat16, train
 from ..zoo import create, multiply_adds
 
 # %% ../../nbs/23_experiments.throughput.ipynb #08975b08
@@ -108,12 +108,10 @@ def _speed_bound(network: str,           # of the zoo
 
 # %% ../../nbs/23_experiments.throughput.ipynb #f80f5503
 def _processor_name() -> str:
-    "What the processor calls itself (on Linux), and whether it has matrix units for bfloat16."
+    "What the processor calls itself (on Linux)."
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
-    units = any(line.startswith("flags") and "amx_bf16" in line.split() for line in lines)
-    return f"{name}, with{'' if units else 'out'} matrix units for bfloat16"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
 
 def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
                rounds: int = 3, device: str = "cpu") -> None:
@@ -132,6 +130,7 @@ def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion
     facts = {"network": "resnet20", "batch": 128, "data": data, "threads": torch.get_num_threads(),
              "device": torch.cuda.get_device_name() if device != "cpu" else _processor_name(),
              "torch": torch.__version__, "command": "supermix throughput"}
+    facts["a step in bfloat16, times as fast"] = measure_bfloat16(device)
     facts["ceiling, images/s"] = {name: _speed_bound("resnet20", source.info, speed) for name, speed in speeds.items()}
     write_atomic(out, (json.dumps(result | facts, indent=1) + "\n").encode())
     for way, ratio in result["ratio"].items(): print(f"{way}: {ratio:.2f} times the plain loop")

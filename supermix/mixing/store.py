@@ -38,17 +38,19 @@ def _small(t: torch.Tensor, kinds=_KINDS) -> torch.Tensor:  # t: whole numbers o
     largest = int(t.max()) if t.numel() else 0
     return t.to(next(kind for kind in kinds if largest <= torch.iinfo(kind).max))
 
-def _pack(found: Found,  # solved sets
-          top: int,      # largest logits that are kept
+def _pack(found: Found,    # solved sets
+          top: int | str,  # largest logits that are kept, with their classes; "all": all, in the order of the classes
           ) -> dict[str, torch.Tensor]:
     "What is kept of solved sets, in the order of their numbers, in small types."
     found = Found(*(t[found.index.argsort()] for t in found))
-    best, total = found.logits.double().topk(min(top, found.logits.shape[1]), dim=1), found.logits.double().logsumexp(1)
-    number = _small(torch.tensor(found.logits.shape[1] - 1)).dtype  # of a class
+    logits, N = found.logits.double(), found.logits.shape[1]
+    total = logits.logsumexp(1)
+    number = _small(torch.tensor(N - 1)).dtype  # of a class
+    best, which = (logits, torch.empty(len(logits), 0)) if top == "all" else logits.topk(min(top, N), dim=1)
     return {"index": _small(found.index, _KINDS[2:]), "sources": _small(found.sources, _KINDS[2:]),
             "crop": _small(found.crop), "flip": found.flip.byte(), "lam": found.lam,
             "classes": found.classes.to(number), "code": found.code, "steps": _small(found.steps),
-            "top_log_p": (best.values - total[:, None]).half(), "top_classes": best.indices.to(number),
+            "top_log_p": (best - total[:, None]).half(), "top_classes": which.to(number),
             "log_sum_exp": total.float()}
 
 def _unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> torch.Tensor:  # (n, N)
@@ -56,6 +58,7 @@ def _unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> tor
     others = num_classes - top_log_p.shape[1]
     total = log_sum_exp.double()[:, None]
     log_p = top_log_p.double()
+    if not top_classes.shape[1]: return (total + log_p).float()  # all classes in their order
     rest = -torch.expm1(log_p.logsumexp(1, keepdim=True).clamp(max=-1e-12)) / max(others, 1)
     return (total + rest.log()).repeat(1, num_classes).scatter(1, top_classes.long(), total + log_p).float()
 
@@ -420,10 +423,10 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
     N = card["logits"]
     k = recipe["mixing"]["k"]
     w = recipe["mixing"]["mask_size"]
-    top = min(recipe["top"], N)
+    top, which = (N, 0) if recipe["top"] == "all" else (min(recipe["top"], N),) * 2
     maps = k if recipe["mixing"]["hold"] is None else k - 1
     shapes = {"index": (n,), "sources": (n, k), "flip": (n, k), "lam": (n, k), "classes": (n, k), "steps": (n,),
-              "code": (n, maps, w, w), "top_log_p": (n, top), "top_classes": (n, top), "log_sum_exp": (n,),
+              "code": (n, maps, w, w), "top_log_p": (n, top), "top_classes": (n, which), "log_sum_exp": (n,),
               "crop": tuple(tensors["crop"].shape) if "crop" in tensors else ()}
     if len(shapes["crop"]) != 3 or shapes["crop"][:2] != (n, k) or shapes["crop"][2] not in (2, 4):
         raise _changed(path, f"expected crop ({n}, {k}, 2 or 4), got {shapes['crop']}")
@@ -435,7 +438,8 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
     below = {"sources": manifest["data"]["images"], "classes": N, "top_classes": N, "flip": 2}
     if info is not None and shapes["crop"][2] == 2: below["crop"] = 2 * info.pad + 1
     for name, end in below.items():
-        least, most = (int(v) for v in tensors[name].aminmax()) if n else (0, 0)  # to torch 256 is a byte's 0
+        # Python's numbers: to torch 256 is a byte's 0
+        least, most = (int(v) for v in tensors[name].aminmax()) if tensors[name].numel() else (0, 0)
         if not 0 <= least <= most < end:
             raise _changed(path, f"expected {name} from 0 to {end - 1}, got {least} to {most}")
     return tensors
@@ -502,7 +506,8 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
     def __init__(self,
                  folder: str | Path,  # the store
                  images: Images | Data,  # what it was made from; of a data set the training images
-                 pad: int = 2,        # random crops in training may be off by this many pixels
+                 pad: int | None = 2,  # random crops in training may be off by this many pixels; None: mixes are used
+                                      # as they were made, with the teacher's logits that the store keeps
                  check: bool = True,  # whether the shards' hashes are compared
                  ):
         store, images = Store(folder), images_of(images)
@@ -514,10 +519,19 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         self.small = {key: torch.cat([part[key] for part in tensors]) for key in tensors[0]}
         self.source, self.info, self.pad, self.n = images, images.info, pad, self.manifest["images"]
         self.num_classes = _width_of(store, self.manifest)  # the teacher's classes, which may be more than the data's
+        if pad is None and not self.keeps_all:
+            raise ValueError(f"{store.folder} keeps {self.small['top_log_p'].shape[1]} of the teacher's "
+                             f"{self.num_classes} logits; pad=None needs all: make it with `supermix generate --top all`, "
+                             "or give a number of pixels: then the teacher sees each mixed image again.")
         known = list(self.info.classes)
         self.names = known if len(known) == self.num_classes else [f"class {n}" for n in range(self.num_classes)]
 
     def __len__(self): return self.n
+
+    @property
+    def keeps_all(self) -> bool:
+        "Whether all of the teacher's logits are kept, and not only the largest."
+        return self.small["top_log_p"].shape[1] == self.num_classes
 
     def batch(self, rows: torch.Tensor | slice | list[int] | int) -> MixedBatch:
         "The mixed images of some rows (numbers, or a mask), all at once."
@@ -533,9 +547,9 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         return (image, soft) if rows.ndim else (image[0], soft[0])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
-        "Random mixed images under random views, as a student gets them, and what is known of them."
+        "Random mixed images as a student gets them, under random views unless `pad` is None; and what is known of them."
         batch = self.batch(torch.randint(len(self), (n,), generator=generator))
-        return _seen_anew(batch.images, self.info, self.pad, generator), batch
+        return batch.images if self.pad is None else _seen_anew(batch.images, self.info, self.pad, generator), batch
 
     def __repr__(self):
         sets = sum(entry["sets"] for entry in self.manifest["shards"])
