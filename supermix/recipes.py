@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import cos, inf, isfinite, pi
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -83,7 +83,7 @@ class Training(Typed):
     first_stage: int = 30   # of these, for the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
     first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
     held_out: int = 0       # training images on which the best epoch is told; 0: none (ours)
-    bfloat16: bool = False  # autocast to bfloat16: faster where the processor has it (ours)
+    bfloat16: bool = False  # autocast to bfloat16: faster on some processors and on GPUs (ours)
     compile: bool = False   # let torch.compile fuse what it can (ours)
     seed: int = 0           # of weights, order, views and mixes (ours)
     optimizer: str = _later("sgd")      # "sgd" (S 1.1) or "adamw" (Loshchilov & Hutter 2019), with torch's β2 and ε
@@ -91,9 +91,11 @@ class Training(Typed):
     nesterov: bool = _later(False)      # for SGD: Nesterov's momentum instead of the plain one
     label_smoothing: float = _later(0.0)  # share of a natural image's label that goes to all classes evenly
     clip_grad: float | None = _later(None)  # largest norm of the gradient of all weights together; None: any
+    bfloat16_if_faster: bool = _later(False)  # the same where a second's measurement finds it faster here (ours)
+    views: int | None = _later(None)  # fixed random views an image, which epochs show in turn; None: always new ones
 
     def check(self) -> None:
-        _within(self, "epochs batch_size", least=1)
+        _within(self, "epochs batch_size views", least=1)
         _within(self, "lr first_lr", above=0)
         _within(self, "momentum label_smoothing", least=0, below=1)
         _within(self, "weight_decay", least=0, most=1)
@@ -174,7 +176,9 @@ class Generation(Typed):
     shard: int = 4096       # sets that are drawn for a file, a multiple of 128 (ours)
     slots: int = 128        # sets that are worked on at the same time (ours)
     bfloat16: bool = False  # the teacher's passes in bfloat16: faster where the processor has it (ours)
-    top: int = 10           # largest logits that are kept of the teacher's, beside their log-sum-exp (ours)
+    # largest logits that are kept of the teacher's, beside their log-sum-exp, 3 bytes each (4 with more than 256
+    # classes); all: of each class, 2 bytes, and a student can do without the teacher (ours)
+    top: Annotated[int | str, tyro.conf.arg(metavar="{INT,all}")] = 10
     train_images: int | None = None  # sources: a class-balanced part of the training images; None: all (ours)
     seed: int = 0           # of all draws (ours)
 
@@ -182,9 +186,9 @@ class Generation(Typed):
         if self.count < 1 or self.shard < 128 or self.shard % 128:
             raise ValueError("Expected a count of 1 or more and shards of a multiple of 128 sets, "
                              f"got count {self.count} and shard {self.shard}.")
-        if self.top < self.mixing.k:
-            raise ValueError(f"Expected top of at least k = {self.mixing.k} logits, those of the sources' classes, "
-                             f"got {self.top}.")
+        if self.top != "all" and not (isinstance(self.top, int) and self.top >= self.mixing.k):
+            raise ValueError(f"Expected top of at least k = {self.mixing.k} logits, those of the sources' classes, or "
+                             f"'all', got {self.top!r}.")
         _within(self, "slots train_images", least=1)
         _within(self, "seed", **_SEEDS)
 
@@ -275,7 +279,9 @@ class Recipe(Typed):
     teacher_training: Training = _BENCHMARK  # of the teacher, where it is not given as a file (CRD benchmark)
     mixing: Mixing = Mixing()    # how SuperMix's masks are searched for
     mixes: int = 500_000         # mixed images made before training: 10 × the training set (main)
-    mixed_pad: int = 2           # random crops of mixed images may be off by this many pixels (authors' code)
+    # random crops of mixed images may be off by this many pixels (authors' code); None: mixes as they were made, with
+    # the teacher's logits that their stock then keeps: the teacher does not see them again (ours)
+    mixed_pad: int | None = 2
     train_images: int | None = None  # the student's natural images, and its mixes' sources; None: all (ours)
     size: int | None = None      # height and width at which networks see images in files; None: the data's, 224 (ours)
     scales: tyro.conf.Suppress[dict] = field(  # what `at` changes: {scale: {"training.epochs": 1, …}}; not an option
