@@ -173,9 +173,9 @@ class Generation(Typed):
     teacher: str = "auto"   # "auto": the one shipped for the data; a `zoo.save` file; or an ImageNet network of the zoo
     count: int = 50_000     # mixed images that are wanted (the paper's CIFAR-100 runs: 500,000)
     mixing: Mixing = Mixing(**FAST)  # how they are searched for
-    shard: int = 4096       # sets that are drawn for a file, a multiple of 128 (ours)
-    slots: int = 128        # sets that are worked on at the same time (ours)
-    bfloat16: bool = False  # the teacher's passes in bfloat16: faster where the processor has it (ours)
+    shard: int | None = None      # sets that are drawn for a file, a multiple of 128; None: by the device (ours)
+    slots: int | None = None      # sets that are worked on at the same time; None: by the device (ours)
+    bfloat16: bool | None = None  # the teacher's passes in bfloat16; None: on a GPU that has it (ours)
     # largest logits that are kept of the teacher's, beside their log-sum-exp, 3 bytes each (4 with more than 256
     # classes); all: of each class, 2 bytes, and a student can do without the teacher (ours)
     top: Annotated[int | str, tyro.conf.arg(metavar="{INT,all}")] = 10
@@ -183,7 +183,7 @@ class Generation(Typed):
     seed: int = 0           # of all draws (ours)
 
     def check(self) -> None:
-        if self.count < 1 or self.shard < 128 or self.shard % 128:
+        if self.count < 1 or self.shard is not None and (self.shard < 128 or self.shard % 128):
             raise ValueError("Expected a count of 1 or more and shards of a multiple of 128 sets, "
                              f"got count {self.count} and shard {self.shard}.")
         if self.top != "all" and not (isinstance(self.top, int) and self.top >= self.mixing.k):

@@ -39,7 +39,7 @@ from supermix.mixing.store import (
     teacher_identity,
 )
 from supermix.policies.policies import _POLICIES, Augmented
-from supermix.recipes import FAST, Generation, Mixing, Training
+from supermix.recipes import FAST, FAST_0_1, Generation, Mixing, Training
 from supermix.training.loop import accuracy
 from supermix.zoo import create
 from torch import nn
@@ -322,7 +322,7 @@ def test_a_store_of_another_format(teacher, digits, tmp_path):
 
 
 OLD = Path(__file__).parent / "data" / "store_format_3"  # as supermix wrote it before manifests had hashes, cards runs
-OLD_RECIPE = Generation(data="digits", count=150, shard=128)
+OLD_RECIPE = Generation(data="digits", count=150, shard=128, slots=128, bfloat16=False, mixing=Mixing(**FAST_0_1))
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_two_threads_make_the_same_bits_twice(digits, teacher):
 
     one, two, again = go(1), go(2), go(2)
     assert same(two, again)
-    torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

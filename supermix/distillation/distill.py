@@ -416,6 +416,7 @@ class _KnownLogits:
     def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:  # int64 (B,) -> float32 (B, N)
         return self.now[indices.to(self.now.device)].float()
 
+# %% ../../nbs/45_distillation.distill.ipynb #3a51fb0b
 def make_terms(terms: Terms,                         # of which the terms on features are made
                student: nn.Module,                   # with `features`, where there are such terms
                teacher: Callable | list[nn.Module],  # with `features`, where there are such terms

@@ -193,6 +193,7 @@ def _ramp(colours: np.ndarray, width: int = 110) -> Image.Image:  # (256, 3)
     bar = np.broadcast_to(colours[None, np.linspace(0, 255, width).astype(int)], (12, width, 3))
     return Image.fromarray((255 * bar).astype(np.uint8))
 
+# %% ../../nbs/71_explore.draw.ipynb #c379766a
 def draw_backdrop(scene: Scene) -> Image.Image:
     "All that does not change from iteration to iteration."
     (places, side), columns = _source_places(len(scene.pictures)), _mix_places(scene)

@@ -190,6 +190,42 @@ def _step_slots(slots: _Slots) -> None:
     slots.holds[rows] = holds.masked_fill(rows == slots.spare, _EMPTY)
     slots.passes += (rows != slots.spare).sum()
 
+# %% ../../nbs/34_mixing.engine.ipynb #9b494f82
+class _Replayed:
+    """A pass for all slots; on a GPU it is recorded as a CUDA graph and replayed. The first passes run as they are: in
+    them kernels are chosen, and what is kept from pass to pass is made."""
+    def __init__(self, slots: _Slots):
+        self.slots = slots
+        self.graph = None
+        self.made = 0  # passes that ran as they are
+        self.why = "" if slots.device.type == "cuda" else "not on a GPU"  # passes are not replayed
+
+    def __call__(self) -> None:
+        "Make the next pass."
+        if self.graph is None and not self.why and self.made >= 3: self.record()
+        if self.graph is not None: return self.graph.replay()
+        self.made += 1
+        if self.why: return _step_slots(self.slots)
+        # on a stream of its own, as a recording wants of what ran before it
+        aside, here = torch.cuda.Stream(self.slots.device), torch.cuda.current_stream(self.slots.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside): _step_slots(self.slots)
+        here.wait_stream(aside)
+
+    def record(self) -> None:
+        "Record the graph, which computes nothing yet; where the teacher's code does not allow it, say so and go on."
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"): _step_slots(self.slots)
+        except torch.OutOfMemoryError: raise
+        except RuntimeError as error: self.why = f"the recording failed: {str(error).splitlines()[0]}"
+        else: self.graph = graph
+
+    @property
+    def how(self) -> str:
+        "Whether passes are replayed, or why they are not."
+        return f"one by one ({self.why})" if self.why else "one graph a pass"
+
 def _collect(slots: _Slots) -> tuple[Found, int]:  # the solved sets, and how many sets have ended
     "What came out since the last look; its rows are free then."
     check_logits(slots.logits[slots.rows], len(slots.rows), slots.mixing.k)
@@ -310,6 +346,7 @@ class Engine(_Tally):
         self.slots = slots
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.network = teacher
+        self.how = ""  # how passes were made: replayed as a graph, or why not
         first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
         self.device = first.device
         check_teacher(teacher, x.to(first), mixing.k)  # what is no teacher is found out now
@@ -332,10 +369,11 @@ class Engine(_Tally):
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
         "Solve all sets of the queue; the solved ones come out in the order in which they are done."
         slots = _Slots(self.logits, self.mixing, self.clock.timed(_DRAWS, blocks), self.slots, self.device)
-        going = slots.fill()
+        going, step = slots.fill(), _Replayed(slots)
         while going:
             since = time.perf_counter()
-            for _ in range(1 if slots.shrinks else _LOOK): _step_slots(slots)
+            for _ in range(1 if slots.shrinks else _LOOK): step()
+            self.how = step.how
             since = self.clock.book(PASSES, since)
             found, ended = _collect(slots)
             self.tried += ended

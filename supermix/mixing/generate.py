@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -122,6 +123,17 @@ def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generatio
         _tell(bar, store.counts(), recipe.count)
 
 # %% ../../nbs/36_mixing.generate.ipynb #727ed571
+_BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64 pixels a side, and for larger ones
+
+def _settle(recipe: Generation, images: Images, teacher) -> Generation:
+    "The recipe with what suits the teacher's device where it names nothing: slots, sets a shard, and bfloat16."
+    on_gpu = isinstance(teacher, nn.Module) and any(p.device.type == "cuda" for p in teacher.parameters())
+    small = max(images[:1][0].shape[-2:]) <= 64
+    chosen = {"slots": _BY_DEVICE["cuda" if on_gpu else "cpu"][0 if small else 1],
+              "shard": 32_768 if on_gpu and small else 4096,
+              "bfloat16": on_gpu and torch.cuda.is_bf16_supported()}
+    return replace(recipe, **{name: value for name, value in chosen.items() if getattr(recipe, name) is None})
+
 @interruptible()
 def generate(recipe: Generation = Generation(),
              out: str | Path = "out/mixes",       # the folder of the store
@@ -133,6 +145,7 @@ def generate(recipe: Generation = Generation(),
     _check_recipe(recipe)
     images = _sources_of(recipe) if images is None else images_of(images)
     teacher = teacher if teacher is not None else _teacher_of(recipe, images)
+    recipe = _settle(recipe, images, teacher)
     # a shard never fills more slots than it has sets
     engine = Engine(teacher, images[:2][0], recipe.mixing, min(recipe.slots, recipe.shard), recipe.bfloat16)
     store = Store(out)
@@ -259,6 +272,8 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
         size = sum((store.folder / entry["file"]).stat().st_size for entry in made["shards"])
         print(f"{made['images']:,} mixed images in {out}: {size / made['images']:.0f} bytes each, "
               f"made in {time.perf_counter() - start:.0f} s")
+        print(f"{made['recipe']['slots']:,} slots, {made['recipe']['shard']:,} sets a shard, the teacher in "
+              f"{'bfloat16' if made['recipe']['bfloat16'] else 'float32'}")
 
 def main() -> None:
     "For `python -m supermix.generate` and torchrun."

@@ -417,7 +417,6 @@ class SuperMix(Mixer):
 
     def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.solve(sets, draw.lam, self.first_theta(draw.lam, sets.shape[-2:], generator), draw).masks
-
     def weights(self, masks: torch.Tensor, draw: Draw) -> torch.Tensor: return draw.lam
 
 # %% ../../nbs/33_mixing.solver.ipynb #5a0a4fe0

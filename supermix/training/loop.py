@@ -549,6 +549,7 @@ def _share_layout(optimiser: torch.optim.SGD) -> None:
         held = state.get("momentum_buffer")
         if held is not None and held.stride() != p.stride(): state["momentum_buffer"] = torch.empty_like(p).copy_(held)
 
+# %% ../../nbs/22_training.loop.ipynb #3088eec2
 class _Replayed:
     """An update as one CUDA graph: batch, forward pass, loss, gradient and optimiser, recorded once and replayed. The
     first updates run as they are, in which kernels are chosen and the optimiser's momentum is made. On another device
