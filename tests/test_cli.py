@@ -18,6 +18,7 @@ import supermix
 from supermix import cli
 from supermix.cli import COMMANDS, MIXER_NAMES, parse_command
 from supermix.experiments import demo, runs, study, throughput
+from supermix.experiments.photographs import predict_command
 from supermix.mixing.generate import command
 from supermix.training.loop import make_teacher
 
@@ -106,6 +107,7 @@ def test_the_names_of_the_package():
         ("demo", demo.demo),
         ("teacher", make_teacher),
         ("generate", command),
+        ("predict", predict_command),
         ("study", study.study),
         ("throughput", throughput.throughput),
     ],
@@ -179,7 +181,7 @@ def test_none_has_one_spelling_and_others_are_understood():
         ("teacher", "--root"),
     } <= set(found) and len(found) > 20
     for name, option in found:
-        more = ["--data", "digits"] * (name == "teacher")
+        more = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
         if option.endswith("mixing.hold"):
             more = [option.replace("hold", "start"), "flat"]  # regions need it
         plain = parse_command([name, option, "none", *more])
