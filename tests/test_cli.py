@@ -184,14 +184,14 @@ def test_none_has_one_spelling_and_others_are_understood():
         more = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
         if option.endswith("mixing.hold"):
             more = [option.replace("hold", "start"), "flat"]  # regions need it
-        plain = parse_command([name, option, "none", *more])
+        plain = parse_command([name, *more, option, "none"])
         for spelling in ("None", "NONE"):
-            again = parse_command([name, option, spelling, *more])
+            again = parse_command([name, *more, option, spelling])
             assert again.args == plain.args and again.keywords == plain.keywords, option
     for spelling in ("none", "None"):
         assert parse_command(["train", "--policy", spelling]).args[1] == supermix.recipes.Variant()
         assert parse_command(["distill", f"--mixer={spelling}"]).args[1].mixer is None
-        assert parse_command(["generate", "--out", f"./{spelling}"]).args[1] == Path(spelling)  # a folder of this name
+        assert parse_command(["generate", "--out", f"./{spelling}"]).args[-1] == Path(spelling)  # a folder of this name
 
 
 def test_whoever_stops_reading_hears_no_complaint():
