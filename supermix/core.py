@@ -193,18 +193,19 @@ def fitting(network, images: torch.Tensor, what: str = "network"):
 def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of some images
                     labels: torch.Tensor,  # int64 (n,): their labels
                     level: int = 3,        # stacklevel of the warning: who is said to have caused it
+                    who: str = "teacher",  # what the network is called
                     ) -> float:            # percent
-    "The share of labels that the teacher sees; a warning where that is near chance."
+    "The share of labels that a teacher sees; a warning where that is near chance."
     right = 100 * (seen.cpu() == labels.cpu()).float().mean().item()
     seen, labels, kinds = seen.cpu(), labels.cpu(), labels.unique().cpu()
     chance = 100 / len(kinds)  # each class counts alike
     each = 100 * sum((seen[labels == kind] == kind).float().mean().item() for kind in kinds) / len(kinds)
     if len(labels) >= 20 and len(kinds) > 1 and each < chance + 0.15 * (100 - chance):
-        warnings.warn(f"The teacher is right in {right:.1f} % of {len(labels):,} images, "
+        warnings.warn(f"The {who} is right in {right:.1f} % of {len(labels):,} images, "
                       f"where chance is {chance:.1f} %. Usual causes: its classes are in another order than the "
-                      "labels' (folders sort '10' before '2'; load_folder(classes=[…]) sets the order); the images' "
-                      "size, mean or std are not those of its training; its head is wrong, or it is not trained on "
-                      "these classes.", stacklevel=level)
+                      "labels' (folders sort '10' before '2'; load_folder(classes=[…]), or --classes in the shell, "
+                      "sets the order); the images' size, mean or std are not those of its training; its head is "
+                      "wrong, or it is not trained on these classes.", stacklevel=level)
     return right
 
 # %% ../nbs/00_core.ipynb #bb0eaf2a

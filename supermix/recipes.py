@@ -11,6 +11,7 @@ __all__ = ['FAST', 'FAST_0_1', 'CIFAR100', 'IMAGENET', 'CRD_BENCHMARK', 'CIFAR10
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import cos, inf, isfinite, pi
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -169,8 +170,8 @@ FAST_0_1 = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)
 @dataclass(frozen=True)
 class Generation(Typed):
     "A store of mixed images: what is mixed, how, and how many."
-    data: str = "auto"      # a data set of `supermix.data`; "auto": Fashion-MNIST where it can be had, else digits
-    teacher: str = "auto"   # "auto": the one shipped for the data; a `zoo.save` file; or an ImageNet network of the zoo
+    data: str = "auto"      # a data set, or a folder of photographs (one folder a class); auto: Fashion-MNIST or digits
+    teacher: str = "auto"   # "auto": the one shipped for the data; a file of weights; or an ImageNet network of the zoo
     count: int = 50_000     # mixed images that are wanted (the paper's CIFAR-100 runs: 500,000)
     mixing: Mixing = Mixing(**FAST)  # how they are searched for
     shard: int | None = None      # sets that are drawn for a file, a multiple of 128; None: by the device (ours)
@@ -271,9 +272,9 @@ _LOW = ("mobilenetv2", "shufflenetv1", "shufflenetv2")                          
 @dataclass(frozen=True)
 class Recipe(Typed):
     "A distillation run: data, teacher, student, and how they are trained and mixed."
-    data: str = "cifar100"       # a data set of `supermix.data`
-    teacher: str = "wrn_40_2"    # a network of `supermix.zoo`
-    student: str = "wrn_16_2"    # a network of `supermix.zoo`
+    data: str = "cifar100"       # a data set of `supermix.data`, or a folder of photographs, one folder per class
+    teacher: str = "wrn_40_2"    # a network of `supermix.zoo`, torchvision or timm
+    student: str = "wrn_16_2"    # a network of `supermix.zoo`, torchvision or timm
     training: Training = Training()  # of the student
     low_lr: float | None = 0.02  # initial lr of MobileNetV2 and the ShuffleNets (authors' code); None: as any other's
     teacher_training: Training = _BENCHMARK  # of the teacher, where it is not given as a file (CRD benchmark)
@@ -375,6 +376,38 @@ CRD_BENCHMARK = replace(CIFAR100, training=_BENCHMARK, low_lr=0.01, scales={
              "training.first_stage": 3},
     "smoke": _SMOKE,
 })
+
+# %% ../nbs/02_recipes.ipynb #259f360b
+@dataclass(frozen=True)
+class Pictures(Typed):
+    "How a folder of photographs is seen: what is not given is as the teacher's network was trained."
+    network: str | None = None  # whose weights the file holds: timm/resnet18; none: a file of supermix says it
+    mean: tuple[float, float, float] | None = None  # of each channel, for pixels in 0 … 1
+    std: tuple[float, float, float] | None = None   # of each channel, for pixels in 0 … 1
+    classes: tuple[str, ...] = ()  # all of their names, in the teacher's order; none: the folders', by the alphabet
+
+_DATA_NAMES = ("auto", "digits", "fashion_mnist", "cifar100", "imagenet")
+
+def is_folder(data: str) -> bool:
+    "Whether data are a folder of photographs, and no data set's name; a FileNotFoundError where a path leads nowhere."
+    if not data or data in _DATA_NAMES: return False
+    if Path(data).expanduser().is_dir(): return True
+    if "/" in data or data.startswith("~"): raise FileNotFoundError(f"There is no folder {data}.")
+    return False
+
+FOLDER = Recipe(
+    data="", teacher="", student="torchvision/resnet18", low_lr=None,
+    training=Training(epochs=30, batch_size=32, lr=0.02, weight_decay=1e-4, milestones=(), warmup=2, first_stage=3,
+                      schedule="cosine"),
+    teacher_training=Training(epochs=60, batch_size=32, lr=0.02, weight_decay=1e-4, milestones=(), warmup=2,
+                              schedule="cosine"),
+    mixing=Mixing(**FAST), mixes=1000,
+    scales={
+        "paper": {},  # the recipe itself: the paper has no such data
+        "mini": {"training.epochs": 10, "training.first_stage": 2, "teacher_training.epochs": 20, "mixes": 300},
+        "smoke": {"training.epochs": 2, "training.warmup": 0, "training.first_stage": 1, "teacher_training.epochs": 4,
+                  "mixes": 32},
+    })
 
 # %% ../nbs/02_recipes.ipynb #4682d948
 @dataclass(frozen=True)

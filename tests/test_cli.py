@@ -18,6 +18,7 @@ import supermix
 from supermix import cli
 from supermix.cli import COMMANDS, MIXER_NAMES, parse_command
 from supermix.experiments import demo, runs, study, throughput
+from supermix.experiments.photographs import predict_command
 from supermix.mixing.generate import command
 from supermix.training.loop import make_teacher
 
@@ -106,6 +107,7 @@ def test_the_names_of_the_package():
         ("demo", demo.demo),
         ("teacher", make_teacher),
         ("generate", command),
+        ("predict", predict_command),
         ("study", study.study),
         ("throughput", throughput.throughput),
     ],
@@ -179,17 +181,17 @@ def test_none_has_one_spelling_and_others_are_understood():
         ("teacher", "--root"),
     } <= set(found) and len(found) > 20
     for name, option in found:
-        more = ["--data", "digits"] * (name == "teacher")
+        more = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
         if option.endswith("mixing.hold"):
             more = [option.replace("hold", "start"), "flat"]  # regions need it
-        plain = parse_command([name, option, "none", *more])
+        plain = parse_command([name, *more, option, "none"])
         for spelling in ("None", "NONE"):
-            again = parse_command([name, option, spelling, *more])
+            again = parse_command([name, *more, option, spelling])
             assert again.args == plain.args and again.keywords == plain.keywords, option
     for spelling in ("none", "None"):
         assert parse_command(["train", "--policy", spelling]).args[1] == supermix.recipes.Variant()
         assert parse_command(["distill", f"--mixer={spelling}"]).args[1].mixer is None
-        assert parse_command(["generate", "--out", f"./{spelling}"]).args[1] == Path(spelling)  # a folder of this name
+        assert parse_command(["generate", "--out", f"./{spelling}"]).args[-1] == Path(spelling)  # a folder of this name
 
 
 def test_whoever_stops_reading_hears_no_complaint():

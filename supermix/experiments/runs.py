@@ -30,10 +30,11 @@ from ..mixing.folding import fold_norms
 from ..mixing.generate import claimed, patiently
 from ..mixing.mixers import CutMix, MixUp, Mixer
 from ..mixing.store import MixedDataset
-from ..recipes import Family, Mixing, Recipe, Terms, Training, Variant, as_named, method_terms
+from ..recipes import (Family, Mixing, Pictures, Recipe, Terms, Training, Variant, as_named, is_folder,
+                              method_terms)
 from ..training.loop import (Batch, History, check_training, join, label_objective, short_hash, to_device, train,
                                     world)
-from ..zoo import create, load, load_crd, names, save
+from ..zoo import check_head, create, full_name, load, load_crd, load_pictures, open_network, save
 
 # %% ../../nbs/62_experiments.runs.ipynb #0b0b3b64
 def _write_cifar100(folder: str | Path,  # the folder cifar-100-python is made in it
@@ -101,6 +102,7 @@ class Places:
     results: str | Path = "results/runs"  # for the results' files
     root: str | Path | None = None        # a folder in which to look for the data first; None: as chapter 1 does
     teacher: str | Path | None = None     # the teacher's file; None: trained here, or torchvision's
+    pictures: Pictures = Pictures()       # how the photographs of a folder are seen
     policies: str | Path = "."            # the folder that the names of policy files start from
     device: str | None = None             # such as cpu or cuda:1; None: a GPU where there is one
     minutes: float = 10.0                 # between checkpoints within an epoch
@@ -108,8 +110,13 @@ class Places:
 # %% ../../nbs/62_experiments.runs.ipynb #bbc8738b
 def _open_data(recipe: Recipe,
                root: str | Path | None = None,  # a folder in which to look for the data first
+               places: Places = Places(),       # of a folder of photographs: the teacher's file, and how they are seen
                ) -> Data:
     "The recipe's data, at the image size that it asks for; a ValueError where the data have another, fixed size."
+    if is_folder(recipe.data):
+        network = recipe.teacher or recipe.student
+        seen_by = open_network(places.teacher, network) if places.teacher else create(network)
+        return load_pictures(recipe.data, seen_by, places.pictures, recipe.size)
     data = load_data(recipe.data, root)
     if recipe.size is None or recipe.size == data.info.size: return data
     if not isinstance(data.train, FolderImages):
@@ -194,6 +201,12 @@ def _claim_for_all(path: Path):
 # torchvision's first weights, of plain training; its second ones (ResNet50: 80.9 %) were made with MixUp and CutMix
 _TEACHER_WEIGHTS = "IMAGENET1K_V1"
 
+def _names_in_file(recipe: Recipe) -> tuple[str, str]:
+    "What a file's name says of data and teacher, and of the student."
+    data, teacher, student = (Path(recipe.data).expanduser().resolve().name,
+                              *(name.replace("/", ".") for name in (recipe.teacher, recipe.student)))
+    return f"{data}-{teacher}", student
+
 def _is_fetched(recipe: Recipe, classes: int) -> bool:
     "Whether the teacher's weights are torchvision's."
     return recipe.teacher.startswith("imagenet") and classes == 1000
@@ -202,6 +215,7 @@ def _load_teacher(recipe: Recipe, data: Data, file: str | Path) -> nn.Module:
     "The recipe's teacher from a file; a ValueError where it holds another network or learned from other data."
     path = Path(file).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"There is no teacher's file {path}.")
+    if is_folder(recipe.data): return check_head(open_network(path, recipe.teacher), data, path)
     if path.suffix != ".safetensors": return load_crd(create(recipe.teacher, len(data.info.classes)), path)
     teacher = load(path, data.info)
     if teacher.card["network"] != recipe.teacher:
@@ -220,7 +234,7 @@ def _open_teacher(recipe: Recipe, data: Data,
     if file: return _load_teacher(recipe, data, file).to(device)
     if _is_fetched(recipe, classes): return create(recipe.teacher, weights=_TEACHER_WEIGHTS).eval().to(device)
     what = short_hash(as_named(recipe.teacher_training), fingerprint(data.train))
-    path = Path(folder) / "teachers" / f"{recipe.data}-{recipe.teacher}-{what}.safetensors"
+    path = Path(folder) / "teachers" / f"{_names_in_file(recipe)[0]}-{what}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with patiently(path) if world()[1] == 1 else _claim_for_all(path):
         if not _value_of_first(path.exists()):
@@ -246,7 +260,7 @@ def _open_mixer(recipe: Recipe, variant: Variant,
     what = short_hash(weights_hash(teacher), asdict(mixing), recipe.mixes, recipe.training.seed, fingerprint(sources),
                       *["all logits"] * (recipe.mixed_pad is None))
     return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed,
-                      Path(folder) / "mixes" / f"{recipe.data}-{recipe.teacher}-{what}", recipe.mixed_pad)
+                      Path(folder) / "mixes" / f"{_names_in_file(recipe)[0]}-{what}", recipe.mixed_pad)
 
 def _find_policy(variant: Variant, policies: str | Path):  # Policy, or None where the row has none
     "The row's policy, by its name or from its file in the folder `policies`; an error says how to make the file."
@@ -273,8 +287,10 @@ def _check_names(recipe: Recipe, variant: Variant,
     "A ValueError where a name is not known or a policy file is not whole; a FileNotFoundError where there is none."
     _row_terms(variant)
     lookup(_ROW_MIXERS, variant.mixer or "", "mixer")
-    networks = dict.fromkeys(names())
-    for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): lookup(networks, name, "network")
+    if _needs_teacher(variant) and not recipe.teacher:
+        raise ValueError(f"Expected a teacher of the classes in {recipe.data}: --teacher FILE --network NAME, with a "
+                         "file of its weights; or --teacher NAME, and it is trained here first.")
+    for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): full_name(name)
     _find_policy(variant, policies)
 
 def _open_device(name: str | None) -> torch.device:  # name: None: a GPU where there is one
@@ -296,8 +312,7 @@ def _result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
     what = json.loads(json.dumps({name: value for name, value in as_named(recipe).items() if name != "scales"}))
     seed = what["training"].pop("seed")
     policy = [variant.policy] if variant.policy.endswith(".json") else []
-    return Path(results) / (f"{recipe.data}-{recipe.teacher}-{recipe.student}-{variant.name}-"
-                            f"{short_hash(what, *policy)}-{seed}.json")
+    return Path(results) / f"{'-'.join(_names_in_file(recipe))}-{variant.name}-{short_hash(what, *policy)}-{seed}.json"
 
 def find_result(recipe: Recipe, variant: Variant, results: str | Path) -> dict | None:
     "The result of a run from its file in the folder `results`, or None where there is none."
@@ -322,8 +337,8 @@ def _check_result(found: dict, recipe: Recipe, variant: Variant, places: Places,
     "A ValueError where a result is of another policy, of other images, or of another teacher than those given."
     path = _result_path(recipe, variant, places.results)
     _check_result_policy(found, variant, places.policies, path)
-    if not places.teacher and places.root is None: return
-    data = _open_data(recipe, places.root)
+    if not places.teacher and places.root is None and not is_folder(recipe.data): return
+    data = _open_data(recipe, places.root, places)
     images = fingerprint(data.train)
     if found.get("images", images) != images:  # a result of an earlier version does not say
         raise ValueError(f"{path} is the result of other images than {data}. Choose another folder, or move it away.")
@@ -364,6 +379,11 @@ def _train_student(recipe: Recipe, variant: Variant, places: Places, data: Data,
                       minutes=places.minutes)
     return student, history
 
+def _student_path(recipe: Recipe, variant: Variant, places: Places) -> Path:
+    "The file of a trained student."
+    stem = _result_path(recipe, variant, places.results).stem
+    return Path(places.folder) / "students" / f"{stem}.safetensors"
+
 def run(recipe: Recipe,
         variant: Variant,            # the row: what the student learns from
         places: Places = Places(),
@@ -376,7 +396,7 @@ def run(recipe: Recipe,
         _check_result(found, recipe, variant, places, device)
         return found
     _check_names(recipe, variant, places.policies)
-    data, teacher = _open_data(recipe, places.root), None
+    data, teacher = _open_data(recipe, places.root, places), None
     images = _training_images(recipe, data)
     if _needs_teacher(variant):
         if places.teacher: teacher = _open_teacher(recipe, data, places.folder, places.teacher, device)
@@ -394,7 +414,7 @@ def run(recipe: Recipe,
                   "data": str(data), "images": fingerprint(data.train), "teacher": _teacher_record(teacher),
                   "figures": figures, "policy": _policy_hash(variant, places.policies)}
         if world()[0] == 0:
-            save(student, Path(places.folder) / "students" / f"{path.stem}.safetensors", accuracy=history.test)
+            save(student, _student_path(recipe, variant, places), accuracy=history.test)
             write_atomic(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         _wait_for_all()
     return result
@@ -611,7 +631,7 @@ def _notebook_places(recipe: Recipe, scale: str, top: str | Path = "../..") -> d
 def _print_cost(recipe: Recipe, variant: Variant, scale: str, places: Places) -> None:
     "Print what a run costs here: of the real data's size, but where a folder or the scale says which data."
     known = scale != "smoke" and recipe.data in _SIZES and places.root is None
-    data = None if known else _open_data(recipe, places.root)
+    data = None if known else _open_data(recipe, places.root, places)
     estimate = estimate_cost(recipe, variant, data, device=places.device, given=places.teacher is not None)
     if world()[0] == 0: print(estimate, flush=True)
 
@@ -634,6 +654,7 @@ def run_command(recipe: Recipe, variant: Variant,
         if world()[0] == 0:
             print(f"{result['figures']['test_accuracy']:.2f} % of the test images after "
                   f"{result['figures']['epochs']} epochs: {_result_path(recipe, variant, places.results)}")
+            if is_folder(recipe.data): print(f"The student: {_student_path(recipe, variant, places)}")
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,13 @@ import torch
 import tyro
 from torch import nn
 
-from ..core import check_interrupt, interruptible, progress
+from ..core import check_interrupt, compare_classes, interruptible, progress
 from ..data import Data, Images, load_data
 from .engine import BLOCK, UNSOLVED, Engine, draw_block, joined
+from .solver import teacher_logits
 from .store import Store, begin, clear, finish, holds_nothing, images_of
-from ..recipes import Generation
-from ..zoo import create, load, names, pretrained
+from ..recipes import Generation, Pictures, is_folder
+from ..zoo import create, load, names, open_pictures, pretrained
 
 # %% ../../nbs/36_mixing.generate.ipynb #d662df43
 @contextmanager
@@ -241,6 +243,11 @@ def _sources_of(recipe: Generation) -> Images:
     images = load_data(recipe.data).train
     return images if recipe.train_images is None else images.subset(recipe.train_images)
 
+def _on_gpu(teacher: nn.Module) -> nn.Module:
+    "The teacher on a GPU, where there is one; processes may share it."
+    if not torch.cuda.is_available(): return teacher
+    return teacher.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
+
 def _teacher_of(recipe: Generation, images: Images) -> nn.Module:
     "The recipe's teacher: shipped, from a file, or torchvision's for ImageNet."
     name = recipe.teacher
@@ -250,33 +257,63 @@ def _teacher_of(recipe: Generation, images: Images) -> nn.Module:
     else:
         raise ValueError(f"Unknown teacher {name!r}: expected 'auto', a file that `supermix.zoo.save` wrote, "
                          f"or one of {', '.join(n for n in names() if n.startswith('imagenet'))}.")
-    if not torch.cuda.is_available(): return teacher
-    return teacher.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")  # some may share one
+    return _on_gpu(teacher)
 
-# %% ../../nbs/36_mixing.generate.ipynb #1e93fb05
+# %% ../../nbs/36_mixing.generate.ipynb #acf2e676
+def _open_folder(recipe: Generation, pictures: Pictures, size: int | None) -> tuple[Generation, Images, nn.Module]:
+    "The recipe for a folder of photographs, its images and its teacher; a warning where the teacher is near chance."
+    if recipe.teacher == "auto":
+        raise ValueError(f"Expected a teacher of the classes in {recipe.data}: say --teacher FILE --network NAME, "
+                         "with a file of its weights.")
+    data, teacher = open_pictures(recipe.data, recipe.teacher, pictures, size)
+    images, teacher = data.train, _on_gpu(teacher)
+    if recipe.train_images is not None: images = images.subset(recipe.train_images)
+    some = images.subset(min(300, len(images)))
+    seen = [teacher_logits(teacher, x.to(next(teacher.parameters()).device)).argmax(1)
+            for x, _, _ in some.batches(100)]
+    right = compare_classes(torch.cat(seen), some.labels)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{data}\n{teacher.name} is right in {right:.0f} % of {len(some):,} training images", flush=True)
+    shard = min(recipe.shard, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images in each
+    return replace(recipe, data=images.info.name, teacher="given", shard=shard), images, teacher
+
+def _check_no_pictures(pictures: Pictures, size: int | None) -> None:
+    "A ValueError where options for a folder's photographs are given without a folder."
+    given = [f"--{name}" for name, value in {**vars(pictures), "size": size}.items() if value not in (None, ())]
+    if given:
+        raise ValueError(f"Expected --data FOLDER beside {', '.join(given)}: a data set by name has all of that.")
+
 def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
+            pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(), size: int | None = None,
             out: Path = Path("out/mixes")) -> None:
     """Make a store of mixed images, or go on with one that was begun: run the same command again.
+    From your own photographs: --data FOLDER --teacher FILE --network NAME (chapter 80).
 
     Args:
         recipe: what is mixed, how, and how many.
+        pictures: how a folder of photographs is seen.
+        size: height and width at which the network gets a folder's photographs, in pixels; none: as it was trained.
         out: the folder of the store.
     """
     start = time.perf_counter()
-    try: store = generate(recipe, out)
+    images = teacher = None
+    if is_folder(recipe.data): recipe, images, teacher = _open_folder(recipe, pictures, size)
+    else: _check_no_pictures(pictures, size)
+    try: store = generate(recipe, out, images, teacher)
     except KeyboardInterrupt:
         sys.exit(f"Stopped: {_kept(Store(out)):,} of {recipe.count:,} images are kept in {out}. "
                  "Run the same command again to go on.")
     if os.environ.get("RANK", "0") == "0":
         made = store.manifest()
-        size = sum((store.folder / entry["file"]).stat().st_size for entry in made["shards"])
-        print(f"{made['images']:,} mixed images in {out}: {size / made['images']:.0f} bytes each, "
+        stored = sum((store.folder / entry["file"]).stat().st_size for entry in made["shards"])
+        print(f"{made['images']:,} mixed images in {out}: {stored / made['images']:.0f} bytes each, "
               f"made in {time.perf_counter() - start:.0f} s")
         print(f"{made['recipe']['slots']:,} slots, {made['recipe']['shard']:,} sets a shard, the teacher in "
               f"{'bfloat16' if made['recipe']['bfloat16'] else 'float32'}")
 
+# %% ../../nbs/36_mixing.generate.ipynb #1e93fb05
 def main() -> None:
     "For `python -m supermix.generate` and torchrun."
     try:
         with interruptible(): tyro.cli(command, prog="supermix generate")
-    except (ValueError, OSError) as error: sys.exit(f"supermix: {error}")
+    except (ValueError, OSError, ImportError) as error: sys.exit(f"supermix: {error}")
