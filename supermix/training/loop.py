@@ -205,7 +205,8 @@ class History:
         best = f", {self.best[1]:.2f} % of the held-out images right in epoch {self.best[0]}" if self.best else ""
         test = f", {self.test:.2f} % of the test images right after the last epoch" if self.test is not None else ""
         teacher = f", a teacher that is right in {self.teacher:.1f} %" if self.teacher is not None else ""
-        return f"{len(self.rows)} epochs, {last}{self.speed:,.0f} images/s{best}{test}{teacher}"
+        how = f", updates {self.how}" if self.how not in ("", "one by one (not on a GPU)") else ""
+        return f"{len(self.rows)} epochs, {last}{self.speed:,.0f} images/s{best}{test}{teacher}{how}"
 
 # %% ../../nbs/22_training.loop.ipynb #96b875ad
 def world() -> tuple[int, int]:
