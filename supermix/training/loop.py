@@ -300,8 +300,10 @@ class _Run:
         "What a checkpoint holds."
         return {"network": self.network.state_dict(), "optimiser": self.plain_optimiser(),
                 "objective": self.objective.state_dict(), "random": random_state(),
-                "bfloat16": self.bfloat16, "position": [self.epoch, self.step, self.updates], "losses": self.losses,
-                "history": asdict(self.history), "recipe": json.dumps(self.whole_identity())}
+                "position": [self.epoch, self.step, self.updates], "losses": self.losses,
+                "history": {name: value for name, value in asdict(self.history).items() if name != "how"},
+                "recipe": json.dumps(self.whole_identity()),
+                **({"bfloat16": self.bfloat16} if self.recipe.bfloat16_if_faster else {})}
 
     def plain_optimiser(self) -> dict:
         "The optimiser's state, as every device takes it: the learning rate is a number."
