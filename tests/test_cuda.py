@@ -12,9 +12,9 @@ from supermix.experiments.study import _core_trials, _run_trial
 from supermix.mixing.generate import generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
-from supermix.recipes import FAST, METHODS, Generation, Mixing, Training
+from supermix.recipes import FAST, METHODS, Generation, Mixing, Terms, Training
 from supermix.training.checkpoints import checkpoints
-from supermix.training.loop import train
+from supermix.training.loop import Objective, label_objective, measure_bfloat16, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHORT = Training(epochs=2, batch_size=32, lr=0.02, milestones=(1,), first_stage=1)
@@ -157,3 +157,150 @@ def test_a_trial_of_the_study(digits, there, tmp_path):
     trial = replace(_core_trials()[-1], images=100, mixes=1, updates=8, batch_size=50)
     result = _run_trial(trial, digits, there, tmp_path, "cuda")
     assert result["core_seconds"] is None and result["device"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("benchmark", [False, True], ids=["", "cudnn.benchmark"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bfloat16": True}, {"clip_grad": 1.0, "nesterov": True}, {"views": 1}, {"compile": True}],
+    ids=str,
+)
+def test_a_graph_makes_the_updates_of_the_loop(changes, benchmark, digits, monkeypatch):
+    "200 images in batches of 32: six full batches an epoch, and one of 8 that is not replayed."
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    recipe = replace(SHORT, epochs=3, warmup=1, milestones=(2,), **changes)
+
+    def trained():
+        torch.manual_seed(0)
+        network = create("resnet8", 10).cuda()
+        history = train(network, digits.train.subset(200), recipe)
+        return network.state_dict(), history
+
+    ours, history = trained()
+    assert history.how == "one graph an update"
+    monkeypatch.setattr("supermix.training.loop._why_eager", lambda *_: "for comparison")
+    eager, expected = trained()
+    assert expected.how == "one by one (for comparison)"
+    assert history.loss == pytest.approx(expected.loss, rel=5e-2) and [row["lr"] for row in history.rows] == (
+        pytest.approx([row["lr"] for row in expected.rows])
+    )
+    for name, tensor in eager.items():
+        assert (ours[name] - tensor).float().norm() <= 0.1 * tensor.float().norm() + 1e-2, name
+
+
+def test_the_first_replays_are_near_to_the_bit(digits, monkeypatch):
+    "In float32 without TF32, before rounding has grown: a wrong batch, rate or momentum would show at once."
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    recipe = replace(SHORT, epochs=1, batch_size=32, milestones=())
+
+    def losses():
+        torch.manual_seed(0)
+        network, found = create("resnet8", 10).cuda(), []
+        objective = Noting(found)
+        train(network, digits.train.subset(256), recipe, objective)
+        return torch.stack(found).cpu()
+
+    class Noting(Objective):
+        def __init__(self, found):
+            super().__init__()
+            self.found = found
+
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def capturable(self, epoch):
+            return True
+
+        def after_step(self, network):
+            self.found.append(network.head.weight.detach().clone())
+
+    ours = losses()
+    monkeypatch.setattr("supermix.training.loop._why_eager", lambda *_: "for comparison")
+    assert ours.shape[0] == 8
+    torch.testing.assert_close(ours, losses(), rtol=1e-3, atol=1e-4)
+
+
+REPLAYED = {
+    "kd": ("kd", None, {}),
+    "views looked up": ("kd", None, {"views": 2}),
+    "moved mixes": ("kd", 2, {}),
+    "unmoved mixes": ("kd", None, {"views": 2}),
+    "no teacher": (Terms(ce=1.0, mixed_kd=0.9), None, {}),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_a_graph_distils(case, digits, there, monkeypatch):
+    method, pad, changes = REPLAYED[case]
+    images = digits.train.subset(200)
+    stock = make_mixes(there, images, 100, mixed_pad=pad) if "mixes" in case or case == "no teacher" else None
+
+    def trained():
+        torch.manual_seed(0)
+        student = create("resnet8", 10).cuda()
+        recipe = replace(SHORT, epochs=3, milestones=(), **changes)
+        return distill(None if case == "no teacher" else there, student, images, method, stock, recipe)
+
+    history = trained()
+    assert history.how == "one graph an update"
+    monkeypatch.setattr("supermix.training.loop._why_eager", lambda *_: "for comparison")
+    assert history.loss == pytest.approx(trained().loss, rel=5e-2)
+
+
+def test_a_replayed_run_goes_on(digits, tmp_path):
+    def go(folder):
+        torch.manual_seed(0)
+        network = create("resnet8", 10).cuda()
+        history = train(network, digits.train.subset(200), replace(SHORT, epochs=3), folder=folder)
+        return network.state_dict(), history
+
+    whole, history = go(tmp_path)
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the last epoch
+    again, other = go(tmp_path)
+    assert history.how == other.how == "one graph an update"
+    assert other.loss == pytest.approx(history.loss, rel=1e-2)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
+
+
+def test_a_replayed_run_that_blows_up_says_so(digits, tmp_path):
+    with pytest.raises(FloatingPointError, match="try a lower learning rate"):
+        train(
+            create("resnet8", 10).cuda(),
+            digits.train.subset(256),
+            replace(SHORT, epochs=4, lr=1e8),
+            folder=tmp_path,
+        )
+
+
+def test_memory_stays_the_same_over_epochs(digits):
+    "Graph and tables are made once."
+    found = []
+
+    class Watching(Objective):
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def capturable(self, epoch):
+            return True
+
+        def begin_epoch(self, network, epoch):
+            found.append(torch.cuda.memory_reserved())
+
+    train(create("resnet8", 10).cuda(), digits.train.subset(320), replace(SHORT, epochs=12), Watching())
+    assert found[-1] == found[3]
+
+
+def test_what_is_not_replayed_says_why(digits, there):
+    def how(method="kd", mixer=None, **changes):
+        images = digits.train.subset(200)
+        return distill(there, create("resnet8", 10).cuda(), images, method, mixer, replace(SHORT, **changes)).how
+
+    assert how("crd") == "one by one (the objective is not capturable)"
+    assert how("kd", "mixup") == "one by one (the objective is not capturable)"
+    assert how(optimizer="adamw", lr=0.001) == "one by one (adamw is not recorded)"
+    assert how(batch_size=128) == "one by one (fewer than four full batches)"
+
+
+def test_bfloat16_is_measured(digits):
+    assert 0.5 < measure_bfloat16("cuda") < 20
