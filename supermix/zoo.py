@@ -463,6 +463,7 @@ def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | No
     return Info("pictures", tuple(view["classes"]), side, tuple(view["mean"]), tuple(view["std"]),
                 crop_pct=view["crop_pct"], interpolation=getattr(how, "value", how), crop_mode=view["crop_mode"])
 
+# %% ../nbs/19_zoo.ipynb #5e14ea5e
 def load_pictures(root: str | Path,                # a folder, as `load_folder` takes it
                   network: nn.Module,              # that will see the images
                   pictures: Pictures = Pictures(), # what is known better than by the network
