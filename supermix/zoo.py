@@ -38,27 +38,6 @@ def names() -> list[str]:
     "The names that `create` knows."
     return list(_NETWORKS)
 
-# %% ../nbs/19_zoo.ipynb #37ac5ab8
-def create(name: str,                       # one of `names()`, or a network of torchvision or timm: timm/resnet18
-           num_classes: int | None = None,  # number of logits; None: 100, and 1,000 for ImageNet networks
-           weights: str | None = None,      # ImageNet networks: torchvision's name for published weights, as "DEFAULT"
-           ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
-    "Build a network by its name. The network remembers the name, so that `save` can write it down."
-    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
-        raise ValueError(f"Expected num_classes, a whole number of 1 or more, or None, got {num_classes!r}.")
-    name = full_name(name)
-    options = {} if num_classes is None else {"num_classes": num_classes}
-    if weights is not None:
-        if name not in IMAGENET_RESNETS:
-            raise ValueError(f"Published weights exist for {', '.join(IMAGENET_RESNETS)}, not for {name}.")
-        options["weights"] = weights
-    network = _NETWORKS[name](**options) if name in _NETWORKS else _create_elsewhere(name, **options)
-    outputs = [m for m in network.modules() if isinstance(m, nn.Linear)][-1:]
-    network.name = name
-    network.num_classes = num_classes or getattr(network, "num_classes", None) or outputs[0].out_features
-    network.info = None
-    return network
-
 # %% ../nbs/19_zoo.ipynb #fb726f75
 def _name_elsewhere(name: str) -> str | None:
     "The full name of a network of torchvision or timm, such as timm/resnet18; None where neither has it."
@@ -98,6 +77,27 @@ def _create_elsewhere(name: str, **options) -> nn.Module:
         return models.get_model(own, weights=None, **options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{library} cannot make the network {own}: {error}") from error
+
+# %% ../nbs/19_zoo.ipynb #37ac5ab8
+def create(name: str,                       # one of `names()`, or a network of torchvision or timm: timm/resnet18
+           num_classes: int | None = None,  # number of logits; None: 100, and 1,000 for ImageNet networks
+           weights: str | None = None,      # ImageNet networks: torchvision's name for published weights, as "DEFAULT"
+           ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
+    "Build a network by its name. The network remembers the name, so that `save` can write it down."
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ValueError(f"Expected num_classes, a whole number of 1 or more, or None, got {num_classes!r}.")
+    name = full_name(name)
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is not None:
+        if name not in IMAGENET_RESNETS:
+            raise ValueError(f"Published weights exist for {', '.join(IMAGENET_RESNETS)}, not for {name}.")
+        options["weights"] = weights
+    network = _NETWORKS[name](**options) if name in _NETWORKS else _create_elsewhere(name, **options)
+    outputs = [m for m in network.modules() if isinstance(m, nn.Linear)][-1:]
+    network.name = name
+    network.num_classes = num_classes or getattr(network, "num_classes", None) or outputs[0].out_features
+    network.info = None
+    return network
 
 # %% ../nbs/19_zoo.ipynb #bb640cce
 class _Row(NamedTuple):
@@ -463,6 +463,7 @@ def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | No
     return Info("pictures", tuple(view["classes"]), side, tuple(view["mean"]), tuple(view["std"]),
                 crop_pct=view["crop_pct"], interpolation=getattr(how, "value", how), crop_mode=view["crop_mode"])
 
+# %% ../nbs/19_zoo.ipynb #5e14ea5e
 def load_pictures(root: str | Path,                # a folder, as `load_folder` takes it
                   network: nn.Module,              # that will see the images
                   pictures: Pictures = Pictures(), # what is known better than by the network
