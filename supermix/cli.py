@@ -71,6 +71,7 @@ def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet2
     from supermix.training.loop import make_teacher
     return partial(make_teacher, data, out, network, root, quick, compile)
 
+# %% ../nbs/90_cli.ipynb #68740e50
 def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
              pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(), size: int | None = None,
              out: Path = Path("out/mixes")) -> Callable:

@@ -308,11 +308,9 @@ class Distillation(_Staged):
     def teacher(self) -> Callable | None:
         "What gives the teacher's logits."
         return self._outside[0]
-
     def identity(self) -> dict:
         "Method, teacher and mixer."
         return self._identity
-
     def log_entries(self) -> dict[str, float]:
         "The numbers in `notes`."
         return self.notes
@@ -330,7 +328,6 @@ class Distillation(_Staged):
     def prepares(self, epoch: int) -> bool:
         "True for a stock, whose images have to be mixed again."
         return isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self._is_first(epoch)
-
     def prepare(self, batch: Batch) -> _Mixes | None:
         "Mixed images, and what the mixer knows of them."
         return _mix_batch(self.mixer, batch, self.terms.label)
