@@ -213,9 +213,8 @@ def run_races(teacher: nn.Module, images: Images,
     report = {"teacher": f"{teacher.name} on {images.info.name}", "threads": torch.get_num_threads(),
               "torch": torch.__version__, "command": "supermix race"}
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1
-    for name, processes in (("races", several), ("races in one process", 1)):
-        report[name] = {k: race(teacher, images, ways, rounds, 16, processes=processes) for k, ways in _RACES.items()}
     report["processes"] = several
+    report["races"] = {k: race(teacher, images, ways, rounds, 16, processes=several) for k, ways in _RACES.items()}
     report["trade-offs"] = {k: {name: measure_trade_off(teacher, images, Mixing(**{**changes, "k": int(k)}))
                                 for name, changes in progress(_SEARCHES.items(), f"trade-offs, k = {k}")}
                             for k in _RACES}
