@@ -88,7 +88,7 @@ def photographs_in(folder: str | Path,   # with image files, in it or below
     return FolderImages(replace(unlabelled.info, classes=names), files, labels)
 
 # %% ../../nbs/48_experiments.large.ipynb #246c8841
-# the engine's search at 224×224: w and σ are the paper's (S 1.3), margin and max_iter ours
+# the engine's search at 224×224: w and σ are the paper's (S 1.3)
 _LARGE = dict(FAST, mask_size=IMAGENET.mixing.mask_size, sigma=IMAGENET.mixing.sigma)
 
 # %% ../../nbs/48_experiments.large.ipynb #870dee82
