@@ -9,7 +9,8 @@ from supermix.data import Data
 from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
 from supermix.experiments.study import _core_trials, _run_trial
-from supermix.mixing.generate import generate
+from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, solve_blocks
+from supermix.mixing.generate import _settle, generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Generation, Mixing, Terms, Training
@@ -139,6 +140,70 @@ def test_policies_and_mixes(digits, there):
 def test_a_race(digits, there):
     result = race(there, digits.train, rounds=1, blocks=1, batch=16)
     assert result["engine"]["solved"] > 0.5 and result["engine"]["ratio"] > 1
+
+
+def search(there, images, slots=64, blocks=4):
+    engine = Engine(there, images[:2][0], Mixing(**FAST), slots)
+    return engine, solve_blocks(engine, images, 0, range(blocks))
+
+
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_a_replayed_search_finds_what_the_search_finds(benchmark, digits, there, monkeypatch):
+    "Also where a script has set cudnn.benchmark: the batch keeps its size, so nothing is searched for anew."
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    engine, found = search(there, digits.train)
+    assert engine.how == "one graph a pass" and engine.tried == 4 * BLOCK
+    monkeypatch.setattr(_Replayed, "record", lambda replayed: setattr(replayed, "why", "a test"))
+    eager, expected = search(there, digits.train)
+    assert eager.how == "one by one (a test)" and engine.passes == pytest.approx(eager.passes, rel=0.1)
+    mine, theirs = (dict(zip(f.index.tolist(), f.code.float())) for f in (found, expected))
+    both = mine.keys() & theirs.keys()
+    assert len(both) > 0.9 * len(theirs)
+    near = torch.stack([(mine[i] - theirs[i]).abs().mean() < 0.05 for i in both])
+    assert near.float().mean() > 0.5  # Newton's bold steps make much of another order of additions
+
+
+def test_the_same_search_twice_gives_the_same_bytes(digits, there):
+    (_, first), (_, again) = search(there, digits.train), search(there, digits.train)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_newton_steps_of_the_oracle_in_float64(digits, there):
+    "Three drivers take the reference's steps on a processor (tests/test_solver.py); a card's are those of a processor."
+    x, lam = digits.train[:24][0].double().unflatten(0, (12, 2)), torch.full((12, 2), 0.5, dtype=torch.float64)
+    here = SuperMix(pretrained("digits").double(), **FAST | {"max_iter": 3}).solve(x, lam)
+    card = SuperMix(there.double(), **FAST | {"max_iter": 3}).solve(x.cuda(), lam.cuda())
+    torch.testing.assert_close(card.theta.cpu(), here.theta, rtol=1e-6, atol=1e-8)
+    assert torch.equal(card.solved.cpu(), here.solved)
+
+
+def test_a_teacher_that_cannot_be_recorded_is_asked_pass_by_pass(digits, there):
+    def looks(x):
+        logits = there(x.cuda())
+        return logits if logits.sum().item() < 1e9 else logits * 0
+
+    engine = Engine(looks, digits.train[:2][0].cuda(), Mixing(**FAST), 64)
+    found = solve_blocks(engine, digits.train, 0, range(2))
+    assert "the recording failed" in engine.how and len(found.index) > BLOCK
+
+
+def test_memory_stays_the_same_over_many_sets(digits, there):
+    engine = Engine(there, digits.train[:2][0], Mixing(**FAST | {"max_iter": 4}), 1024)
+    peaks = []
+    for start in range(0, 800, 200):  # 100,000 sets
+        torch.cuda.reset_peak_memory_stats()
+        for _ in engine.run(
+            draw_block(digits.train, engine.source_logits, engine.mixing, 0, b) for b in range(start, start + 200)
+        ):
+            pass
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(peaks[1:]) < 1.1 * peaks[0]
+
+
+def test_slots_and_dtype_suit_a_card(digits, there):
+    recipe = _settle(Generation(data="digits"), digits.train, there)
+    assert (recipe.slots, recipe.shard, recipe.bfloat16) == (2048, 32_768, torch.cuda.is_bf16_supported())
+    assert _settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
 
 
 def test_the_interactive_solver(digits, there):

@@ -215,6 +215,11 @@ def test_slots_that_keep_their_number_solve_the_same_sets(teacher, digits, monke
     assert is_solved(ours.logits, ours.classes).all() and (ours.steps >= 1).all()
 
 
+def test_an_engine_says_how_its_passes_were_made(teacher, digits):
+    engine, _ = solve(teacher, digits.train, slots=64)
+    assert engine.how == "one by one (not on a GPU)"
+
+
 @pytest.mark.parametrize("mixing", [QUICK, Mixing(), replace(QUICK, k=3, give_up=3.0)], ids=["fast", "paper", "eager"])
 def test_a_pass_waits_for_no_number(mixing, monkeypatch):
     "On PyTorch's device without data, whatever needs the value of a tensor fails, and so do copies from elsewhere."
