@@ -211,9 +211,9 @@ def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the 
 def one_ahead(batches):
     "The same batches; the next one is made in a thread while the caller works on this one."
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = ahead.submit(next, batches, None)
+        following = ahead.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = ahead.submit(next, batches, None)
             yield batch
 
 # %% ../nbs/01_data.ipynb #5b32ac41
@@ -741,14 +741,14 @@ def _checked_view(mean, std, crop_pct, interpolation, crop_mode) -> dict:  # fie
     return dict(mean=mean, std=std, crop_pct=float(crop_pct), interpolation=how, crop_mode=crop_mode)
 
 # %% ../nbs/01_data.ipynb #015de29c
-def _tell_skipped(root: Path, places, others: list[str]) -> None:
+def _warn_of_skipped(root: Path, places, others: list[str]) -> None:
     "Warn of files that are no images, and of images that lie in no class."
     astray = [name for place in {root, *places} for name in _seen_in(place)[1] if _is_image(name, image_endings())]
-    told = [f"{_plural(len(others), 'file')} that Pillow cannot decode ({_counted(others)})"] * bool(others)
-    told += [f"{_plural(len(astray), 'image')} in no class's folder ({_listed(astray)})"] * bool(astray)
+    skipped = [f"{_plural(len(others), 'file')} that Pillow cannot decode ({_counted(others)})"] * bool(others)
+    skipped += [f"{_plural(len(astray), 'image')} in no class's folder ({_listed(astray)})"] * bool(astray)
     heif = any(name.lower().endswith((".heic", ".heif")) for name in others)
     hint = " For .heic: pip install pillow-heif, and call pillow_heif.register_heif_opener() first." * heif
-    if told: warnings.warn(f"{root}: load_folder skipped {' and '.join(told)}.{hint}", stacklevel=3)
+    if skipped: warnings.warn(f"{root}: load_folder skipped {' and '.join(skipped)}.{hint}", stacklevel=3)
 
 def _set_aside(root: Path, images: Images, share: float) -> tuple[Images, Images]:
     "A share of the images for testing, and the others."
@@ -792,7 +792,7 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
         raise ValueError(f"{root}: {places[0].name} has {len(names)} classes and {places[1].name} {len(others)}; "
                          f"only in one: {sorted(set(names) ^ set(others))[:5]}.")
     parts = [_read_classes(place, _find_classes(place, classes)) for place in places]
-    _tell_skipped(root, places, [other for *_, others in parts for other in others])
+    _warn_of_skipped(root, places, [other for *_, others in parts for other in others])
     info = Info(name or root.name, tuple(names), size, flip=flip, **view)
     split = [FolderImages(info, files, labels) for files, labels, _ in parts]
     if splits: return Data(info, *split, str(root))

@@ -378,8 +378,8 @@ def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
     start = 0 if terms.kd and natural is None else n
     looks = terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax"))
     stop = len(both) if looks and stored is None else n
-    asked = teacher(both[start:stop]).float() if start < stop else None
-    parts = [(natural, slice(0, n)), (stored if looks else None, slice(n, None)), (asked, slice(start, stop))]
+    fresh = teacher(both[start:stop]).float() if start < stop else None
+    parts = [(natural, slice(0, n)), (stored if looks else None, slice(n, None)), (fresh, slice(start, stop))]
     parts = [(part, rows) for part, rows in parts if part is not None]
     if not parts: return Outputs(features, None)
     logits = torch.zeros(len(both), parts[0][0].shape[1], device=both.device)

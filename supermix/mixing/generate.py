@@ -69,7 +69,8 @@ def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of th
     return missing
 
 # %% ../../nbs/36_mixing.generate.ipynb #5f85450e
-def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, told=lambda solved, tried: None):
+def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int,
+                report_progress=lambda solved, tried: None):
     "Solve the sets of a shard: what was found, and how many sets were begun."
     begun = engine.tried
     blocks = recipe.shard // BLOCK
@@ -79,7 +80,7 @@ def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int, 
         for found in engine.run(draw_block(images, engine.source_logits, recipe.mixing, recipe.seed, shard * blocks + b)
                                 for b in range(blocks)):
             solved += len(found.index)
-            told(solved, engine.tried - begun)
+            report_progress(solved, engine.tried - begun)
             yield found
     return joined(parts(), empty=True), engine.tried - begun
 
@@ -108,21 +109,21 @@ def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generatio
     first = os.environ.get("RANK", "0") == "0"
     with progress(title=title, total=recipe.count, initial=there, unit="image",
                   **({} if first else {"disable": True})) as bar:
-        def told(solved, tried):
+        def report_progress(solved, tried):
             check_interrupt()
-            _tell(bar, counts, recipe.count, solved, tried)
+            _update_bar(bar, counts, recipe.count, solved, tried)
         while missing := _missing_shards(counts := store.counts(), recipe.count, recipe.shard):
             check_interrupt()
             _check_solved(counts)
-            _tell(bar, counts, recipe.count)
+            _update_bar(bar, counts, recipe.count)
             for shard in missing:
                 with claimed(store.shard_path(shard)) as mine:
                     if not mine or store.shard_path(shard).exists(): continue
-                    found, sets = _make_shard(engine, images, recipe, shard, told)
+                    found, sets = _make_shard(engine, images, recipe, shard, report_progress)
                     store.keep(shard, found, sets, recipe.top)
                     break
             else: time.sleep(0.2)
-        _tell(bar, store.counts(), recipe.count)
+        _update_bar(bar, store.counts(), recipe.count)
 
 # %% ../../nbs/36_mixing.generate.ipynb #727ed571
 _BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64 pixels a side, and for larger ones
@@ -197,7 +198,7 @@ def _leave_nothing(store: Store) -> None:
         clear(store)
 
 # %% ../../nbs/36_mixing.generate.ipynb #51a79e96
-def _tell(bar, counts, count, solved=0, tried=0):
+def _update_bar(bar, counts, count, solved=0, tried=0):
     "Bring the progress bar up to date: by the shards that are there, and what is solved and was tried of another one."
     images, sets = solved + sum(c[0] for c in counts.values()), tried + sum(c[1] for c in counts.values())
     if counts or tried >= 4 * BLOCK: bar.set_postfix(solved=f"{images / sets:.0%}", shards=len(counts), refresh=False)

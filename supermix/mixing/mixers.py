@@ -142,8 +142,8 @@ def _unmixed(mixer: Mixer, images, labels, error: FewClasses) -> tuple:  # the i
     if N is None: raise error
     soft = soft_labels(_check_labels(classes, N)[:, None], torch.ones_like(classes[:, None], dtype=torch.float32), N)
     if labels is not None and labels.ndim == 2: soft = _check_width(labels, N).float()
-    if not getattr(mixer, "_told", False):
-        mixer._told = True
+    if not getattr(mixer, "_warned", False):
+        mixer._warned = True
         warnings.warn(f"A batch of {len(images)} images of {len(classes.unique())} classes cannot be mixed in sets of "
                       f"{mixer.k}: it comes back as it is, as will others like it. If it is the last of an epoch, "
                       "drop_last=True in the DataLoader leaves it out.", stacklevel=3)

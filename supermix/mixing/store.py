@@ -158,10 +158,10 @@ def _read_json(text: str) -> dict:
     def refuse(name): raise ValueError(f"{name} is no number")
     try: found = json.loads(text, object_pairs_hook=once, parse_float=finite, parse_constant=refuse)
     except RecursionError: raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict): raise ValueError(f"expected entries in braces, got {_told(found)}")
+    if not isinstance(found, dict): raise ValueError(f"expected entries in braces, got {_described(found)}")
     return found
 
-def _told(value) -> str:
+def _described(value) -> str:
     "A value of JSON in a few characters."
     return {list: "a list", dict: "entries in braces"}.get(type(value)) or reprlib.repr(value)
 
@@ -169,17 +169,17 @@ def _conform(value, rules, place: str = "") -> None:
     "A ValueError that names the place, unless a value is as the rules say."
     where = place or "it"
     if isinstance(rules, tuple):
-        if not rules[1](value): raise ValueError(f"{where} should be {rules[0]}, and is {_told(value)}")
+        if not rules[1](value): raise ValueError(f"{where} should be {rules[0]}, and is {_described(value)}")
     elif isinstance(rules, list):
-        if not isinstance(value, list): raise ValueError(f"{where} should be a list, and is {_told(value)}")
+        if not isinstance(value, list): raise ValueError(f"{where} should be a list, and is {_described(value)}")
         for i, item in enumerate(value): _conform(item, rules[0], f"{place}[{i}]")
     else:
-        if not isinstance(value, dict): raise ValueError(f"{where} should have entries, and is {_told(value)}")
+        if not isinstance(value, dict): raise ValueError(f"{where} should have entries, and is {_described(value)}")
         known, inside = {name.rstrip("?") for name in rules}, f"{place}." if place else ""
         for name in rules:
             if not name.endswith("?") and name not in value: raise ValueError(f"{inside}{name} is missing")
         for name in value:
-            if name not in known: raise ValueError(f"{inside}{_told(name)} is unknown")
+            if name not in known: raise ValueError(f"{inside}{_described(name)} is unknown")
         for name, of in rules.items():
             if (name := name.rstrip("?")) in value: _conform(value[name], of, f"{inside}{name}")
 
@@ -243,7 +243,7 @@ class Store:
         try: found = _read_json(self.manifest_path.read_text("utf-8"))
         except ValueError as error: raise ValueError(f"{self.manifest_path} cannot be read ({error}).") from error
         if found.get("format") != _FORMAT:
-            raise ValueError(f"{self.folder} is a store of format {_told(found.get('format'))}, and this version of "
+            raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))}, and this version of "
                              f"supermix reads and writes format {_FORMAT}: make the mixes anew, in another folder.")
         try: return _check_manifest(found)
         except ValueError as error:
