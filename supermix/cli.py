@@ -104,13 +104,14 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
     return partial(predict_command, images, weights, pictures, size, out, top)
 
 # %% ../nbs/90_cli.ipynb #6d6103bd
-def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: int = 3) -> Callable:
+def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: int = 3, blocks: int = 4) -> Callable:
     """The engine against the baseline, with the shipped teacher (chapter 46); some twenty minutes on two cores.
 
     Args:
         data: a data set for which a teacher is shipped.
         out: the file that is written.
         rounds: how often the two are timed in turn.
+        blocks: of 128 sets each, for each row of the trade-offs.
     """
     from supermix.data import load_data
     from supermix.experiments.race import run_races
@@ -118,7 +119,7 @@ def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: in
 
     def work():
         images = load_data(data).train
-        for k, result in run_races(pretrained(images.info.name), images, out, rounds)["races"].items():
+        for k, result in run_races(pretrained(images.info.name), images, out, rounds, blocks)["races"].items():
             for way, values in result.items():
                 if way != "baseline":
                     print(f"k = {k}, {way}: {values['ratio']:.1f} times the baseline, "

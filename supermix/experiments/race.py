@@ -207,6 +207,7 @@ def measure_trade_off(teacher: nn.Module, images: Images, mixing: Mixing, blocks
 def run_races(teacher: nn.Module, images: Images,
               out: str | Path = "results/engine.json",  # the file that is written
               rounds: int = 3,  # of each race; a ValueError below 1
+              blocks: int = 4,  # of 128 sets, for each row of the trade-offs
               ) -> dict:        # what the file holds
     "The races and the trade-offs of this chapter, written to a file; some twenty minutes on two cores."
     if rounds < 1: raise ValueError(f"Expected 1 round or more, got {rounds}.")
@@ -215,7 +216,7 @@ def run_races(teacher: nn.Module, images: Images,
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1
     report["processes"] = several
     report["races"] = {k: race(teacher, images, ways, rounds, 16, processes=several) for k, ways in _RACES.items()}
-    report["trade-offs"] = {k: {name: measure_trade_off(teacher, images, Mixing(**{**changes, "k": int(k)}))
+    report["trade-offs"] = {k: {name: measure_trade_off(teacher, images, Mixing(**{**changes, "k": int(k)}), blocks)
                                 for name, changes in progress(_SEARCHES.items(), f"trade-offs, k = {k}")}
                             for k in _RACES}
     write_atomic(out, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
