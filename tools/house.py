@@ -5,7 +5,8 @@ house.py check     export into a copy and compare: package and README must be wh
 house.py execute   run every notebook (or those named: 13, runs/01, solutions/) from a clean kernel and save its outputs
                    --stale: only those whose code has changed since;
                    --workers N: that many at a time, of one thread each
-house.py readme    write the table of chapters into nbs/index.ipynb, and README.md from it
+house.py readme    write the table of chapters into nbs/index.ipynb, and README.md from it: all cells but those that
+                   begin with <!-- not in the README -->
 """
 
 import argparse
@@ -27,6 +28,7 @@ from freshness import House, changes, dependencies
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STAMPS = ROOT / "nbs" / "executed.json"
+INDEX_ONLY = "<!-- not in the README -->"  # the first line of such a cell of nbs/index.ipynb
 
 
 def name_of(path):
@@ -54,15 +56,17 @@ def index_with_course():
 
 
 def readme_text(index):
-    "An index as Markdown, with its links as seen from the repository's top."
-    index["metadata"]["language_info"] = {"name": "python"}  # nbdev_clean takes it out; the fences name it
+    "An index as Markdown, without the cells that are for the index only; links are as seen from the repository's top."
+    cells = [cell for cell in index["cells"] if not "".join(cell["source"]).startswith(INDEX_ONLY)]
+    metadata = index["metadata"] | {"language_info": {"name": "python"}}  # nbdev_clean takes it out; the fences name it
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdin", "--stdout"]
-    text = subprocess.run(command, input=json.dumps(index), check=True, capture_output=True, text=True).stdout
-    return re.sub(r"\]\((?=images/|\d\d_|runs/|glossary)", "](nbs/", text).strip() + "\n"
+    notebook = json.dumps(index | {"cells": cells, "metadata": metadata})
+    text = subprocess.run(command, input=notebook, check=True, capture_output=True, text=True).stdout
+    return re.sub(r"\]\((?=images/|\d\d_|runs/|glossary|index)", "](nbs/", text).strip() + "\n"
 
 
 def write_readme():
-    "Write the table of chapters into nbs/index.ipynb, and README.md from it."
+    "Write the table of chapters into nbs/index.ipynb, and README.md from the index."
     index = index_with_course()
     (ROOT / "nbs" / "index.ipynb").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
     (ROOT / "README.md").write_text(readme_text(index))

@@ -62,8 +62,8 @@ def _as_teacher(teacher: Callable | list[nn.Module] | None) -> Callable | None:
 
 # %% ../../nbs/45_distillation.distill.ipynb #885b24f2
 def _stock_recipe(images: Images, count: int, mixing: Mixing, seed: int, mixed_pad: int | None) -> Generation:
-    """The recipe of a stock: a shard has about a quarter of its sets, 4,096 at most. All logits are kept where mixes are
-    used as they were made."""
+    """The recipe of a stock: a shard has about a quarter of its sets, 4,096 at most. All logits are kept where mixes
+    are used as they were made."""
     shard = min(4096, 128 * ceil(count / 512)) if isinstance(count, int) and count > 0 else 128
     top = {"top": "all"} if mixed_pad is None else {}
     return Generation(images.info.name, "given", count, mixing, shard=shard, seed=seed, **top)
@@ -387,7 +387,7 @@ def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
     return Outputs(features, logits)
 
 class _KnownLogits:
-    """The teacher's logits of fixed views (`Training.views`): computed in the first epoch that shows a view, and kept in
+    """The teacher's logits of fixed views (`Training.views`): computed in the first epoch that shows a view, kept in
     16 bits (n, N), as log-probabilities."""
     def __init__(self, teacher: Callable, images: Images, recipe: Training):
         self.teacher = teacher

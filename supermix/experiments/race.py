@@ -188,8 +188,9 @@ def race(teacher: nn.Module,  # copied, and put into evaluation mode
 _RACES = {str(k): {"engine": Mixing(**FAST, k=k), "engine of version 0.1": Mixing(**FAST_0_1, k=k)} for k in (2, 3)}
 _SEARCHES = {  # for the picture of trade-offs: what differs from the paper's recipe
     "the paper's": {}, "λ_s 10": {"lambda_s": 10.0},
-    "held": {"hold": 0.063}, "regions, held": {"start": "regions", "hold": 0.063}, "version 0.1": FAST_0_1, "FAST": FAST,
-    "no momentum": FAST | {"momentum": 0.0}, "no temperature": FAST | {"tau": 1.0}, "σ stays": FAST | {"sigma_end": 1.0},
+    "held": {"hold": 0.063}, "regions, held": {"start": "regions", "hold": 0.063},
+    "version 0.1": FAST_0_1, "FAST": FAST, "no momentum": FAST | {"momentum": 0.0},
+    "no temperature": FAST | {"tau": 1.0}, "σ stays": FAST | {"sigma_end": 1.0},
     "no hinge": FAST | {"margin": 0.0}, "annealed in 2 updates": FAST | {"anneal": 2},
     "held at 0.045": FAST | {"hold": 0.045}, "held at 0.09": FAST | {"hold": 0.09},
 }

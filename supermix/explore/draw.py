@@ -248,7 +248,8 @@ def draw_backdrop(scene: Scene) -> Image.Image:
         _draw_bars(canvas, (x, 276), scene.names, p, target)
     signs = np.linspace(-1, 1, 256)[:, None]
     steps = 1 + abs(signs) * (np.where(signs > 0, _rgb(ORANGE), _rgb(BLUE)) - 1)
-    for y, (left, colours, right) in zip((below, below + 20), (("mask 0", _cividis(), "1"), ("shrinks", steps, "grows"))):
+    scales = ("mask 0", _cividis(), "1"), ("shrinks", steps, "grows")
+    for y, (left, colours, right) in zip((below, below + 20), scales):
         canvas.text((_MARGIN, y), left, _INK, _font(13))
         image.paste(_ramp(colours), (_MARGIN + 58, y + 3))
         canvas.text((_MARGIN + 176, y), right, _INK, _font(13))

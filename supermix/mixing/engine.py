@@ -181,7 +181,8 @@ def _step_slots(slots: _Slots) -> None:
     _take_rows(slots)
     rows, sets = slots.rows, slots.sets
     problem = Problem(sets.images, sets.classes, sets.lam).rows(rows)
-    now = search_step(slots.teacher, problem, slots.state.rows(rows), slots.mixing, torch.any if slots.shrinks else None)
+    wanted = torch.any if slots.shrinks else None
+    now = search_step(slots.teacher, problem, slots.state.rows(rows), slots.mixing, wanted)
     if slots.logits is None: slots.logits = now.logits.new_zeros(slots.spare + 1, now.logits.shape[1])
     after = now.state._replace(theta=_round_theta(now.state.theta, slots.mixing.hold is not None))
     for mine, new in zip(slots.state, after): mine[rows] = new

@@ -243,7 +243,7 @@ class Store:
         try: found = _read_json(self.manifest_path.read_text("utf-8"))
         except ValueError as error: raise ValueError(f"{self.manifest_path} cannot be read ({error}).") from error
         if found.get("format") != _FORMAT:
-            raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))}, and this version of "
+            raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))} and this version of "
                              f"supermix reads and writes format {_FORMAT}: make the mixes anew, in another folder.")
         try: return _check_manifest(found)
         except ValueError as error:
@@ -547,7 +547,7 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         return (image, soft) if rows.ndim else (image[0], soft[0])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
-        "Random mixed images as a student gets them, under random views unless `pad` is None; and what is known of them."
+        "Random mixed images, under random views unless `pad` is None, and what is known of them."
         batch = self.batch(torch.randint(len(self), (n,), generator=generator))
         return batch.images if self.pad is None else _seen_anew(batch.images, self.info, self.pad, generator), batch
 

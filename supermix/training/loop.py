@@ -89,8 +89,8 @@ class Objective(nn.Module):
 
     The order of the calls: at the start of an epoch `begin_epoch`, `resets_optimiser`, `reaches_all`, `capturable` and
     `prepares`; for each update `prepare` (where `prepares` said so), `learning_rate`, `forward` and `after_step`; after
-    the last update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from. Parameters are trained
-    together with the network's, on its device. A checkpoint keeps the `state_dict`: what a resumed run has to know
+    the last update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from. Parameters
+    are trained together with the network's, on its device. A checkpoint keeps the `state_dict`: what a resumed run has to know
     belongs in parameters and buffers. Each of several processes makes all these calls; gradients are averaged."""
 
     def forward(self,
@@ -479,7 +479,8 @@ class _Feed:
         self.recipe = recipe
         n, device = len(images), images.labels.device
         self.pixels, self.labels = images.kept, images.labels
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (images.info.mean, images.info.std))
+        both = images.info.mean, images.info.std
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in both)
         self.order, self.crop = (torch.zeros(n, *more, dtype=torch.long, device=device) for more in ((), (2,)))
         self.flip = torch.zeros(n, dtype=torch.bool, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # of the next batch's first image in the order

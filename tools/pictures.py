@@ -1,0 +1,188 @@
+"""Draws the README's pictures into nbs/images: `pictures.py` draws all, `pictures.py charts` those of results/ only.
+
+Each PNG keeps the numbers that it shows in its field "Description"; tests/test_readme.py compares them with results/.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from supermix.data import Info
+from supermix.experiments.large import _LARGE, imagenet_classes, large_teacher
+from supermix.experiments.race import _read_report
+from supermix.experiments.study import _confidence_interval, load_results
+from supermix.mixing.engine import Engine, Sets, decode, joined
+from supermix.mixing.masks import masks_from_theta, mix
+from supermix.mixing.solver import teacher_logits
+from supermix.recipes import Mixing
+
+ROOT = Path(__file__).resolve().parent.parent
+DARK, LIGHT = "#1b3a5b", "#b9c6d3"  # told apart by their brightness, too
+DPI, WIDTH = 100, 8  # 800 pixels
+plt.rcParams["font.size"] = 14  # readable at half the size
+
+
+def save(figure: Figure, path: Path, numbers) -> None:
+    "Write a picture with its numbers; with nothing in it that changes from one version of matplotlib to the next."
+    figure.savefig(path, dpi=DPI, metadata={"Description": json.dumps(numbers, ensure_ascii=False), "Software": None})
+    plt.close(figure)
+    print(path)
+
+
+def numbers_in(path: Path):
+    "The numbers that a picture shows."
+    with Image.open(path) as picture:
+        return json.loads(picture.text["Description"])
+
+
+# ---- a mixed image of two photographs
+
+WANTED = (0.6, 0.4)  # the cat's share and the cup's
+ANGLE = math.pi / 2  # of the line at which the search begins
+
+
+def two_photographs() -> list[np.ndarray]:  # uint8 (224, 224, 3), each
+    "scikit-image's cat and its cup of coffee, cut to squares."
+    from skimage import data
+
+    photos = (data.chelsea(), 85), (data.coffee(), 100)  # with the left edge of the square
+    return [
+        np.asarray(Image.fromarray(photo[:, left : left + len(photo)]).resize((224, 224), Image.Resampling.BICUBIC))
+        for photo, left in photos
+    ]
+
+
+def mixed_photographs():
+    "The two photographs, their masks (2, 224, 224), the mixed image (224, 224, 3), and the teacher's probabilities."
+    teacher, mean, std = large_teacher()
+    info = Info("photographs", ("cat", "cup"), 224, mean, std)
+    photos = two_photographs()
+    images = info.normalize(torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2))
+    classes = teacher_logits(teacher, images).argmax(1)
+    unused = torch.zeros(1, 2, 4, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)  # windows and mirrors
+    one, lam = torch.zeros(1, dtype=torch.int64), torch.tensor([WANTED])
+    sets = Sets(one, torch.tensor([[0, 1]]), *unused, lam, torch.tensor([ANGLE]), classes[None], images[None])
+    found = joined(Engine(teacher, images, Mixing(**_LARGE), slots=1).run([sets]))
+    masks = masks_from_theta(decode(found.code, True), (224, 224))
+    mixed = info.denormalize(mix(sets.images, masks))[0].permute(1, 2, 0).clamp(0, 1)
+    return photos, masks[0], mixed, found.logits.softmax(1)[0]
+
+
+def draw_mix(path: Path) -> None:
+    "Two photographs, their masks, the mixed image, and what the teacher sees in it."
+    photos, masks, mixed, p = mixed_photographs()
+    names, top = imagenet_classes(), p.topk(6)
+    seen = [(names[c], round(100 * q)) for q, c in zip(top.values.tolist(), top.indices.tolist())]
+    figure = plt.figure(figsize=(WIDTH, 3.3))
+    small, large, bottom = 0.163, 0.338, 0.02  # sides in widths of the picture
+    place = lambda left, low, side: figure.add_axes((left, low, side, side * WIDTH / 3.3))
+    for row, (photo, mask, share) in enumerate(zip(photos, masks, WANTED)):
+        low = bottom + (1 - row) * (small * WIDTH / 3.3 + 0.029)
+        for left, picture in ((0.008, photo), (0.184, mask)):
+            axes = place(left, low, small)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+        axes.text(
+            12, 205, f"asked: {100 * share:.0f} %", color="white", fontsize=13, bbox=dict(fc="black", ec="none", pad=3)
+        )
+    axes = place(0.375, bottom, large)
+    axes.imshow(mixed)
+    axes.set_axis_off()
+    for left, text in ((0.008, "two photos"), (0.184, "two masks"), (0.375, "one mixed image")):
+        figure.text(left, 0.905, text, weight="bold")
+    figure.text(0.735, 0.905, "the teacher sees", weight="bold")
+    bars = figure.add_axes((0.735, bottom, 0.2, 0.84))
+    bars.barh(range(len(seen)), [q for _, q in seen], 0.3, color=DARK)
+    for y, (name, q) in enumerate(seen):
+        bars.text(0, y - 0.28, f"{name} {q} %", va="bottom")
+    bars.set_ylim(len(seen) - 0.7, -0.8)
+    bars.set_axis_off()
+    save(figure, path, {"shares": WANTED, "teacher": seen})
+
+
+# ---- charts of results/
+
+ROWS = ("alone", "KD", "MixUp + KD", "CutMix + KD", "PuzzleMix + KD", "SuperMix + KD", "KD, double updates")
+STUDIES = {"Fashion-MNIST": ("core", "budget"), "CIFAR-100": ("cifar100",)}  # groups of the study
+RACES = {"Fashion-MNIST": "engine.json", "CIFAR-100": "engine_cifar100.json"}
+
+
+def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
+    "By data set and row: the mean test accuracy (%), half its 95 % interval, and the number of seeds."
+    found, numbers = load_results(results / "study"), {}
+    for name, groups in STUDIES.items():
+        rows = {row: seeds for group in groups for row, seeds in found.get(group, {}).items() if row in ROWS and seeds}
+        if rows:
+            values = {row: [result["accuracy"] for result in rows[row].values()] for row in ROWS if row in rows}
+            intervals = {row: _confidence_interval(v) if len(v) > 1 else (v[0], 0.0) for row, v in values.items()}
+            numbers[name] = {row: [*(round(x, 2) for x in intervals[row]), len(values[row])] for row in intervals}
+    return numbers
+
+
+def speeds(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
+    "By data set and number of sources k: solved images a second of baseline and engine, and how many times as many."
+    numbers = {}
+    for name, file in RACES.items():
+        if (results / file).is_file():
+            races = _read_report(results / file)["races"]
+            pairs = {k: [race[way]["images/s"] for way in ("baseline", "engine")] for k, race in races.items()}
+            numbers[name] = {k: [round(x, 1) for x in (*pair, pair[1] / pair[0])] for k, pair in pairs.items()}
+    return numbers
+
+
+def draw_accuracy(path: Path, numbers: dict) -> None:
+    "A panel for each data set: the rows' mean accuracies with their intervals."
+    figure, panels = plt.subplots(
+        1, len(numbers), figsize=(WIDTH, 3.1), layout="constrained", sharey=True, squeeze=False
+    )
+    figure.get_layout_engine().set(wspace=0.06)
+    for axes, (name, rows) in zip(panels[0], numbers.items()):
+        for row, (mean, half, _) in rows.items():
+            ours, y = row.startswith("SuperMix"), ROWS.index(row)
+            axes.errorbar(mean, y, xerr=half, fmt="D" if ours else "o", color=DARK if ours else "#777777", capsize=4)
+            axes.text(mean, y - 0.17, f"{mean:.1f}", ha="center", va="bottom", fontsize=12)
+        axes.set(title=name, xlabel="test accuracy (%), mean and 95 % interval"[: None if len(numbers) == 1 else 17])
+        axes.set_yticks(range(len(ROWS)), ROWS)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_ylim(len(ROWS) - 0.5, -0.9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].get_yticklabels()[ROWS.index("SuperMix + KD")].set_weight("bold")
+    save(figure, path, numbers)
+
+
+def draw_speed(path: Path, numbers: dict) -> None:
+    "Solved images a second: the baseline's bar above the engine's, for each data set and number of sources."
+    races = [(f"{name}, {k} sources", values) for name, of_k in numbers.items() for k, values in of_k.items()]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.75 * len(races)), layout="constrained")
+    for y, (name, (baseline, engine, ratio)) in enumerate(races):
+        bars = ((baseline, LIGHT, f"baseline {baseline:.1f}"), (engine, DARK, f"engine {engine:.1f}, {ratio:.0f} ×"))
+        for offset, (value, colour, text) in zip((-0.2, 0.2), bars):
+            axes.barh(y + offset, value, 0.36, color=colour)
+            axes.text(value, y + offset, f" {text}", va="center")
+    axes.set_yticks(range(len(races)), [name for name, _ in races])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.5 * max(values[1] for _, values in races)), xlabel="solved mixed images a second")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path, numbers)
+
+
+def main(what: str = "all", out: Path = ROOT / "nbs" / "images") -> None:
+    draw_accuracy(out / "accuracy.png", accuracies())
+    draw_speed(out / "speed.png", speeds())
+    if what == "all":
+        draw_mix(out / "mix.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["all", "charts"], default="all")
+    main(parser.parse_args().what)
