@@ -243,8 +243,8 @@ class Store:
         try: found = _read_json(self.manifest_path.read_text("utf-8"))
         except ValueError as error: raise ValueError(f"{self.manifest_path} cannot be read ({error}).") from error
         if found.get("format") != _FORMAT:
-            raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))} and this version of "
-                             f"supermix reads and writes format {_FORMAT}: make the mixes anew, in another folder.")
+            raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))}, and this version "
+                             f"of supermix reads and writes format {_FORMAT}: make the mixes anew, in another folder.")
         try: return _check_manifest(found)
         except ValueError as error:
             raise ValueError(f"{self.manifest_path} is not a manifest that supermix wrote: {error}. "
@@ -521,8 +521,8 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         self.num_classes = _width_of(store, self.manifest)  # the teacher's classes, which may be more than the data's
         if pad is None and not self.keeps_all:
             raise ValueError(f"{store.folder} keeps {self.small['top_log_p'].shape[1]} of the teacher's "
-                             f"{self.num_classes} logits; pad=None needs all: make it with `supermix generate --top all`, "
-                             "or give a number of pixels: then the teacher sees each mixed image again.")
+                             f"{self.num_classes} logits; pad=None needs all. Make it with `supermix generate --top "
+                             "all`, or give a number of pixels: then the teacher sees each mixed image again.")
         known = list(self.info.classes)
         self.names = known if len(known) == self.num_classes else [f"class {n}" for n in range(self.num_classes)]
 
