@@ -87,11 +87,12 @@ def label_objective(network: nn.Module,  # images (B, 3, H, W) to logits (B, N)
 class Objective(nn.Module):
     """What `train` minimises. Define `forward`; the other methods do nothing, and you define those that you need.
 
-    The order of the calls: at the start of an epoch `begin_epoch`, `resets_optimiser`, `reaches_all`, `capturable` and
-    `prepares`; for each update `prepare` (where `prepares` said so), `learning_rate`, `forward` and `after_step`; after
-    the last update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from. Parameters
-    are trained together with the network's, on its device. A checkpoint keeps the `state_dict`: what a resumed run
-    has to know belongs in parameters and buffers. Each of several processes makes all these calls; gradients are averaged."""
+    The order of the calls: at the start of an epoch `begin_epoch`, `resets_optimiser`, `reaches_all`, `capturable`
+    and `prepares`; for each update `prepare` (where `prepares` said so), `learning_rate`, `forward` and `after_step`;
+    after the last update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from.
+    Parameters are trained together with the network's, on its device. A checkpoint keeps the `state_dict`: what a
+    resumed run has to know belongs in parameters and buffers. Each of several processes makes all these calls;
+    gradients are averaged."""
 
     def forward(self,
                 network: nn.Module,  # in training mode; images (B, 3, H, W) to logits (B, N)
