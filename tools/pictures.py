@@ -1,4 +1,5 @@
-"""Draws the README's pictures into nbs/images: `pictures.py` draws all, `pictures.py charts` those of results/ only.
+"""Draws pictures into nbs/images: `pictures.py` draws the README's, `pictures.py charts` those of results/ only, and
+`pictures.py cifar100` the mixes that chapters 33, 34 and 37 show (where CIFAR-100 is found).
 
 Each PNG keeps the numbers that it shows in its field "Description"; tests/test_readme.py compares them with results/.
 """
@@ -16,14 +17,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from supermix.data import Info
+from supermix.data import Info, load_data
 from supermix.experiments.large import _LARGE, imagenet_classes, large_teacher
-from supermix.experiments.race import _read_report
+from supermix.experiments.race import _read_report, _sparsity_and_kl
 from supermix.experiments.study import _confidence_interval, load_results
-from supermix.mixing.engine import Engine, Sets, decode, joined
-from supermix.mixing.masks import masks_from_theta, mix
-from supermix.mixing.solver import teacher_logits
-from supermix.recipes import Mixing
+from supermix.mixing.engine import Engine, Sets, decode, draw_block, joined
+from supermix.mixing.masks import masks_from_theta, mix, show_mixes
+from supermix.mixing.solver import SuperMix, teacher_logits
+from supermix.recipes import FAST, Mixing
+from supermix.zoo import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 DARK, LIGHT = "#1b3a5b", "#b9c6d3"  # told apart by their brightness, too
@@ -109,6 +111,51 @@ def draw_mix(path: Path) -> None:
     save(figure, path, {"shares": WANTED, "teacher": seen})
 
 
+# ---- mixes of CIFAR-100
+
+
+def draw_sets(path: Path, name: str, info: Info, sets, masks, lam, classes, logits, dpi: int = 80) -> None:
+    "A row for each set: sources, masks and mix, with the wanted share of each class and the teacher's probability."
+    p = logits.softmax(1).gather(1, classes)
+    titles = [
+        "\n".join(f"{info.classes[c].replace('_', ' ')}: λ {share:.0%}, p {q:.0%}" for c, share, q in zip(*row))
+        for row in zip(classes.tolist(), lam.tolist(), p.tolist())
+    ]
+    with plt.rc_context({"font.size": 10, "savefig.bbox": "tight"}):
+        figure = show_mixes(info, sets, masks, titles, name=name)
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    print(path)
+
+
+def draw_cifar100(out: Path) -> None:
+    "Mixes by the paper's search and by the engine's, and of the engine's those of lowest and of highest KL."
+    data, teacher = load_data("cifar100"), pretrained("cifar100").requires_grad_(False)
+    images, _ = data.test[:64]
+    mixer = SuperMix(teacher)
+    draw = mixer.draw(images, generator=torch.Generator().manual_seed(0))
+    mixed = mixer.solve(images[draw.partners], draw.lam, draw=draw)
+    few = mixed.solved.nonzero().flatten()[:3]
+    solved = (t[few] for t in (images[draw.partners], mixed.masks, mixed.lam, mixed.classes, mixed.logits))
+    draw_sets(out / "cifar100_paper.png", "CIFAR-100 by the paper's search", data.info, *solved)
+    for k in (2, 3):
+        mixing = Mixing(**FAST, k=k)
+        engine = Engine(teacher, images[:2], mixing)
+        block = draw_block(data.train, engine.source_logits, mixing, 0, 0)
+        found = joined(engine.run([block]))
+        theta = decode(found.code, True)
+        kl = _sparsity_and_kl(found, theta, found.logits, (32, 32))[:, 1].argsort()
+        for name, title, rows in (
+            (f"cifar100_k{k}", f"CIFAR-100 by the engine, k = {k}", found.index.argsort()[:3]),
+            ("cifar100_extremes", "CIFAR-100: the two lowest KLs, then the two highest", kl[[0, 1, -2, -1]]),
+        ):
+            if name == "cifar100_extremes" and k == 3:
+                continue
+            masks = masks_from_theta(theta[rows], (32, 32))
+            parts = block.images[found.index[rows]], masks, found.lam[rows], found.classes[rows], found.logits[rows]
+            draw_sets(out / f"{name}.png", title, data.info, *parts, dpi=80 if k == 2 else 64)
+
+
 # ---- charts of results/
 
 ROWS = ("alone", "KD", "MixUp + KD", "CutMix + KD", "PuzzleMix + KD", "SuperMix + KD", "KD, double updates")
@@ -176,6 +223,8 @@ def draw_speed(path: Path, numbers: dict) -> None:
 
 
 def main(what: str = "all", out: Path = ROOT / "nbs" / "images") -> None:
+    if what == "cifar100":
+        return draw_cifar100(out)
     draw_accuracy(out / "accuracy.png", accuracies())
     draw_speed(out / "speed.png", speeds())
     if what == "all":
@@ -184,5 +233,5 @@ def main(what: str = "all", out: Path = ROOT / "nbs" / "images") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "charts"], default="all")
+    parser.add_argument("what", nargs="?", choices=["all", "charts", "cifar100"], default="all")
     main(parser.parse_args().what)
