@@ -354,7 +354,7 @@ def test_a_shard_too_many_is_let_go(whole, tmp_path):
         (dict(mixing=Mixing(k=11, **FAST)), "top of at least k = 11"),
         (dict(mixing=Mixing(k=11, **FAST), top=11), "at least k = 11 classes"),
         (dict(top=1), "top of at least k = 2 logits.*got 1"),
-        (dict(slots=0), "slots of 1 or more, got 0"),
+        (dict(slots=0), "slots of 1 or more, or None, got 0"),
         (dict(mixing=Mixing(**FAST, mask_size=40)), "no larger than the images"),
     ],
 )
@@ -591,7 +591,7 @@ def test_two_processes_are_nearly_twice_as_fast(tmp_path):
 def test_slots_suit_the_device_where_none_are_named(teacher, digits, tmp_path):
     recipe = _settle(Generation(data="digits"), digits.train, teacher)
     assert (recipe.slots, recipe.shard, recipe.bfloat16) == (128, 4096, False)
-    large = ArrayImages(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.tensor([0, 1]), digits.info)
+    large = ArrayImages(digits.info, torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.tensor([0, 1]))
     assert _settle(Generation(), large, teacher).slots == 16
     named = Generation(slots=5, shard=256, bfloat16=True)
     assert _settle(named, digits.train, teacher) == named

@@ -46,7 +46,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as VF
 
-RECIPE = Generation(data="digits", count=300, shard=256, mixing=Mixing(**FAST))
+RECIPE = Generation(data="digits", count=300, shard=256, slots=128, bfloat16=False, mixing=Mixing(**FAST))
 
 
 @pytest.fixture(scope="module")

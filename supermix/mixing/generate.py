@@ -275,7 +275,7 @@ def _open_folder(recipe: Generation, pictures: Pictures, size: int | None) -> tu
     right = compare_classes(torch.cat(seen), some.labels)
     if os.environ.get("RANK", "0") == "0":
         print(f"{data}\n{teacher.name} is right in {right:.0f} % of {len(some):,} training images", flush=True)
-    shard = min(recipe.shard, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images in each
+    shard = min(recipe.shard or 4096, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images in each
     return replace(recipe, data=images.info.name, teacher="given", shard=shard), images, teacher
 
 def _check_no_pictures(pictures: Pictures, size: int | None) -> None:
