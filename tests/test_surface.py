@@ -96,3 +96,9 @@ def test_a_public_name_has_a_docstring_and_hints(name):
 
 def test_what_only_its_own_module_uses_is_explained():
     assert len(TAUGHT) <= 50, "a helper needs an underscore"
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_a_module_defines_each_name_once(module):
+    names = [node.name for node in TREES[module].body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(set(names)) == len(names)

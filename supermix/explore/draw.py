@@ -232,45 +232,6 @@ def draw_backdrop(scene: Scene) -> Image.Image:
     _draw_keys(canvas, columns[0])
     return image
 
-# %% ../../nbs/71_explore.draw.ipynb #c379766a
-def draw_backdrop(scene: Scene) -> Image.Image:
-    "All that does not change from iteration to iteration."
-    (places, side), columns = _source_places(len(scene.pictures)), _mix_places(scene)
-    image = Image.new("RGB", (columns[-1] - _GAP + _MARGIN, _HEIGHT), "white")
-    canvas, below = ImageDraw.Draw(image), _rows(side)[3]
-    for i, (x, picture, c, l) in enumerate(zip(places, scene.pictures, scene.classes, scene.setting.lam), 1):
-        image.paste(as_tile(picture, side), (x, _TOP))
-        canvas.text((x, 8), shorten(f"{i}: {scene.names(c)}", side // 8), _INK, _font())
-        canvas.text((x, 26), f"wanted λ {l:.0%}", _INK, _font(13))
-    for x, (name, picture, p, target, kl, s) in zip(columns[1:], scene.rivals):
-        image.paste(as_tile(picture), (x, _TOP))
-        _draw_texts(canvas, x, name, p, scene.classes, kl, s)
-        _draw_bars(canvas, (x, 276), scene.names, p, target)
-    signs = np.linspace(-1, 1, 256)[:, None]
-    steps = 1 + abs(signs) * (np.where(signs > 0, _rgb(ORANGE), _rgb(BLUE)) - 1)
-    scales = ("mask 0", _cividis(), "1"), ("shrinks", steps, "grows")
-    for y, (left, colours, right) in zip((below, below + 20), scales):
-        canvas.text((_MARGIN, y), left, _INK, _font(13))
-        image.paste(_ramp(colours), (_MARGIN + 58, y + 3))
-        canvas.text((_MARGIN + 176, y), right, _INK, _font(13))
-    _draw_keys(canvas, columns[0])
-    return image
-
-def _draw_texts(canvas: ImageDraw.ImageDraw, x: int, title: str, p: torch.Tensor, classes: list[int], kl: float,
-                s: float) -> None:
-    "What stands above and below a mix: whether the sources' classes are the highest, KL, m(1−m)."
-    seen = sorted(p.topk(len(classes)).indices.tolist()) == sorted(classes)
-    canvas.text((x, 8), title, _INK, _font())
-    canvas.text((x, 26), "sees all classes" if seen else "misses a class", _INK, _font(13))
-    canvas.text((x, _TOP + _TILE + 4), f"KL {kl:.2f}   m(1−m) {s:.3f}", _INK, _font(13))
-
-def _draw_keys(canvas: ImageDraw.ImageDraw, x: int) -> None:
-    "What the bars mean."
-    canvas.rectangle((x, 484, x + 26, 494), BLUE)
-    canvas.text((x + 34, 480), "the teacher's p(x̂); the line at the right is 100 %", _INK, _font(13))
-    canvas.rectangle((x, 506, x + 26, 516), outline=ORANGE, width=2)
-    canvas.text((x + 34, 502), "wanted: ŷ (for CutMix and PuzzleMix, the areas of their masks)", _INK, _font(13))
-
 # %% ../../nbs/71_explore.draw.ipynb #5d5ba500
 def draw_frame(scene: Scene, backdrop: Image.Image, way: Trace, n: int) -> Image.Image:
     "The picture of iteration n of the first set of a trace."
