@@ -57,7 +57,8 @@ def explore(data: Path | None = None, teacher: Path | None = None, network: str 
     return partial(open_explorer, data, teacher, network, out, browser)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
-            root: Path | None = None, quick: bool = False, compile: bool = False) -> Callable:
+            root: Path | None = None, quick: bool = False, compile: bool = False,
+            device: str | None = None, half: bool = False) -> Callable:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
@@ -67,9 +68,11 @@ def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet2
         root: a folder in which to look for the data first.
         quick: train by 24 epochs' recipe with a linear decay instead of the data set's.
         compile: let torch.compile fuse what it can.
+        device: such as cpu or cuda:1; none: a GPU where there is one, and there bfloat16 where it is faster.
+        half: write the weights in 16 bits, half the size; the card's accuracy is that of the rounded weights.
     """
     from supermix.training.loop import make_teacher
-    return partial(make_teacher, data, out, network, root, quick, compile)
+    return partial(make_teacher, data, out, network, root, quick, compile, device, half)
 
 # %% ../nbs/90_cli.ipynb #68740e50
 def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
@@ -158,7 +161,8 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
             (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing else
-            at work); without: all.
+            at work); without: all of these. By name only, for a GPU: cifar100-30 and cifar100-120 (epochs),
+            cifar100-5000 (images), cifar100-resnet8x4 (the student).
         seeds: without: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds and no core seconds are measured.

@@ -250,6 +250,7 @@ METHODS = {
     "dist": Terms(ce=1.0, kd=1.0, logits="dist"),                    # Huang et al. 2022
     "std": Terms(ce=0.1, kd=9.0, tau=2.0, logits="std"),             # KD of standardised logits (Sun et al. 2024;
                                                                      # weight and base temperature of its code)
+    "function_matching": Terms(mixed_kd=1.0),           # Beyer et al. 2022: the teacher's outputs for mixed images only
     "authors": Terms(ce=2.0, mixed_ce=2.0),             # SuperMix with the weights of the authors' published command
     "authors_kd": Terms(ce=1.8, mixed_ce=1.8, kd=0.2),  # SuperMix + KD, the same; its KL term sees natural images only
 }
@@ -465,6 +466,7 @@ _PAIRS = (
     ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
     ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
 _TITLES = {"alone": "student alone", "kd": "KD", "fitnet": "FitNet", "crd_kd": "CRD + KD",
+          "function_matching": "function matching",
           "authors": "authors' weights", "authors_kd": "authors' weights, + KD",
           "mixup": "MixUp", "cutmix": "CutMix", "cutmix_authors": "CutMix",
           "puzzlemix": "PuzzleMix", "supermix": "SuperMix"}
@@ -475,8 +477,11 @@ def _title(method: str, mixer: str | None = None) -> str:
     return of(method) if mixer is None else of(mixer) if method == "alone" else f"{of(mixer)} + {of(method)}"
 
 _METHOD_ROWS = {_title(m): Variant(m) for m in METHODS if not METHODS[m].mixes}
-_MIX_ROWS = {_title(m, x): Variant(m, x) for x in ("mixup", "cutmix_authors", "puzzlemix", "supermix") for m in METHODS}
+_MIX_ROWS = {_title(m, x): Variant(m, x) for x in ("mixup", "cutmix_authors", "puzzlemix", "supermix") for m in METHODS
+            if m != "function_matching"}
 _OTHER_ROWS = {                                                        # the ablations: λ drawn, k = 3, and a box
+    "function matching": Variant("function_matching", "mixup_beta"),  # λ uniform in 0 … 1, as there
+    "SuperMix + function matching": Variant("function_matching", "supermix"),
     "CutMix, clipped box": Variant("alone", "cutmix"),                # as its own paper has it (ours)
     "CutMix, clipped box + KD": Variant("kd", "cutmix"),
     **{f"{_TITLES[x]}, λ ~ Beta(1, 1){more}": Variant(m, f"{x}_beta")

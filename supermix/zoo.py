@@ -224,6 +224,7 @@ def _info_of(network) -> Info | None:
 
 def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
          path: str | Path,     # a `.safetensors` file
+         half: bool = False,   # keep the weights in 16 bits: half the size; `load` gives 32 bits again
          **card,               # anything worth knowing: how it was trained, its accuracy
          ) -> Path:            # `path`
     "Save a network so that `load` needs nothing but the file."
@@ -232,6 +233,7 @@ def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
         raise ValueError(f"Expected a network made by `create` (or loaded), got {type(inner).__name__} "
                          "without a registered name. Keep that one with torch.save(network.state_dict(), path).")
     tensors = plain_state(inner)
+    if half: tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     _check_finite(tensors, f"{inner.name}, to be saved as {path}")
     card |= {"network": inner.name, "num_classes": inner.num_classes,
              "tensors": tensors_hash(dict(sorted(tensors.items())))}

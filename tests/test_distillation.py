@@ -210,6 +210,19 @@ def test_the_loss_of_a_step(method, teacher, few, mixes):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_function_matching_looks_at_mixed_images_only(teacher, few, mixes):
+    "The natural images of a batch change neither its loss nor the statistics of batch norm."
+    losses, counts = [], []
+    for scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        student, batch = create("resnet8", 10), batch_of(few)
+        batch = batch._replace(images=scale * batch.images, labels=batch.labels.roll(1))
+        losses.append(Distillation(teacher, METHODS["function_matching"], mixes, student, few)(student, batch).item())
+        counts.append({name: t.clone() for name, t in student.named_buffers()})
+    assert losses[0] == losses[1] > 0
+    torch.testing.assert_close(counts[0], counts[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("label", ["teacher", "softmax", "lam", "area"])
 def test_what_label_a_mixed_image_gets(label, teacher, few, mixes):
     torch.manual_seed(0)

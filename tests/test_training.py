@@ -20,11 +20,19 @@ from supermix.data import ArrayImages
 from supermix.distillation.distill import distill
 from supermix.mixing.mixers import CutMix
 from supermix.policies.policies import Augmented, load_policy
-from supermix.recipes import CIFAR100, IMAGENET, Training
+from supermix.recipes import CIFAR100, IMAGENET, TEACHERS, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
-from supermix.training.loop import Objective, _run_identity, accuracy, label_objective, measure_bfloat16, train
-from supermix.zoo import create
+from supermix.training.loop import (
+    Objective,
+    _run_identity,
+    accuracy,
+    label_objective,
+    make_teacher,
+    measure_bfloat16,
+    train,
+)
+from supermix.zoo import create, load
 from torch import nn
 
 
@@ -1200,3 +1208,13 @@ def test_strides_of_gradients_are_their_weights():
     assert weight.grad.stride() == weight.stride() and torch.equal(weight.grad, gradient)
     optimiser.step()
     torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_a_teacher_in_16_bits_has_the_accuracy_of_its_file(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(TEACHERS, "digits", Training(epochs=2, batch_size=64, lr=0.05, milestones=()))
+    path = make_teacher("digits", tmp_path, "resnet8", device="cpu", half=True)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert path.name == "digits_resnet8.safetensors" and card["sha256"] == file_hash(path)
+    assert card["test_accuracy"] == round(accuracy(load(path), digits.test), 2) > 10
+    assert card["command"] == "supermix teacher --data digits --network resnet8 --half" and card["device"] == "cpu"
+    assert path.stat().st_size < 2.2 * card["parameters"] + 20_000

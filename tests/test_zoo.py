@@ -222,6 +222,23 @@ def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
     assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
 
 
+def test_a_network_in_16_bits_takes_half_the_room(saved, tmp_path):
+    network, path = saved
+    small = save(network, tmp_path / "half.safetensors", half=True)
+    again = load(small)
+    assert small.stat().st_size < 0.55 * path.stat().st_size
+    for name, t in again.state_dict().items():
+        whole = network.state_dict()[name]
+        assert t.dtype == whole.dtype and torch.equal(
+            t, whole.half().to(whole.dtype) if t.is_floating_point() else whole
+        )
+    with torch.no_grad():
+        next(network.parameters())[0] = 1e6  # more than 16 bits can hold
+    with pytest.raises(ValueError, match="expected finite weights"):
+        save(network, tmp_path / "half.safetensors", half=True)
+    assert torch.equal(load(small).state_dict()["stem.0.weight"], again.state_dict()["stem.0.weight"])
+
+
 def compiled(module):
     return torch.compile(module, backend="eager")  # needs no C++ compiler
 

@@ -113,6 +113,8 @@ def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to lo
 MIXERS: dict[str, Callable[[Callable, Info], Mixer] | None] = {  # name: (teacher, info of the data) -> mixer
     "mixup": lambda teacher, info: MixUp(len(info.classes)),    # λ = ½, as in the paper's comparison
     "cutmix": lambda teacher, info: CutMix(len(info.classes)),  # λ = ½, too
+    "mixup_beta": lambda teacher, info: MixUp(len(info.classes), 1.0),   # λ ~ Beta(1, 1): uniform in 0 … 1
+    "cutmix_beta": lambda teacher, info: CutMix(len(info.classes), 1.0),
     "cutmix_authors": lambda teacher, info: CutMixInside(len(info.classes)),  # its box wholly inside (chapter 31)
     "puzzlemix": lambda teacher, info: PuzzleMix(teacher, std=info.std),
     "supermix": None,                                           # a stock that `make_mixes` makes
@@ -342,9 +344,10 @@ class Distillation(_Staged):
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c8a
 def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mixes: _Mixes | None,
                   ) -> torch.Tensor:
-    "The weighted sum of a natural batch and of its mixes, where there are any."
-    terms, n = objective.terms, len(batch.images)
-    both, soft = batch.images, None
+    "The weighted sum of a natural batch and of its mixes, where there are any. What no term looks at is not computed."
+    terms, both, soft = objective.terms, batch.images, None
+    if mixes is not None and not (terms.ce or terms.kd or terms.features): both = both[:0]
+    n = len(both)
     later = [(term, weight) for name, weight in terms.features if (term := objective.features[name]).later]
     if mixes is None:
         if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn from here
@@ -352,11 +355,11 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
     else: both, soft = to_device(torch.cat([both, mixes.images]), student), mixes.labels
     ours = outputs_of(unwrapped(student), both) if later else Outputs([], student(both))
     theirs = Outputs([], None)
-    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, mixes and mixes.logits)
+    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, n, mixes and mixes.logits)
     zs, zt = ours.logits.float(), theirs.logits
     if terms.mixed_ce and terms.label in ("lam", "area"): soft = _widen(soft, zs.shape[1])
     logits = (zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)
-    loss = student_loss(terms, zs[:n], batch.labels, *logits, soft, batch.label_smoothing)
+    loss = student_loss(terms, zs[:n], batch.labels[:n], *logits, soft, batch.label_smoothing)
     natural = Outputs([f[:n] for f in ours.features], zs[:n])
     for term, weight in later:
         loss = loss + weight * term(natural, theirs, batch.labels, batch.indices, batch.generator)
@@ -366,12 +369,12 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
 @torch.no_grad()
 def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
                      both: torch.Tensor,           # natural and then mixed images (B + B', 3, H, W)
+                     n: int,                       # how many of them are natural: all of the batch, or none
                      stored: torch.Tensor | None,  # the teacher's logits of mixed ones (B', N), if a stock keeps them
                      ) -> Outputs:
     """Features of the natural images, and logits (B + B', N) of all, as far as the terms look at them; the other rows
     are 0. What is known already is not computed again."""
-    teacher, n = objective.teacher, len(batch.images)
-    features, natural = [], None
+    teacher, features, natural = objective.teacher, [], None
     if any(objective.features[name].later for name, _ in terms.features):  # one pass gives features and logits
         features, natural = outputs_of(teacher, both[:n])
     elif terms.kd and objective.known is not None: natural = objective.known[batch.indices].to(both.device)

@@ -28,7 +28,7 @@ from ..distillation.distill import (MIXERS, Distillation, check_first_stage, che
 from .published import published, published_source
 from ..mixing.folding import fold_norms
 from ..mixing.generate import claimed, patiently
-from ..mixing.mixers import CutMix, MixUp, Mixer
+from ..mixing.mixers import Mixer
 from ..mixing.store import MixedDataset
 from ..recipes import (Family, Mixing, Pictures, Recipe, Terms, Training, Variant, as_named, is_folder,
                               method_terms)
@@ -176,8 +176,7 @@ def _check_last_batch(student: nn.Module, recipe: Training, images: Images) -> N
                          f"learn: choose another batch_size than {recipe.batch_size}.") from error
 
 # %% ../../nbs/62_experiments.runs.ipynb #f2c0f74a
-_ROW_MIXERS = {"": None, **MIXERS, "mixup_beta": lambda teacher, info: MixUp(len(info.classes), 1.0),
-              "cutmix_beta": lambda teacher, info: CutMix(len(info.classes), 1.0)}
+_ROW_MIXERS = {"": None, **MIXERS}
 
 # %% ../../nbs/62_experiments.runs.ipynb #8a96d729
 def _wait_for_all() -> None:

@@ -55,6 +55,8 @@ class Trial:
     lr: float = 0.1                   # initial learning rate (S 1.1)
     drops: tuple = (0.6, 0.85)        # shares of the epochs after which the learning rate drops to a tenth (ours)
     tau: float | None = None          # temperature of the loss on logits; None: the method's
+    teacher: str = ""                 # a network that `supermix teacher` trained; none: the shipped teacher
+    bfloat16: bool = False            # autocast to bfloat16
     seed: int = 0
 
     @property
@@ -62,7 +64,8 @@ class Trial:
         "As many epochs as make the updates."
         epochs = round(self.updates / ceil(self.images / self.batch_size))
         drops = tuple(round(share * epochs) for share in self.drops)
-        return Training(epochs=epochs, batch_size=self.batch_size, lr=self.lr, milestones=drops, seed=self.seed)
+        return Training(epochs=epochs, batch_size=self.batch_size, lr=self.lr, milestones=drops,
+                        bfloat16=self.bfloat16, seed=self.seed)
 
     @property
     def file(self) -> str:
@@ -81,7 +84,7 @@ def _make_trial_mixes(trial: Trial, teacher: nn.Module, images: Images, home: Pa
                       ) -> tuple[MixedDataset, float | None]:
     "The SuperMix images of a trial, from `home` or made there; and their core seconds, None where a GPU made them."
     mixing, count = trial.mixing, trial.mixes * trial.images
-    parts = [trial.data, *(f"{key}{value}" for key, value in asdict(mixing).items())]
+    parts = [trial.data, *filter(None, [trial.teacher]), *(f"{key}{value}" for key, value in asdict(mixing).items())]
     folder = home / "-".join([*parts, f"{count}-of-{trial.images}", str(trial.seed)])
 
     def make():
@@ -193,11 +196,23 @@ def _compare_masks(teacher: nn.Module, images: ArrayImages, cover: torch.Tensor,
     return result | {"solved": int(solved.solved.sum()), "picture": base64.b64encode(file.getvalue()).decode()}
 
 # %% ../../nbs/60_experiments.study.ipynb #60bb0009
-def _load_data_and_teacher(name: str,  # fashion_mnist, cifar100 or cluttered
-                           home: Path,  # the folder of the teacher that is trained here
-                           out: Path,   # the folder of the results, for its card
+def _load_teacher(data: Data, network: str, folder: Path) -> nn.Module:
+    "A teacher that `supermix teacher` trained, with its card. A FileNotFoundError says how it is made."
+    path = folder / f"{data.info.name}_{network}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"These students need the teacher {path}. Train it on a GPU: supermix teacher --data "
+                                f"{data.info.name} --network {network} --out {folder} --half")
+    teacher = load(path, data.info)
+    teacher.card = json.loads(path.with_suffix(".json").read_text())
+    return teacher
+
+def _load_data_and_teacher(name: str,     # fashion_mnist, cifar100 or cluttered
+                           network: str,  # of a teacher in the folder "teachers" beside `out`; "": the shipped teacher
+                           home: Path,    # the folder of the teacher that is trained here
+                           out: Path,     # the folder of the results, for its card
                            ) -> tuple[Data, nn.Module]:
     "The images of trials, and their teacher: the shipped one, or for cluttered images one that is trained here once."
+    if network: return (data := load_data(name)), _load_teacher(data, network, out.parent / "teachers")
     if name != "cluttered": return load_data(name), pretrained(name)
     plain = load_data("fashion_mnist")
     data = _clutter_data(plain)
@@ -291,11 +306,32 @@ def _harder_trials() -> list[Trial]:
     "Harder images: small items on photographs, for seed 0."
     return _main_trials("harder", data="cluttered") + _double_trials(("KD",), "updates", "harder", data="cluttered")
 
-def _hundred_class_trials() -> list[Trial]:
-    "The main rows on 10,000 images of CIFAR-100, twenty epochs, for seed 0."
-    options = dict(data="cifar100", images=10_000, updates=1580, mixes=1, mixing=Mixing(**FAST))
-    return [*_main_trials("cifar100", **options), *_double_trials(("KD",), "updates", "cifar100", **options),
-            Trial("cifar100", "SuperMix k=3 + KD", "kd", "supermix", **options | {"mixing": Mixing(**FAST, k=3)})]
+_HUNDRED_CLASSES = dict(data="cifar100", images=10_000, updates=1580, mixes=1, mixing=Mixing(**FAST))  # 20 epochs
+
+def _hundred_class_trials(group: str, **options) -> list[Trial]:
+    "The main rows, KD with double updates and three sources, for seed 0."
+    return [*_main_trials(group, **options), *_double_trials(("KD",), "updates", group, **options),
+            Trial(group, "SuperMix k=3 + KD", "kd", "supermix", **options | {"mixing": Mixing(**FAST, k=3)})]
+
+def _rival_trials(group: str, **options) -> list[Trial]:
+    "What people would pick instead, for seed 0. Function matching (Beyer et al. 2022) sees mixed images only."
+    rivals = {"PuzzleMix + KD": ("kd", "puzzlemix"), "DKD": ("dkd", None), "CRD + KD": ("crd_kd", None)}
+    double = options | {"updates": 2 * options["updates"]}
+    return [*(Trial(group, name, *what, **options) for name, what in rivals.items()),
+            Trial(group, "function matching, double updates", "function_matching", "mixup_beta", **double)]
+
+def _gpu_trials() -> list[tuple[list[Trial], range]]:
+    "The paper's comparison on CIFAR-100 at its own size, which needs a GPU: rows for seed 0, and their seeds."
+    wrn = _HUNDRED_CLASSES | dict(teacher="wrn_40_2", student="wrn_16_2", images=50_000, bfloat16=True)
+    parts = []
+    for epochs in (30, 120):
+        group, options = f"cifar100-{epochs}", wrn | {"updates": 391 * epochs, "mixes": epochs // 30}
+        parts.append((_hundred_class_trials(group, **options) + _rival_trials(group, **options), range(5)))
+    few = wrn | {"images": 5000, "mixes": 10, "updates": 40 * 120}
+    other = wrn | {"teacher": "resnet32x4", "student": "resnet8x4", "updates": 391 * 30}
+    for group, options in (("cifar100-5000", few), ("cifar100-resnet8x4", other)):
+        parts.append((_hundred_class_trials(group, **options), range(3)))
+    return parts
 
 def all_trials() -> list[Trial]:
     "All trials, in the order in which they are run: seed by seed, so that there is something to see early."
@@ -307,7 +343,8 @@ def all_trials() -> list[Trial]:
              (_harder_trials(), range(3)), (_probe_trials(), range(1)), (_schedule_trials(), range(3)),
              (_further_trials(), range(3)), (_repeat_trials(), range(7)),
              ([_fresh_trial("further")], range(1, 3)), ([_fresh_trial("seeds")], range(3)),
-             (_hundred_class_trials(), range(3))]
+             *((make("cifar100", **_HUNDRED_CLASSES), range(3)) for make in (_hundred_class_trials, _rival_trials)),
+             *_gpu_trials()]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f15
@@ -316,8 +353,9 @@ def _run_missing(trial: Trial, settings: dict, out: Path, home: Path, device: st
     (out / trial.file).parent.mkdir(parents=True, exist_ok=True)
     with claimed(out / trial.file) as mine:
         if not mine or (out / trial.file).exists(): return
-        if trial.data not in settings: settings[trial.data] = _load_data_and_teacher(trial.data, home, out)
-        result = _run_trial(trial, *settings[trial.data], home, device)
+        needs = trial.data, trial.teacher
+        if needs not in settings: settings[needs] = _load_data_and_teacher(*needs, home, out)
+        result = _run_trial(trial, *settings[needs], home, device)
         write_atomic(out / trial.file, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         print(f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
               f"{result['wall_seconds']:.0f} s to train", flush=True)
@@ -331,7 +369,8 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
             (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing
-            else at work); none: all.
+            else at work); none: all of these. By name only, for a GPU: cifar100-30 and cifar100-120 (epochs),
+            cifar100-5000 (images), cifar100-resnet8x4 (the student).
         seeds: none: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds and no core seconds are measured.
@@ -340,7 +379,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
     trials = all_trials()
     for name in groups: lookup(dict.fromkeys([*(t.group for t in trials), "prices"]), name, "group")
     deadline, settings = time.perf_counter() + 60 * minutes, {}
-    missing = [t for t in trials if (not groups or t.group in groups) and (not seeds or t.seed in seeds)
+    missing = [t for t in trials if (t.group in groups if groups else not t.teacher) and (not seeds or t.seed in seeds)
                and not (out / t.file).exists()]
     for trial in progress(missing, "study", unit="run"):
         if time.perf_counter() > deadline: break
@@ -348,7 +387,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
     if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() < deadline:
         rows = _core_trials() + _budget_trials() + _half_batch_trials()
         _make_once(out / "prices.json",
-                   lambda: _measure_prices(rows, *_load_data_and_teacher(_core_trials()[0].data, home, out)))
+                   lambda: _measure_prices(rows, *_load_data_and_teacher(_core_trials()[0].data, "", home, out)))
 
 # %% ../../nbs/60_experiments.study.ipynb #60dd0003
 def _measure_prices(rows: list[Trial], data: Data, teacher: nn.Module,
