@@ -70,12 +70,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: $(VENV)/bin/python settings.ini setup.py
 	@echo "Installing supermix and PyTorch into $(VENV) (a few minutes, once)"
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e .
+	$(BIN)/python tools/install.py
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python settings.ini setup.py
 	@echo "Installing supermix, PyTorch and the notebook tools into $(VENV) (a few minutes, once)"
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python tools/install.py dev
 	@touch $@ $(VENV)/.run
 
 clean:  ## remove what these commands made
