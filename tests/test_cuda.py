@@ -152,7 +152,7 @@ def test_a_replayed_search_finds_what_the_search_finds(benchmark, digits, there,
     "Also where a script has set cudnn.benchmark: the batch keeps its size, so nothing is searched for anew."
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
     engine, found = search(there, digits.train)
-    assert engine.how == "one graph a pass" and engine.tried == 4 * BLOCK
+    assert engine.how == "one graph per pass" and engine.tried == 4 * BLOCK
     monkeypatch.setattr(_Replayed, "record", lambda replayed: setattr(replayed, "why", "a test"))
     eager, expected = search(there, digits.train)
     assert eager.how == "one by one (a test)" and engine.passes == pytest.approx(eager.passes, rel=0.1)
