@@ -872,7 +872,7 @@ def test_folders_are_read_as_torchvision_reads_them(put_pictures):
 WRONG_PLACES = {
     "one folder too high": (
         ["photos/cat", "photos/dog"],
-        r"should hold .*two at least; found 1 folder \(photos\).*Are the classes in .*s/photos",
+        r"should have .*at least two; found 1 folder \(photos\).*Are the classes in .*s/photos",
     ),
     "a single class": (["cat"], r"found 1 folder \(cat\)"),
     "splits under other names": (
@@ -883,7 +883,7 @@ WRONG_PLACES = {
     "a class below": (["cat", "dog", "more/bird", "more/fish"], r"more holds no images but folders \(bird, fish\)"),
     "no split for testing": (
         ["Train/cat", "Train/dog"],
-        r"val is missing: .* half there. Expected .*valid.*found 1 folder \(Train\)",
+        r"val is missing: .* incomplete. Expected .*valid.*found 1 folder \(Train\)",
     ),
     "no split to train": (["Testing/cat", "Testing/dog"], r"train is missing: .*found 1 folder \(Testing\)"),
     "a split twice": (["Train/cat", "training/cat", "val/cat"], "Train and training, which name the same split"),
@@ -891,7 +891,7 @@ WRONG_PLACES = {
         ["train/cat", "train/dog", "Val/cat", "Val/bird"],
         r"train has 2 classes and Val 2; only in one: \['bird', 'dog'\]",
     ),
-    "pictures without folders": (["."], r"should hold a folder for each class, .*found files \(2 .jpg\)"),
+    "pictures without folders": (["."], r"should have one folder per class, .*found files \(2 .jpg\)"),
     "a flat split": (["train/cat", "train/dog", "test"], "train has 2 classes and test 0"),
     "a class called test": (["cat", "dog", "test"], r"train is missing: .*name them all: classes=\[…\]"),
 }

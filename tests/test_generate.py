@@ -279,7 +279,7 @@ def test_a_run_that_is_repeated_does_not_approve_a_changed_shard(spoil, message,
             ),
             "its tensors are not those of its card",
         ),
-        (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
+        (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a complete shard"),
     ],
 )
 def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):

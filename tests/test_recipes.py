@@ -225,7 +225,7 @@ OUT_OF_RANGE = [
     (Training, dict(clip_grad=INF), "clip_grad above 0, or None, got inf"),
     (Training, dict(nesterov=True, momentum=0.0), "nesterov=True with .* a momentum above 0, got 'sgd' and 0.0"),
     (Training, dict(nesterov=True, optimizer="adamw"), "nesterov=True with optimizer='sgd'"),
-    (Mixing, dict(k=1), "k of 2 or more images a set, got 1"),
+    (Mixing, dict(k=1), "k of 2 or more images per set, got 1"),
     (Mixing, dict(mask_size=0), "mask_size of 1 or more"),
     (Mixing, dict(max_iter=0), "max_iter of 1 or more"),
     (Mixing, dict(sigma=-1.0), "sigma of 0 or more, got -1.0"),
