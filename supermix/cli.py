@@ -51,7 +51,7 @@ def explore(data: Path | None = None, teacher: Path | None = None, network: str 
         teacher: a file of weights; none: the teacher that comes with this package for the data set.
         network: the network of these weights, from the zoo or timm; none: as the file says (zoo.save).
         out: the folder for the notebook and for the pictures that you save in it.
-        browser: open it in a browser; otherwise only print its address.
+        browser: open JupyterLab in a browser; otherwise only print its address.
     """
     from supermix.explore.widget import open_explorer
     return partial(open_explorer, data, teacher, network, out, browser)
@@ -63,7 +63,7 @@ def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet2
     Args:
         data: a data set with a recipe for teachers: fashion_mnist, digits or cifar100.
         out: the folder for the weights, the card and the checkpoints; the same command resumes a stopped training.
-        network: a network of the zoo.
+        network: the teacher's network, a name of the zoo.
         root: the folder that is searched first for the data.
         quick: train by a recipe of 24 epochs with a linear decay, instead of the data set's.
         compile: use torch.compile.
@@ -191,12 +191,12 @@ def _choice_of(*names: str) -> type:
 @dataclass(frozen=True)
 class PlaceOptions:
     "Where files are."
-    out: Path = Path("out/runs")      # for teachers, mixes, checkpoints and students
-    results: Path | None = None       # for results; none: results/runs for the paper's data and scale, else OUT/results
+    out: Path = Path("out/runs")      # folder for teachers, mixes, checkpoints and students
+    results: Path | None = None       # for results; none: results/runs at paper scale and data, else OUT/results
     data_root: Path | None = None     # the folder that is searched first for the data
-    teacher_file: Path | None = None  # its weights, if --teacher is a network; none: trained here, or torchvision's
-    device: str | None = None         # such as cpu or cuda:1; none: a GPU if there is one
-    minutes: float = 10.0             # between checkpoints (one process; with several, a checkpoint after each epoch)
+    teacher_file: Path | None = None  # the weights of a named --teacher; none: trained here, or torchvision's
+    device: str | None = None         # the device: cpu, cuda:1, …; none: a GPU if there is one
+    minutes: float = 10.0             # minutes between checkpoints (one process; several: one checkpoint per epoch)
 
 def _teacher_and_file(recipe: Recipe, pictures: Pictures, file: Path | None) -> tuple[str, Path | None]:
     "The name of the teacher's network and the file of its weights; --teacher may be either."
@@ -225,10 +225,10 @@ def distill(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
             pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(),
             base: Base = "cifar100", scale: Scale = "paper", method: _choice_of(*METHODS) = "kd",
             mixer: _choice_of("none", *MIXER_NAMES) = "none", only_cost: bool = False) -> Callable:
-    """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command
-    again. For your own photographs: --data FOLDER --teacher FILE --network NAME --student NAME (chapter 80).
+    """Distil a student from a teacher (chapters 45 and 62). If a run was stopped, run the same command again to resume
+    it. For your own photographs: --data FOLDER --teacher FILE --network NAME --student NAME (chapter 80).
 
-    Each number's source stands behind it: (main) is the paper, (S …) its supplement, (ours) our own choice.
+    The source of a number is given in brackets: (main) is the paper, (S …) its supplement, (ours) our own choice.
 
     Args:
         recipe: all numbers of the run; the defaults come from --base, --scale, --teacher and --student.
@@ -258,7 +258,7 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["
     """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without. If a run
     was stopped, run the same command again to resume it.
 
-    Each number's source stands behind it: (main) is the paper, (S …) its supplement, (ours) our own choice.
+    The source of a number is given in brackets: (main) is the paper, (S …) its supplement, (ours) our own choice.
 
     Args:
         recipe: all numbers of the run; the defaults come from --base, --scale, --teacher and --student.

@@ -76,17 +76,17 @@ class Training(Typed):
     epochs: int = 600       # passes over the natural images (S 1.1)
     batch_size: int = 128   # natural images per update (S 1.1)
     lr: float = 0.1         # initial learning rate (S 1.1)
-    momentum: float = 0.9   # of SGD (S 1.1); for AdamW its β1
-    weight_decay: float = 5e-4  # (S 1.1)
+    momentum: float = 0.9   # momentum of SGD (S 1.1), or β1 of AdamW
+    weight_decay: float = 5e-4  # weight decay (S 1.1)
     milestones: tuple[int, ...] = (200, 300, 400, 500)  # epochs after which the learning rate drops (S 1.1)
     decay: float = 0.1      # factor of each drop of the learning rate (S 1.1)
-    warmup: int = 0         # epochs of linear warm-up; S is silent, the authors' code has 5
+    warmup: int = 0         # epochs of linear warm-up (none in S; 5 in the authors' code)
     first_stage: int = 30   # epochs of the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
-    first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
+    first_lr: float = 0.05  # its learning rate, at most `lr` (CRD benchmark: its own `lr`, and 0.01 for FT)
     held_out: int = 0       # training images that are kept to find the best epoch; 0: none (ours)
     bfloat16: bool = False  # autocast to bfloat16: faster on some processors and on GPUs (ours)
     compile: bool = False   # whether to use torch.compile (ours)
-    seed: int = 0           # of weights, order, views and mixes (ours)
+    seed: int = 0           # seed of weights, order, views and mixes (ours)
     optimizer: str = _later("sgd")      # "sgd" (S 1.1) or "adamw" (Loshchilov & Hutter 2019), with torch's β2 and ε
     schedule: str = _later("steps")     # "steps" (S 1.1); "cosine" or "linear": from `lr` to 0, no milestones
     nesterov: bool = _later(False)      # for SGD: Nesterov's momentum
@@ -132,7 +132,7 @@ def _check_schedule(t: Training) -> None:
 class Mixing(Typed):
     "The parameters of SuperMix. The defaults are the paper's for CIFAR-100."
     k: int = 2               # images per mixing set (main: 2 and 3)
-    mask_size: int = 8       # w, height and width of θ (S 1.1)
+    mask_size: int = 8       # height and width w of θ (S 1.1)
     sigma: float = 1.0       # width of the Gaussian that smooths the gradient, in cells of θ (S 1.1)
     lambda_s: float = 25.0   # weight of the sparsity term (S 1.1)
     alpha: float = 3.0       # parameter of the Dirichlet distribution of the mixing weights (S 1.1)
@@ -275,7 +275,7 @@ class Recipe(Typed):
     data: str = "cifar100"       # a data set of `supermix.data`, or a folder of photographs, one folder per class
     teacher: str = "wrn_40_2"    # a network of `supermix.zoo`, torchvision or timm
     student: str = "wrn_16_2"    # a network of `supermix.zoo`, torchvision or timm
-    training: Training = Training()  # of the student
+    training: Training = Training()  # training of the student
     low_lr: float | None = 0.02  # initial lr of MobileNetV2 and the ShuffleNets (authors' code); None: `training.lr`
     teacher_training: Training = _BENCHMARK  # training of the teacher, if it is not given as a file (CRD benchmark)
     mixing: Mixing = Mixing()    # settings of the search for SuperMix's masks
@@ -382,8 +382,8 @@ CRD_BENCHMARK = replace(CIFAR100, training=_BENCHMARK, low_lr=0.01, scales={
 class Pictures(Typed):
     "How a folder of photographs is read; the default of each field is as in the teacher's training."
     network: str | None = None  # the network of the weights, such as timm/resnet18; none: as the file says (zoo.save)
-    mean: tuple[float, float, float] | None = None  # per channel, for pixels in 0 … 1
-    std: tuple[float, float, float] | None = None   # per channel, for pixels in 0 … 1
+    mean: tuple[float, float, float] | None = None  # mean of each channel, for pixels in 0 … 1
+    std: tuple[float, float, float] | None = None   # standard deviation of each channel, for pixels in 0 … 1
     classes: tuple[str, ...] = ()  # all class names in the teacher's order; none: the folders' names, alphabetical
 
 _DATA_NAMES = ("auto", "digits", "fashion_mnist", "cifar100", "imagenet")

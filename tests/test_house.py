@@ -191,7 +191,7 @@ def test_executing_what_is_stale(house):
     )
     assert (
         done.returncode == 1
-        and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
+        and done.stderr.endswith("Failed, and not changed: 02_bad\n")
         and "ZeroDivisionError" in done.stderr
     )
     assert (bad.read_text(), old.read_text()) == before

@@ -789,7 +789,7 @@ def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "re
     Args:
         data: a data set with a recipe for teachers: fashion_mnist, digits or cifar100
         out: the folder for the weights, the card and the checkpoints; the same command resumes a stopped training
-        network: a network of the zoo
+        network: the teacher's network, a name of the zoo
         root: the folder that is searched first for the data
         quick: train by `QUICK`, 24 epochs, instead of the data set's recipe
         compile: use torch.compile
