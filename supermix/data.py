@@ -608,7 +608,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Data
 
 # %% ../nbs/01_data.ipynb #523e8cd9
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_HIDDEN = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__")  # beside names that begin with a dot
+_HIDDEN = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__")  # as well as names that begin with a dot
 
 def is_hidden(name: str) -> bool: return name.startswith(".") or name.lower() in _HIDDEN
 
@@ -664,7 +664,7 @@ def _is_nested(folder: Path) -> bool:
     with os.scandir(folder) as entries:  # only the first entries of a large class
         if any(_is_image(e.name, endings) for e in entries if not is_hidden(e.name)): return False
     folders, files = _seen_in(folder)
-    return len(folders) > 1 or bool(folders) and not files  # one folder beside a list: Tiny ImageNet's classes
+    return len(folders) > 1 or bool(folders) and not files  # one folder and a list: Tiny ImageNet's classes
 
 def _find_classes(root: Path,
                   classes=None,  # their names in the order of the labels; None: alphabetical

@@ -195,7 +195,7 @@ class Generation(Typed):
 
 # %% ../nbs/02_recipes.ipynb #8e0f3704
 _LABELS = ("teacher", "softmax", "lam", "area")
-# names of chapter 43's `TERMS`; whoever adds a term there adds its name here
+# names of chapter 43's `TERMS`; add a new term's name here, too
 _FEATURES = ["fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "ab", "ab_free", "ft", "fsp", "nst", "crd"]
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Recipe(Typed):
         return change(self, lookup(self.scales, scale, "scale"))
 
     def pair(self, teacher: str, student: str) -> "Recipe":
-        "The same for other networks, with the learning rate that the student's kind gets."
+        "This recipe for other networks, with the learning rate for the student's kind."
         low = self.low_lr is not None and student in _LOW
         return replace(self, teacher=teacher, student=student,
                        training=replace(self.training, lr=self.low_lr) if low else self.training)

@@ -240,7 +240,7 @@ def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
 
 # %% ../nbs/19_zoo.ipynb #13b914b9
 def load(path: str | Path,         # a file that `save` wrote
-         info: Info | None = None, # of the data that you will use: a network trained on other data is an error
+         info: Info | None = None, # of the data that you will use; a network of other data raises
          ) -> nn.Module:           # in evaluation mode; `.card` and `.info` describe it
     "Load a network that `save` saved."
     tensors, card = load_tensors(path)
@@ -267,7 +267,7 @@ def load(path: str | Path,         # a file that `save` wrote
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #e8369eb3
-def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
+def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of them
               info: Info,  # of the data that the network was trained on
               ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
     "Images of any kind as one normalised batch; images that are not normalised yet are `centred`."
@@ -338,13 +338,13 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
 
 # %% ../nbs/19_zoo.ipynb #8600cb85
 def _shipped() -> list[str]:
-    "The data sets for which a teacher is shipped."
+    "The data sets for which this package has a teacher."
     return sorted(f.name.removesuffix(".safetensors")
                   for f in (files("supermix") / "teachers").iterdir() if f.name.endswith(".safetensors"))
 
-def pretrained(data: str,       # a data set for which a teacher is shipped
-               ) -> nn.Module:  # in evaluation mode; `.card` says how it was trained
-    "The shipped teacher of a data set."
+def pretrained(data: str,       # a data set for which this package has a teacher
+               ) -> nn.Module:  # in evaluation mode; `.card` describes its training
+    "This package's teacher for a data set."
     lookup(dict.fromkeys(_shipped()), data, "shipped teacher")
     path = Path(str(files("supermix") / "teachers" / f"{data}.safetensors"))
     card = json.loads(path.with_suffix(".json").read_text())
@@ -356,7 +356,7 @@ def pretrained(data: str,       # a data set for which a teacher is shipped
     return teacher
 
 # %% ../nbs/19_zoo.ipynb #59e91eac
-_UNDER = ("state_dict", "model", "model_state_dict", "network")  # where training scripts keep the weights in a file
+_UNDER = ("state_dict", "model", "model_state_dict", "network")  # keys under which training scripts store the weights
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     "The tensors in a file of weights, a pickle or safetensors; a ValueError if it holds anything else."
@@ -375,14 +375,14 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 def _without_prefix(state: dict[str, torch.Tensor], known: set[str]) -> dict[str, torch.Tensor]:
-    "The same tensors without a prefix that all their names share, such as `module.`, and no name in `known` has."
+    "Remove a prefix that all names of the tensors share, such as `module.`, and no name in `known` has."
     tops = {name.partition(".")[0] for name in state}
     if len(tops) > 1 or not all("." in name for name in state) or tops & {name.partition(".")[0] for name in known}:
         return state
     return _without_prefix({name.partition(".")[2]: tensor for name, tensor in state.items()}, known)
 
 def _head_width(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> int | None:
-    "The number of classes in a file, where only the head differs from a network's shapes; else None."
+    "The number of classes in a file, if only the head differs from a network's shapes; else None."
     odd = [(state[name].shape, shape) for name, shape in shapes.items()
            if name in state and state[name].shape != shape]
     widths = {(theirs[:1], ours[:1]) for theirs, ours in odd}
@@ -390,7 +390,7 @@ def _head_width(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -
 
 # %% ../nbs/19_zoo.ipynb #6101ab5f
 def _fill(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    "A network with a file's weights; a ValueError that names what is missing, too many or of another shape."
+    "A network with a file's weights; a ValueError names tensors that are missing, unexpected or of another shape."
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     faults = [f"missing: {name}" for name in shapes if name not in state]
     faults += [f"not expected: {name}" for name in state if name not in shapes]
@@ -398,14 +398,14 @@ def _fill(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> nn.
                for name, shape in shapes.items() if name in state and state[name].shape != shape]
     if faults:
         raise ValueError(f"{path} does not fit {network.name}: {'; '.join(faults[:3])}"
-                         f"{f' and {len(faults) - 3} more' if len(faults) > 3 else ''}. Name the network whose weights "
-                         "these are; where several libraries have one of this name, with the library's: "
+                         f"{f' and {len(faults) - 3} more' if len(faults) > 3 else ''}. Name the network of these "
+                         "weights; if several libraries have a network of this name, add the library's: "
                          "torchvision/vgg13, timm/vgg13.")
     network.load_state_dict(state)
     return network
 
 def open_network(path: str | Path,         # weights: a pickle of a state dictionary, safetensors, or a file of `save`
-                 name: str | None = None,  # the network's, as `create` takes it; None: the file says so itself
+                 name: str | None = None,  # the network's name for `create`; None: as the file says
                  ) -> nn.Module:           # in evaluation mode, with as many classes as the file has
     "Open a file of weights. Raises a ValueError if it cannot be read safely, or does not fit the network."
     path = Path(path).expanduser()
@@ -431,7 +431,7 @@ def open_network(path: str | Path,         # weights: a pickle of a state dictio
 
 # %% ../nbs/19_zoo.ipynb #695c8489
 def view_of(network: nn.Module) -> dict:
-    "How a network sees images, as keywords of `load_folder`."
+    "How a network reads images, as keywords of `load_folder`."
     if (info := _info_of(network)) is not None:
         kept = ("classes", "size", "mean", "std", "flip", "crop_pct", "interpolation", "crop_mode")
         return {what: getattr(info, what) for what in kept if getattr(info, what) != ()}
@@ -447,7 +447,7 @@ def view_of(network: nn.Module) -> dict:
     return {"size": network.size} if hasattr(network, "size") else {}
 
 def _seen_by(network: nn.Module, pictures: Pictures, size: int | None) -> dict:
-    "How a network sees images where some of it is given: keywords of `load_folder`."
+    "How a network reads images, with the given values first: keywords of `load_folder`."
     if pictures.classes and network.num_classes != len(pictures.classes):
         raise ValueError(f"Expected {network.num_classes} classes, as many as the head of {network.name} has, got "
                          f"{len(pictures.classes)}: {', '.join(pictures.classes[:5])}.")
@@ -456,7 +456,7 @@ def _seen_by(network: nn.Module, pictures: Pictures, size: int | None) -> dict:
     return view | {what: value for what, value in given.items() if value is not None}
 
 def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | None = None) -> Info:
-    "How a network sees images, and the names of its classes, where they are known."
+    "How a network reads images, and the names of its classes, if they are known."
     view = {"size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "classes": (),
             "interpolation": "bilinear", "crop_mode": "center", **_seen_by(network, pictures, size)}
     side, how = view.get("input_size", (view["size"],))[-1], view["interpolation"]
@@ -465,11 +465,11 @@ def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | No
 
 # %% ../nbs/19_zoo.ipynb #5e14ea5e
 def load_pictures(root: str | Path,                # a folder, as `load_folder` takes it
-                  network: nn.Module,              # that will see the images
-                  pictures: Pictures = Pictures(), # what is known better than by the network
+                  network: nn.Module,              # the network for the images
+                  pictures: Pictures = Pictures(), # values that replace the network's
                   size: int | None = None,         # of the images, in pixels; None: the network's
                   ) -> Data:
-    "Photographs in one folder per class, as a network sees them."
+    "Photographs in one folder per class, read for a network."
     return load_folder(root, **_seen_by(network, pictures, size))
 
 def check_head(teacher: nn.Module, data: Data, path: str | Path) -> nn.Module:
@@ -477,14 +477,14 @@ def check_head(teacher: nn.Module, data: Data, path: str | Path) -> nn.Module:
     classes = data.info.classes
     if teacher.num_classes != len(classes):
         raise ValueError(f"{path} has a head for {teacher.num_classes} classes, and {data.source} has {len(classes)} "
-                         f"({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}). Give a network that was "
+                         f"({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}). Use a network that was "
                          f"fine-tuned on these: create({teacher.name!r}, {len(classes)}) makes one with their head.")
     teacher.info = data.info
     return teacher
 
 def open_pictures(root: str | Path,                # a folder, as `load_folder` takes it
                   path: str | Path,                # the teacher's weights, as `open_network` takes them
-                  pictures: Pictures = Pictures(), # the teacher's network, and how it sees images
+                  pictures: Pictures = Pictures(), # the teacher's network, and how it reads images
                   size: int | None = None,         # of the images, in pixels; None: the network's
                   ) -> tuple[Data, nn.Module]:     # the teacher knows its data: `.info`
     "Photographs, and a teacher of their classes. Raises a ValueError if its head has more classes or fewer."

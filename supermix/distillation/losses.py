@@ -61,7 +61,7 @@ def dkd_loss(student_logits: torch.Tensor,  # (B, N)
 def _correlation(a: torch.Tensor,  # (R, C)
                  b: torch.Tensor,  # (R, C)
                  ) -> torch.Tensor:  # (R,)
-    "Pearson's correlation of each row of `a` with the row of `b`; 0 where a row is constant."
+    "Pearson's correlation of each row of `a` with the row of `b`; 0 if a row is constant."
     a, b = (rows - rows.mean(1, keepdim=True) for rows in (a, b))
     constant = torch.minimum(a.norm(dim=1), b.norm(dim=1)) < 1e-6  # what is left is rounding
     return F.cosine_similarity(a, b, dim=1).masked_fill(constant, 0.0)

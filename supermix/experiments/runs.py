@@ -293,7 +293,7 @@ def _check_names(recipe: Recipe, variant: Variant,
     for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): full_name(name)
     _find_policy(variant, policies)
 
-def _open_device(name: str | None) -> torch.device:  # name: None: a GPU where there is one
+def _open_device(name: str | None) -> torch.device:  # name: None: a GPU if there is one
     "The device of this run, after joining the other processes under torchrun; a ValueError if it does not exist."
     try: return torch.empty(0, device=join(name)).device
     except (RuntimeError, AssertionError) as error:
@@ -573,7 +573,7 @@ def _format_cell(values: list[float],   # measured, one per seed
 def family_table(family: Family, results: str | Path,
                  pairs: Sequence[tuple[str, str]] | None = None,  # some of the family's; None: all
                  ) -> str:
-    "The family's results beside the published ones, test accuracy (%), as a Markdown table with its sources."
+    "The family's results with the published ones, test accuracy (%), as a Markdown table with its sources."
     pairs = pairs or family.pairs
     heads = [teacher if teacher == student else f"{teacher} → {student}" for teacher, student in pairs]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(pairs)]

@@ -223,7 +223,7 @@ _MAIN_ROWS = {"alone": ("alone", None), "KD": ("kd", None), "MixUp + KD": ("kd",
              "CutMix + KD": ("kd", "cutmix"), "SuperMix + KD": ("kd", "supermix")}
 
 def _core_trials() -> list[Trial]:
-    "The rows of the core, for seed 0: each way to mix, alone and beside KD."
+    "The rows of the core, for seed 0: each mixer, alone and with KD."
     rows = [Trial("core", "alone", "alone"), Trial("core", "KD"), Trial("core", "CRD + KD", "crd_kd")]
     mixers = {name: (name.lower(), Mixing(**FAST_0_1)) for name in ("MixUp", "CutMix", "PuzzleMix", "SuperMix")}
     for name, (mixer, mixing) in (mixers | {"SuperMix k=3": ("supermix", Mixing(**FAST_0_1, k=3))}).items():

@@ -94,7 +94,7 @@ def next_move(mixer: SuperMix,      # the solver whose settings are used
               problem: Problem,     # B sets, their classes and shares
               theta: torch.Tensor,  # (B, k, w, w): a state of the search
               n: int = 0,           # the updates before it
-              ) -> torch.Tensor:    # (B, k, w, w): positive where the mask of a source is to grow
+              ) -> torch.Tensor:    # (B, k, w, w): positive where a source's mask should grow
     "The update at θ that reduces the loss: the negative smoothed gradient times Newton's length."
     held = mixer.hold is not None
     mixing = replace(mixer.mixing, hold=None, start="flat", lambda_s=0.0 if held else mixer.lambda_s)

@@ -187,7 +187,7 @@ def _at_work(store: Store, recipe: Generation, images: Images, teacher):
     except BaseException:
         with suppress(OSError, ValueError):
             if store.run is not None: _leave_nothing(store)
-            for folder in new: folder.rmdir()  # where it is empty
+            for folder in new: folder.rmdir()  # only if it is empty
         raise
 
 def _leave_nothing(store: Store) -> None:

@@ -83,7 +83,7 @@ def quality(mixed: MixedDataset,
 # %% ../../nbs/37_mixing.quality.ipynb #4174ce4f
 def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
     """Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ,
-    a second network likewise, area against λ."""
+    the same for a second network, area against λ."""
     fig, axes = plt.subplots(2, 4, figsize=(12.5, 5.4), constrained_layout=True)
     for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
         axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")

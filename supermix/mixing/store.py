@@ -257,7 +257,7 @@ class Store:
         return content
 
     def keep(self, shard: int, found: Found, sets: int, top: int) -> Path:
-        "Write a shard of solved sets, of so many that were begun."
+        "Write a shard with the solved sets, and note how many sets were tried."
         tensors = dict(sorted(_pack(found, top).items()))
         card = {"shard": shard, "images": len(found.index), "sets": sets, "logits": found.logits.shape[1],
                 "run": self.run or _run_of(self.manifest()), "tensors": tensors_hash(tensors)}

@@ -231,7 +231,7 @@ class Hooked(nn.Module):
         return _as_contract(self, *_listen_before(self.network, self.names, x, notes), notes, x)
 
     def parts(self) -> dict[str, nn.Module]:
-        "Stem, stages, neck and head by their names; the stem is whatever else has parameters."
+        "Stem, stages, neck and head by their names; the stem is all other modules with parameters."
         find = self.network.get_submodule
         stages = self.names["stages"]
         head = self.names["head"]

@@ -17,7 +17,7 @@ class SplitUnit(Block):
     "Half of the channels pass, half are convolved, and both are shuffled (Ma et al. 2018, figure 3c and 3d)."
     def __init__(self,
                  c_in: int,        # input channels
-                 c_out: int,       # channels that go out, even; c_in where the stride is 1
+                 c_out: int,       # output channels, even; c_in if the stride is 1
                  stride: int = 1,  # 2 halves the size, and convolves both branches
                  ):
         super().__init__()

@@ -63,7 +63,7 @@ def _magnitude_at(op: str, levels: torch.Tensor, space: str, bins: int, size: in
         if op == "Cutout": m = torch.where(m > 0, m + 1, 0)
     return m.float()
 
-def _magnitudes(space: str, bins: int, size: int) -> torch.Tensor:  # float32 (16, bins); 0 where there is no magnitude
+def _magnitudes(space: str, bins: int, size: int) -> torch.Tensor:  # float32 (16, bins); 0 without a magnitude
     "The magnitude of every operation at every level."
     return torch.stack([_magnitude_at(op, torch.arange(bins), space, bins, size) for op in OPS])
 
@@ -178,7 +178,7 @@ class _Ops:
 def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
                ops: _Ops,              # for each image its operations
                fill=0,                # the colour outside the image: a number, or one per channel (3,)
-               colour=0,              # of the operation Cutout, likewise
+               colour=0,              # the colour of Cutout's square, in the same form
                ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Apply each image's own operations. The input does not change."
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -186,7 +186,7 @@ def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
     if len(images) != len(ops):
         raise ValueError(f"Expected operations for each of {len(images)} images, got {len(ops)}.")
     if ops.place is None and (ops.op == OPS.index("Cutout")).any():
-        raise ValueError("Expected `place`, the middles of the squares, where an operation is Cutout, got None.")
+        raise ValueError("Expected `place`, the middles of the squares, for the operation Cutout, got None.")
     images = images.clone()
     for i, (op, magnitude) in enumerate(zip(ops.op.T, ops.magnitude.T)):
         for code in op.unique().tolist():
@@ -200,7 +200,7 @@ def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
 def _check_subpolicies(subpolicies,         # lists of (operation, probability, level)
                        bins: int,           # levels are 0 … bins - 1
                        real: bool = False,  # and may be real numbers
-                       ) -> tuple:          # the same as tuples, level 0 where an operation has no magnitude
+                       ) -> tuple:          # the same as tuples, with level 0 for operations without magnitude
     "Sub-policies as nested tuples; a ValueError names an invalid entry."
     kinds, what = ((int, float), "a number") if real else (int, "a whole number")
 
@@ -498,7 +498,7 @@ class Augmented(Images):
     def __init__(self,
                  images: Images,              # any; digits and photographs in files alike
                  policy: Policy,
-                 epochs: int | None = None,   # of the training; needed where the policy is a schedule
+                 epochs: int | None = None,   # of the training; needed if the policy is a schedule
                  ):
         if policy.later and not epochs:
             raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")
