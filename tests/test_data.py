@@ -106,8 +106,8 @@ def other(name, **changes):
 CIFAR_DAMAGE = {
     "no test": (lambda folder: (folder / "test").unlink(), "test is missing: .* half downloaded"),
     "no meta": (lambda folder: (folder / "meta").unlink(), "meta is missing: .* half downloaded"),
-    "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* fetch it again"),
-    "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* fetch it again"),
+    "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* download it again"),
+    "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* download it again"),
     "a web page": (lambda folder: (folder / "test").write_bytes(b"<html>404</html>"), "test cannot be read .* fetch"),
     "malicious": (lambda folder: dump(folder / "meta", Malicious()), "it asks for posix.mkdir"),
     "malicious inside": (other("test", filenames=Malicious()), "it asks for posix.mkdir"),
@@ -554,11 +554,11 @@ def test_fashion_mnist(fashion, tmp_path):
 
 FASHION_DAMAGE = {
     "one missing": (lambda folder: of(folder, "t10k-labels").unlink(), "half downloaded: t10k-labels-.* missing"),
-    "cut off": (lambda folder: cut(of(folder, "train-images")), "train-images.* fetch it again"),
-    "empty": (lambda folder: of(folder, "t10k-images").write_bytes(b""), "t10k-images.* fetch it again"),
+    "cut off": (lambda folder: cut(of(folder, "train-images")), "train-images.* download it again"),
+    "empty": (lambda folder: of(folder, "t10k-images").write_bytes(b""), "t10k-images.* download it again"),
     "a web page": (
         lambda folder: of(folder, "t10k-images").write_bytes(b"<html>404</html>"),
-        "t10k-images.*(fetch it again|3c68746d)",
+        "t10k-images.*(download it again|3c68746d)",
     ),
     "labels for images": (lambda folder: put(of(folder, "train-images"), idx(LABELS)), "train-images"),
     "fewer labels": (lambda folder: put(of(folder, "train-labels"), idx(LABELS[:4])), r"5 images, got labels \(4,\)"),

@@ -265,7 +265,7 @@ OUT_OF_RANGE = [
     (Recipe, dict(mixed_pad=-1), "mixed_pad of 0 or more"),
     (Training, dict(views=0), "views of 1 or more, or None, got 0"),
     (Recipe, dict(size=0), "size of 1 or more, or None, got 0"),
-    (Variant, dict(k=1), "k of 2 or more images a set, or None, got 1"),
+    (Variant, dict(k=1), "k of 2 or more images per set, or None, got 1"),
     (Variant, dict(cutout=-1), "cutout of 0 or more"),
     (Variant, dict(label="lamb"), "Unknown label of mixed images 'lamb'. Did you mean 'lam'"),
 ]
