@@ -191,7 +191,7 @@ def test_executing_what_is_stale(house):
     )
     assert (
         done.returncode == 1
-        and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
+        and done.stderr.endswith("Failed, and not changed: 02_bad\n")
         and "ZeroDivisionError" in done.stderr
     )
     assert (bad.read_text(), old.read_text()) == before
@@ -253,13 +253,13 @@ def test_check_says_when_the_table_or_the_readme_is_old(house):
     house.write_readme()
     house.check_readme()
     (house.ROOT / "README.md").write_text("")
-    with pytest.raises(SystemExit, match="README.md is not what nbs/index.ipynb says: run `make readme`"):
+    with pytest.raises(SystemExit, match="README.md is out of date with nbs/index.ipynb: run `make readme`"):
         house.check_readme()
     edit(
         house.ROOT / "nbs" / "00_core.ipynb",
         lambda cells: cells_of("markdown", cells)[0]["source"].insert(0, "# Another title\n"),
     )
-    with pytest.raises(SystemExit, match="The table of chapters .* is not what the chapters say: run `make readme`"):
+    with pytest.raises(SystemExit, match="The table of chapters .* is out of date: run `make readme`"):
         house.check_readme()
     edit(house.ROOT / "nbs" / "index.ipynb", lambda cells: [cell.update(source=["nothing"]) for cell in cells])
     with pytest.raises(SystemExit, match="Expected a cell of nbs/index.ipynb with the lines"):

@@ -12,10 +12,10 @@ PARTS = {
     40: "Learning from a teacher",
     50: "Use",
 }  # by the number of their first chapter
-EVERYWHERE = {"00", "01", "02", "19"}  # chapters that are not named as needs
+EVERYWHERE = {"00", "01", "02", "19"}  # chapters that every chapter needs; the table does not name them
 BEGIN, END = "<!-- course: written by tools/course.py -->", "<!-- end of course -->"
-WORDS, LINES, MINUTES = 150, 12, 12  # words and lines of code a minute, minutes an exercise
-TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600)  # seconds, to which a chapter's are rounded up
+WORDS, LINES, MINUTES = 150, 12, 12  # words and lines of code per minute, minutes per exercise
+TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600)  # seconds; times are rounded up to one of these
 
 
 def number(name):
@@ -29,7 +29,7 @@ def order(name):
 
 
 class Chapter:
-    "What the table says of a notebook."
+    "The table's entry of a notebook."
 
     def __init__(self, path, name):
         cells = json.loads(path.read_text())["cells"]
@@ -51,7 +51,7 @@ class Chapter:
 
 
 def needs(chapters):
-    "By number: the chapters from which a chapter imports, less those that one of them builds on."
+    "By number: the chapters from which a chapter imports, without those that another of them needs."
     by_module = {c.name.partition("_")[2]: c.number for c in chapters if "/" not in c.name}
     direct = {c.number: {by_module[m] for m in c.modules if m in by_module} - EVERYWHERE for c in chapters}
 
@@ -63,7 +63,7 @@ def needs(chapters):
 
 
 def ranges(numbers):
-    "Numbers as text, of which three or more that follow each other become one: 03, 11–18."
+    "Numbers as text; three or more consecutive ones become a range: 03, 11–18."
     groups = []
     for n in numbers:
         if groups and int(n) == int(groups[-1][-1]) + 1:
@@ -95,7 +95,7 @@ def table(chapters, seconds):
 
 
 def fill(cells, text):
-    "Put the table between its markers, in place; an error where they are not there."
+    "Put the table between its markers, in place; exits with an error if they are missing."
     for cell in cells:
         source = "".join(cell["source"])
         if BEGIN not in source:

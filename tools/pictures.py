@@ -176,7 +176,7 @@ def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[flo
 
 
 def speeds(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
-    "By data set and number of sources k: solved images a second of baseline and engine, and how many times as many."
+    "By data set and number of sources k: solved images per second of baseline and engine, and their ratio."
     numbers = {}
     for name, file in RACES.items():
         if (results / file).is_file():
@@ -207,7 +207,7 @@ def draw_accuracy(path: Path, numbers: dict) -> None:
 
 
 def draw_speed(path: Path, numbers: dict) -> None:
-    "Solved images a second: the baseline's bar above the engine's, for each data set and number of sources."
+    "Solved images per second: the baseline's bar above the engine's, for each data set and number of sources."
     races = [(f"{name}, {k} sources", values) for name, of_k in numbers.items() for k, values in of_k.items()]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.75 * len(races)), layout="constrained")
     for y, (name, (baseline, engine, ratio)) in enumerate(races):

@@ -193,8 +193,8 @@ def _step_slots(slots: _Slots) -> None:
 
 # %% ../../nbs/34_mixing.engine.ipynb #9b494f82
 class _Replayed:
-    """A pass for all slots, recorded on a GPU as a CUDA graph and then replayed. The first passes are not recorded: they
-    choose the kernels and allocate the tensors that stay from pass to pass."""
+    """A pass for all slots, recorded on a GPU as a CUDA graph and then replayed. The first passes are not recorded:
+    they choose the kernels and allocate the tensors that stay from pass to pass."""
     def __init__(self, slots: _Slots):
         self.slots = slots
         self.graph = None
@@ -364,7 +364,7 @@ class Engine(_Tally):
         "The logits of sources for drawing sets, checked, in float32; computed in batches of `slots` images."
         since = time.perf_counter()
         logits = torch.cat([teacher_logits(self.logits, part, self.mixing.k) for part in images.split(self.slots)])
-        self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # count no second twice
+        self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # count none twice
         return logits.float()
 
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:

@@ -17,23 +17,23 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/30_mixing.masks.ipynb #2cd6b472
 def mix(sets: torch.Tensor,   # mixing sets (B, k, C, H, W)
-        masks: torch.Tensor,  # masks (B, k, H, W), in 0 … 1 and summing to 1 over k
+        masks: torch.Tensor,  # masks (B, k, H, W), between 0 and 1, with the sum 1 over k
         ) -> torch.Tensor:    # mixed images (B, C, H, W)
     "Equation (1): each pixel is the sum of the sources' pixels, weighted by the masks."
     return (masks.unsqueeze(2) * sets).sum(1).to(sets.dtype)
 
 # %% ../../nbs/30_mixing.masks.ipynb #bfdf6443
 def soft_labels(classes: torch.Tensor,  # int64 (B, k): the class of each source
-                lam: torch.Tensor,      # (B, k): the mixing weights, summing to 1
+                lam: torch.Tensor,      # (B, k): the mixing weights; each row sums to 1
                 num_classes: int,       # N
-                ) -> torch.Tensor:      # (B, N), of the dtype of `lam`
+                ) -> torch.Tensor:      # (B, N), in the dtype of `lam`
     "Equation (2): the mixing weights at the sources' classes."
     return torch.zeros(len(classes), num_classes, dtype=lam.dtype, device=lam.device).scatter_add_(1, classes, lam)
 
 # %% ../../nbs/30_mixing.masks.ipynb #a6b61c21
 def areas(masks: torch.Tensor,  # (B, k, H, W)
           ) -> torch.Tensor:    # (B, k), summing to 1
-    "The share of the mixed image that each source holds."
+    "The share of the mixed image that comes from each source."
     return masks.mean((2, 3))
 
 # %% ../../nbs/30_mixing.masks.ipynb #0ae1578f
@@ -55,7 +55,7 @@ REST = -3.0  # the largest θ of each cell; at and below it σ(θ) ≈ exp(θ), 
 
 # %% ../../nbs/30_mixing.masks.ipynb #7ad5f1a4
 def hold_sparsity(theta: torch.Tensor,    # (B, k, w, w)
-                  target: float,          # the sparsity m(1 − m) that is wanted
+                  target: float,          # the wanted sparsity m(1 − m)
                   size: tuple[int, int],  # height and width of the images
                   rounds: int = 1,        # corrections
                   ) -> torch.Tensor:      # (B, k, w, w)
@@ -88,8 +88,8 @@ def regions(lam: torch.Tensor,      # (B, k): the wanted areas, rows summing to 
 def show_mixes(info: Info,             # of the data set
                sets: torch.Tensor,     # mixing sets (B, k, C, H, W), normalised
                masks: torch.Tensor,    # masks (B, k, H, W)
-               titles: list[str] | None = None,  # a text for each mixed image
-               name: str = "",         # of the mixer, for the title
+               titles: list[str] | None = None,  # a title for each mixed image
+               name: str = "",         # title of the figure
                ) -> "Figure":          # of matplotlib
     "A figure with a row for each set: its sources, their masks, and the mixed image."
     import matplotlib.pyplot as plt

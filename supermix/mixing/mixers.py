@@ -17,7 +17,7 @@ from .masks import areas, mix, soft_labels
 
 # %% ../../nbs/31_mixing.mixers.ipynb #e85a244a
 def draw_lam(n: int,         # sets
-             k: int,         # images a set
+             k: int,         # images per set
              alpha: float,   # concentration, of 0.01 or more: below it the random numbers are 0 in floating point
              generator: torch.Generator | None = None,
              ) -> torch.Tensor:  # float32 (n, k), rows summing to 1
@@ -30,14 +30,14 @@ def draw_lam(n: int,         # sets
 
 # %% ../../nbs/31_mixing.mixers.ipynb #7c4d1ae0
 class FewClasses(ValueError):
-    "The images of a batch are of too few classes for a set of different ones."
+    "The batch has too few classes for a set of images of different classes."
 
 # %% ../../nbs/31_mixing.mixers.ipynb #7950c93e
-def draw_partners(classes: torch.Tensor,  # (B,): what must differ within a set
-                  k: int,                 # images a set
+def draw_partners(classes: torch.Tensor,  # (B,): the classes, which must differ within a set
+                  k: int,                 # images per set
                   generator: torch.Generator | None = None,
                   ) -> torch.Tensor:      # int64 (B, k): indices into the batch, the first column 0 … B − 1
-    "For each image k − 1 random partners, such that no two of a set share a class."
+    "Draw k − 1 random partners for each image; no two images of a set have the same class."
     present = classes.unique()
     if len(present) < k:
         raise FewClasses(f"Expected images of at least k = {k} different classes in the batch, got {len(present)} "
@@ -51,7 +51,7 @@ def draw_partners(classes: torch.Tensor,  # (B,): what must differ within a set
     return torch.stack(partners, 1)
 
 def any_partners(images: torch.Tensor, k: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    "The same for mixers that do not ask for the classes: for each image k − 1 random others."
+    "Draw k − 1 random partners for each image, of any class."
     if len(images) < k: raise FewClasses(f"Expected at least k = {k} images to mix, got {len(images)}.")
     return draw_partners(torch.arange(len(images), device=images.device), k, generator)
 
@@ -66,39 +66,39 @@ class Draw(NamedTuple):
 # %% ../../nbs/31_mixing.mixers.ipynb #e09a4d37
 class Mixer:
     "Mixes the images of a batch with each other. A subclass chooses the masks."
-    k: int = 2                # images a set
-    alpha: float | None = 1.0 # of the Dirichlet distribution of the weights; None: equal weights, always
-    by_teacher: bool = False  # whether labels are made of the classes that a teacher predicts, not of those given
+    k: int = 2                # images per set
+    alpha: float | None = 1.0 # parameter of the weights' Dirichlet distribution; None: equal weights
+    by_teacher: bool = False  # whether labels use the teacher's classes instead of the given ones
 
     def choose_masks(self, sets: torch.Tensor, draw: Draw, generator: torch.Generator | None = None,
                      ) -> torch.Tensor:  # (B, k, C, H, W), Draw -> (B, k, H, W)
         raise NotImplementedError
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None) -> Draw:
-        "Partners and weights for each image of a batch."
+        "Draw partners and weights for each image of a batch."
         raise NotImplementedError
 
     def draw_lam(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:  # float32 (n, k)
-        "The weights of n sets."
+        "Draw the weights of n sets."
         if self.alpha is None: return torch.full((n, self.k), 1 / self.k)
         return draw_lam(n, self.k, self.alpha, generator)
 
     def move(self, sets: torch.Tensor,   # (B, k, C, H, W)
              masks: torch.Tensor,        # (B, k, H, W)
              draw: Draw) -> torch.Tensor:  # (B, k, C, H, W)
-        "The sources as they are mixed: as they are, or rearranged to suit the masks."
+        "The sources that are mixed: unchanged, or rearranged to fit the masks."
         return sets
 
     def weights(self, masks: torch.Tensor, draw: Draw) -> torch.Tensor:  # (B, k, H, W), Draw -> (B, k)
-        "The weights of the sources in the label: the areas that they hold."
+        "The weights of the sources in the label: their areas."
         return areas(masks)
 
     def __call__(self,
                  images,       # float (B, C, H, W); or a list of samples, as for a `collate_fn`; or (images, labels)
                  labels=None,  # int64 (B,): class indices; or one-hot or soft labels (B, N)
-                 generator: torch.Generator | None = None,  # None: torch's global one
+                 generator: torch.Generator | None = None,  # None: torch's global generator
                  ):              # mixed images (B, C, H, W) and soft labels (B, N)
-        "Mix a batch with itself."
+        "Mix the images of a batch with each other."
         images, labels = _as_pair(images, labels)
         classes = labels if labels is None or labels.ndim == 1 else labels.argmax(1)
         try: draw = self.draw(images, classes, generator)
@@ -118,7 +118,7 @@ def _mixed_labels(mixer: Mixer, draw: Draw, weights, labels) -> torch.Tensor:  #
 
 # %% ../../nbs/31_mixing.mixers.ipynb #1443a472
 def _compare_first(mixer: Mixer, seen, labels, most: int = 300) -> None:
-    "Keep a teacher's classes of the first images and their labels; once there are enough, a warning near chance."
+    "Collect the teacher's classes and the labels of the first images, and warn if their agreement is near chance."
     kept = mixer.__dict__.setdefault("_compared", [])
     if kept is None: return
     kept.append((seen, labels))
@@ -128,7 +128,7 @@ def _compare_first(mixer: Mixer, seen, labels, most: int = 300) -> None:
 
 # %% ../../nbs/31_mixing.mixers.ipynb #c9517c6a
 def _unmixed(mixer: Mixer, images, labels, error: FewClasses) -> tuple:  # the images, and soft labels (B, N)
-    "A batch that cannot be mixed, as it is, with a warning once; where the teacher is to blame, the error."
+    "Return a batch that cannot be mixed unchanged, with one warning; raise if the teacher is the cause."
     teacher = getattr(mixer, "teacher", None)
     N = getattr(mixer, "num_classes", None)
     seen = None
@@ -145,38 +145,38 @@ def _unmixed(mixer: Mixer, images, labels, error: FewClasses) -> tuple:  # the i
     if not getattr(mixer, "_warned", False):
         mixer._warned = True
         warnings.warn(f"A batch of {len(images)} images of {len(classes.unique())} classes cannot be mixed in sets of "
-                      f"{mixer.k}: it comes back as it is, as will others like it. If it is the last of an epoch, "
-                      "drop_last=True in the DataLoader leaves it out.", stacklevel=3)
+                      f"{mixer.k}: it is returned unchanged, as are other such batches. If it is the last of an epoch, "
+                      "use drop_last=True in the DataLoader.", stacklevel=3)
     return images, soft
 
 def _check_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:  # (B,), the same
-    "A ValueError unless these are numbers of classes."
+    "Raise a ValueError unless these are class indices."
     if labels.min() >= 0 and labels.max() < num_classes: return labels
     raise ValueError(f"Expected labels from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}.")
 
 def _check_width(soft: torch.Tensor, num_classes: int) -> torch.Tensor:  # (B, N), the same
-    "A ValueError unless these are soft labels of so many classes."
+    "Raise a ValueError unless these are soft labels of this many classes."
     if soft.shape[1] == num_classes: return soft
     raise ValueError(f"Expected soft labels of the mixer's {num_classes} classes, got {soft.shape[1]}.")
 
 # %% ../../nbs/31_mixing.mixers.ipynb #0a559a2c
 def _as_pair(images, labels=None):
-    "A batch and its labels (or None), from whatever a mixer may be called with; anything else is an error."
+    "A batch and its labels (or None), from any valid input of a mixer; other input raises."
     if labels is None and isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one sample, got an empty list.")
         is_pair = len(images) == 2 and isinstance(images[0], torch.Tensor) and images[0].ndim == 4
         try: images = images if is_pair else default_collate(images)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"Expected a batch, or samples that are alike and make one: {error}") from error
+            raise ValueError(f"Expected a batch, or samples of equal shape: {error}") from error
         if isinstance(images, (list, tuple)) and len(images) != 2:
-            raise ValueError(f"Expected samples (image, label), got {len(images)} things in each.")
+            raise ValueError(f"Expected samples (image, label), got {len(images)} items in each.")
         images, labels = images if isinstance(images, (list, tuple)) else (images, None)
     check_images(images)
     if labels is not None:
         of = labels.ndim if isinstance(labels, torch.Tensor) and labels.shape[:1] == images.shape[:1] else 0
         if of not in (1, 2) or of == 1 and labels.is_floating_point():
             got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
-            raise ValueError(f"Expected labels as class indices ({len(images)},), one an image, or as soft labels "
+            raise ValueError(f"Expected labels as class indices ({len(images)},), one per image, or as soft labels "
                              f"({len(images)}, N), got {got}.")
         labels = labels.to(images.device, torch.int64 if of == 1 else torch.float32)
         if of == 2 and not ((labels >= 0).all() and ((labels.sum(1) - 1).abs() < 1e-3).all()):
@@ -199,7 +199,7 @@ def check_images(images, dims: str = "B, C, H, W") -> None:
                          f"at index {bad[:5]}.")
 
 # %% ../../nbs/31_mixing.mixers.ipynb #a1816df6
-def constant_masks(lam: torch.Tensor,      # (B, k), rows summing to 1
+def constant_masks(lam: torch.Tensor,      # (B, k); each row sums to 1
                    size: tuple[int, int],  # height and width
                    ) -> torch.Tensor:      # (B, k, H, W)
     "MixUp's masks: the mixing weight at every pixel."
@@ -224,14 +224,14 @@ class MixUp(Mixer):
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None) -> Draw:
         if labels is None:
-            raise ValueError("Expected labels as class indices: this mixer has no teacher that could tell the classes.")
+            raise ValueError("Expected labels as class indices: this mixer has no teacher that sees the classes.")
         _check_labels(labels, self.num_classes)
         partners = any_partners(images, self.k, generator)
         return Draw(partners, labels[partners], self.draw_lam(len(images), generator).to(images.device),
                     self.num_classes)
 
 # %% ../../nbs/31_mixing.mixers.ipynb #90b01505
-def box_masks(lam: torch.Tensor,      # (B, 2), rows summing to 1
+def box_masks(lam: torch.Tensor,      # (B, 2); each row sums to 1
               size: tuple[int, int],  # height and width
               centre: torch.Tensor,   # int64 (B, 2): row and column of each box's centre
               ) -> torch.Tensor:      # (B, 2, H, W), of zeros and ones
@@ -261,5 +261,5 @@ class CutMixInside(CutMix):
         device, size = generator.device if generator is not None else "cpu", torch.tensor(sets.shape[-2:])
         half = (torch.sqrt(1 - draw.lam[:, :1].double().cpu()) / 2 * size).long()  # (B, 2), as in `box_masks`
         place = torch.rand(len(sets), 2, generator=generator, device=device, dtype=torch.float64).cpu()
-        centre = half + (place * (size - 2 * half + 1)).long()  # all places are equally likely
+        centre = half + (place * (size - 2 * half + 1)).long()  # all positions are equally likely
         return box_masks(draw.lam, sets.shape[-2:], centre.to(sets.device))

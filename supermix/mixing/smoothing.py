@@ -23,7 +23,7 @@ def gaussian_kernel(sigma: float,  # standard deviation, in cells; 0 gives the s
 # %% ../../nbs/32_mixing.smoothing.ipynb #cc83084a
 @lru_cache(64)
 def _band(n: int, sigma: float, dtype, device) -> torch.Tensor:  # (n, n)
-    "The matrix A that filters columns of n cells. It is kept: a copy to a GPU would wait until the GPU has no work left."
+    "The matrix A that filters columns of n cells; cached, because each copy to a GPU waits for the GPU."
     with torch.inference_mode(False):
         kernel, radius = gaussian_kernel(sigma, dtype), int(5 * sigma / 2)
         distance = torch.arange(n)[:, None] - torch.arange(n)
@@ -36,7 +36,7 @@ def _bands(n: int, sigma: float | tuple[float, ...], dtype, device) -> torch.Ten
     with torch.inference_mode(False): return torch.stack([_band(n, one, dtype, device) for one in sigma])
 
 def smooth(maps: torch.Tensor,  # float (..., h, w)
-           sigma: float | tuple[float, ...],  # standard deviation of the Gaussian, in cells; or several of them
+           sigma: float | tuple[float, ...],  # standard deviation of the Gaussian, in cells; or several
            which: torch.Tensor | None = None,  # int64 (B,), for maps (B, k, h, w): each set's index into `sigma`
            ) -> torch.Tensor:   # of the same shape
     "Filter each map with a Gaussian of size 5σ, with zeros beyond its borders."

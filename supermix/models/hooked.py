@@ -21,7 +21,7 @@ from ..core import lookup
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish)
 
 class _Kept:
-    "A tensor as it was heard; `value` is a ValueError if it was changed since."
+    "A recorded tensor; `value` raises a ValueError if it was changed afterwards."
     def __init__(self, name, tensor):
         self.name = name
         self.tensor = tensor
@@ -40,7 +40,7 @@ class _Kept:
 _MAPS = (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)  # layers with channels on axis 1
 
 def _widths(layer: nn.Module) -> tuple[int, int] | None:
-    "How many channels a layer takes, and how many it gives; None where it does not say."
+    "The numbers of input and output channels of a layer; None if they are unknown."
     for takes, gives in (("in_channels", "out_channels"), ("in_features", "out_features"),
                          ("num_features", "num_features"), ("num_channels", "num_channels")):
         if isinstance(layer, (*_MAPS, nn.Linear)) and hasattr(layer, takes):
@@ -49,14 +49,14 @@ def _widths(layer: nn.Module) -> tuple[int, int] | None:
     return (shape[0], shape[0]) if len(shape) == 1 else None
 
 def _axis_taken(layer: nn.Module, x: torch.Tensor) -> int | None:
-    "The axis, 1 or -1, on which a layer that gets `x` expects the channels; None where that does not show."
+    "The axis, 1 or -1, on which a layer with input `x` expects the channels; None if unknown."
     if isinstance(layer, _MAPS): return 1
     if isinstance(layer, nn.Linear) or type(layer) is nn.LayerNorm: return -1
     fits = [axis for axis in (1, -1) if x.shape[axis] == _widths(layer)[0]]
     return fits[0] if len(fits) == 1 else None
 
 def _axis_given(layer: nn.Module, x: torch.Tensor) -> int | None:
-    "The same of the last layer within the module that gave `x`; it may have been permuted since."
+    "The channels' axis of the last layer in the module with output `x`, which may have been permuted."
     fits = [axis for axis in (1, -1) if x.shape[axis] == _widths(layer)[1]]
     if isinstance(layer, _MAPS): return 1 if 1 in fits and x.ndim == 4 else None
     return fits[0] if len(fits) == 1 else None
@@ -65,7 +65,7 @@ def _axis_given(layer: nn.Module, x: torch.Tensor) -> int | None:
 def _grid_of(tokens: torch.Tensor,   # (B, L, C)
              size: tuple[int, int],  # height and width of the images
              ) -> torch.Tensor:      # (B, C, h, w)
-    "The map that tokens are, without up to eight in front that are no part of it."
+    "Reshape tokens to a map; up to eight leading tokens that are not part of it are dropped."
     for front in range(9):
         n = tokens.shape[1] - front
         h = isqrt(max(n, 0) * size[0] // size[1])
@@ -81,7 +81,7 @@ def _as_map(x: torch.Tensor, axis: int, size: tuple[int, int]) -> torch.Tensor: 
 
 # %% ../../nbs/18_models.hooked.ipynb #a9a3276b
 def _take_notes(network, names: dict, kept: dict, notes: dict, hooks: ExitStack) -> None:
-    "While the network runs, note the axis of the channels of what is `kept`, by name, where a layer tells it."
+    "While the network runs, record the channels' axis of each `kept` tensor, if a layer shows it."
     me, last = get_ident(), {}
     def gets(layer, args):
         for name, k in list(kept.items()) if get_ident() == me else ():
@@ -100,34 +100,34 @@ def _take_notes(network, names: dict, kept: dict, notes: dict, hooks: ExitStack)
         hooks.callback(stage.register_forward_hook(lambda m, args, output, name=name: ends(name, output)).remove)
 
 def _by_proportions(x: torch.Tensor, size: tuple[int, int]) -> int | None:
-    "The axis that is left for channels if two neighbours are in the images' proportions; None where both may be."
+    "The remaining axis for channels if two adjacent axes have the images' proportions; None if it is ambiguous."
     if x.ndim != 4: return None
     fits = [axis for axis, (h, w) in ((1, x.shape[2:]), (-1, x.shape[1:3]))
             if abs(h * size[1] - w * size[0]) <= max(size)]
     return fits[0] if len(fits) == 1 else None
 
 def _settle(kept: dict[str, _Kept], notes: dict, head: str, size: tuple[int, int]) -> dict[str, int]:
-    "The axis of the channels of everything but the head's input; a ValueError where it cannot be told."
+    "The axis of the channels of all tensors except the head's input; a ValueError if it is ambiguous."
     axes = {}
     for name, k in kept.items():
         if name == head: continue
         alike = {notes[n] for n in kept if notes.get(n) and kept[n].tensor.ndim == k.tensor.ndim}
         axes[name] = notes.get(name) or (alike.pop() if len(alike) == 1 else _by_proportions(k.tensor, size))
-        if axes[name] is None and k.tensor.ndim == 4 and not alike: axes[name] = 1  # as convolutional networks have it
+        if axes[name] is None and k.tensor.ndim == 4 and not alike: axes[name] = 1  # as in convolutional networks
         if axes[name] is None:
             raise ValueError(f"Cannot tell the channels' axis of {name!r}, {tuple(k.tensor.shape)}: "
-                             "give layout='BCHW', 'BHWC', 'BLC' or 'BCL'.")
+                             "pass layout='BCHW', 'BHWC', 'BLC' or 'BCL'.")
     return axes
 
 # %% ../../nbs/18_models.hooked.ipynb #e3cf0213
 def _listen(network: nn.Module, names: dict, x: torch.Tensor, notes: dict | None = None) -> dict[str, _Kept]:
-    "Run the network, and keep what stem, stages and the head's input were."
+    "Run the network and record the outputs of stem and stages, and the head's input."
     kept = {}
     find = network.get_submodule
     head = names["head"]
     me = get_ident()
     def keep(name, tensor):
-        if get_ident() != me: return  # another thread's images
+        if get_ident() != me: return  # called by another thread
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"Expected a tensor at {name!r}, got a {type(tensor).__name__}: name another module.")
         if name != head and tensor.ndim not in (3, 4):
@@ -145,19 +145,19 @@ def _listen(network: nn.Module, names: dict, x: torch.Tensor, notes: dict | None
     silent = [name for name in wanted if name not in kept]
     if silent:
         raise ValueError(f"Expected {', '.join(silent)} to be called when {type(network).__name__} runs, "
-                         "but nothing was heard: name other modules.")
+                         "but they were not called: name other modules.")
     return {name: kept[name] for name in wanted}
 
 # %% ../../nbs/18_models.hooked.ipynb #caf4ba32
 def _stems(network: nn.Module, named: set) -> nn.ModuleList:
-    "The topmost modules with parameters that neither are among the `named` ones nor contain one."
+    "The topmost modules with parameters that are not `named` and contain no named one."
     def rest(module):
         if module in named: return []
         return [r for child in module.children() for r in rest(child)] if named & set(module.modules()) else [module]
     return nn.ModuleList(m for m in rest(network) if list(m.parameters()))
 
 def _listen_before(network: nn.Module, names: dict, x: torch.Tensor, notes: dict | None = None):
-    "What `_listen` keeps, and a list with its values; of a stage that ends in an activation, what goes into that."
+    "The tensors of `_listen`, and a list of their values; for a stage that ends in an activation, its input."
     before, me = {}, get_ident()
 
     def comes(stage, module, args):
@@ -178,7 +178,7 @@ def _listen_before(network: nn.Module, names: dict, x: torch.Tensor, notes: dict
 # %% ../../nbs/18_models.hooked.ipynb #6d27684c
 def _as_contract(hooked, kept: dict[str, _Kept], values: list, notes: dict | None, x: torch.Tensor,
                  ) -> list[torch.Tensor]:
-    "Maps (B, C, H, W) and a vector, from what was heard; where there are notes, the axes of the channels are settled."
+    "Maps (B, C, H, W) and a vector from the recorded tensors; notes determine the channels' axes."
     if notes is not None:
         if hooked.layout:
             notes |= {name: 1 if hooked.layout[1] == "C" else -1
@@ -193,16 +193,16 @@ def _as_contract(hooked, kept: dict[str, _Kept], values: list, notes: dict | Non
 
 # %% ../../nbs/18_models.hooked.ipynb #3471cd18
 class Hooked(nn.Module):
-    """Any network under the feature contract, [stem, stage 1, …, pooled vector], heard by hooks while it runs.
-    Maps with channels last and tokens come out as (B, C, H, W), too."""
-    size = 224  # height and width of the images that it is meant for
+    """Any network under the feature contract, [stem, stage 1, …, pooled vector], recorded by hooks while it runs.
+    Maps with channels last and tokens are returned as (B, C, H, W), too."""
+    size = 224  # height and width of its usual images
     def __init__(self,
                  network: nn.Module,     # images (B, 3, H, W) to logits (B, N)
                  stem: str,              # the module whose output is the stem's, by its name in `named_modules`
                  stages: Sequence[str],  # the modules whose outputs are the stages'
                  head: str,              # the last linear layer: its input is the pooled vector
-                 paper: str = "",        # where the architecture comes from
-                 layout: str | None = None,  # BCHW, BHWC, BLC or BCL, of what has as many axes; None: the layers tell
+                 paper: str = "",        # source of the architecture
+                 layout: str | None = None,  # BCHW, BHWC, BLC or BCL, for tensors of as many axes; None: automatic
                  ):
         super().__init__()
         known = dict(network.named_modules())
@@ -225,13 +225,13 @@ class Hooked(nn.Module):
         return _as_contract(self, kept, [k.value for k in kept.values()], notes, x)
 
     def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """`features(x)`, shape by shape, but each stage's map as it is in front of the activation
-        that ends the stage, if one does."""
+        """`features(x)`, shape by shape, but each stage's map before the activation that ends
+        the stage, if there is one."""
         notes = None if self.axes else {}
         return _as_contract(self, *_listen_before(self.network, self.names, x, notes), notes, x)
 
     def parts(self) -> dict[str, nn.Module]:
-        "Stem, stages, neck and head by their names; the stem is whatever else has parameters."
+        "Stem, stages, neck and head by their names; the stem is all other modules with parameters."
         find = self.network.get_submodule
         stages = self.names["stages"]
         head = self.names["head"]
@@ -242,10 +242,10 @@ class Hooked(nn.Module):
 # %% ../../nbs/18_models.hooked.ipynb #f8dc3219
 def imagenet_resnet(num_classes: int = 1000,     # number of logits
                     depth: int = 18,             # 18, 34, 50, 101 or 152
-                    weights: str | None = None,  # published weights to fetch: torchvision's "DEFAULT", "IMAGENET1K_V1"
-                    ) -> Hooked:                 # for images of 224×224, others work too
+                    weights: str | None = None,  # weights to download: torchvision's "DEFAULT", "IMAGENET1K_V1"
+                    ) -> Hooked:                 # for images of 224×224; other sizes work, too
     "torchvision's ResNet under the feature contract."
-    from torchvision import models  # here, since it takes longer to import than torch
+    from torchvision import models  # here, because it imports slowly
     build = lookup({d: getattr(models, f"resnet{d}") for d in (18, 34, 50, 101, 152)}, depth, "depth")
     return Hooked(build(weights=weights, num_classes=num_classes),
                   "maxpool", ("layer1", "layer2", "layer3", "layer4"), "fc",
