@@ -111,7 +111,7 @@ class _Pass(NamedTuple):
     images: torch.Tensor      # (B, C, H, W): the mixed images
     logits: torch.Tensor      # (B, N): the teacher's logits of these images
     solved: torch.Tensor      # bool (B,)
-    given_up: torch.Tensor    # bool (B,): unsolved, and without further updates
+    given_up: torch.Tensor    # bool (B,): ended unsolved, by `give_up` or after `max_iter` updates
     state: State              # after the update; unchanged where the search has ended
 
 # %% ../../nbs/33_mixing.solver.ipynb #d7088f2c
@@ -122,18 +122,19 @@ def check_gradient(logits: torch.Tensor) -> None:
 
 def _update(state: State, loss: torch.Tensor, grad: torch.Tensor, mixing: Mixing, size: tuple[int, int]) -> State:
     "The state after an update of all searches: Newton's step, momentum and the rescaling of θ."
-    n = mixing.anneal
+    n = mixing.anneal  # 0 in the paper's search; with more, σ falls: chapter 34
     sigmas = tuple(mixing.sigma * (1 + (mixing.sigma_end - 1) * i / n) for i in range(n + 1)) if n else mixing.sigma
     moved = newton_step(state.theta, mixing.step * loss, grad, sigmas, state.steps.clamp(max=n) if n else None)
-    if mixing.momentum: moved = moved + mixing.momentum * state.speed
-    held = moved if mixing.hold is None else hold_sparsity(moved, mixing.hold, size)
+    if mixing.momentum: moved = moved + mixing.momentum * state.speed  # chapter 34
+    held = moved if mixing.hold is None else hold_sparsity(moved, mixing.hold, size)  # chapter 34
     return State(held, moved - state.theta, state.steps + 1)
 
 def search_step(teacher: Callable,    # images (B, C, H, W) -> logits (B, N), in evaluation mode
                 problem: Problem,     # B sets
                 state: State,         # the state of their searches
                 mixing: Mixing,
-                wanted: Callable | None = None,  # bool (B,), sets that continue -> whether to update; None: always
+                wanted: Callable | None = None,  # is told which sets continue, and says whether to compute an update
+                                                 # (torch.any: if one continues); None: always
                 stop: bool = True,    # whether a search ends when its set is solved or given up
                 ) -> _Pass:
     "One pass of the search: masks, mix, logits, stopping rule, and the update of the sets that continue."
@@ -146,7 +147,7 @@ def search_step(teacher: Callable,    # images (B, C, H, W) -> logits (B, N), in
         logits = teacher(images).to(problem.lam.dtype)
         check_gradient(logits)
         target = soft_labels(problem.classes, problem.lam, logits.shape[1])
-        lack = hinge(logits, problem.classes, mixing.lead)
+        lack = hinge(logits, problem.classes, mixing.lead)  # chapter 34
         solved = is_solved(logits.detach(), problem.classes, target, masks.detach(), mixing.hold) & (steps > 0)
         spent, hopeless = steps >= mixing.max_iter, torch.zeros_like(solved)
         if mixing.give_up is not None: hopeless = (lack.detach() > mixing.give_up) & (steps > 1)
@@ -154,7 +155,7 @@ def search_step(teacher: Callable,    # images (B, C, H, W) -> logits (B, N), in
         if wanted is None or wanted(going):
             tau = 1 + (mixing.tau - 1) * (1 - steps.to(lack) / mixing.anneal).clamp(min=0) if mixing.anneal else None
             loss = objective(logits, target, masks, mixing.lambda_s if mixing.hold is None else 0.0, tau)
-            if mixing.margin: loss = loss + mixing.margin * lack * (steps >= mixing.anneal)
+            if mixing.margin: loss = loss + mixing.margin * lack * (steps >= mixing.anneal)  # chapter 34
             grad, = torch.autograd.grad(loss.sum(), leaf)
             after = _update(state, loss.detach(), grad, mixing, size)
             state = State(*(torch.where(going.view(-1, *[1] * (old.ndim - 1)), new, old)
@@ -318,14 +319,15 @@ def check_teacher(teacher,              # images (B, C, H, W) -> logits (B, N)
     "Raise a ValueError if an image's logits depend on its batch; networks and random state do not change."
     hidden = _hidden_networks(teacher)
     kept = [(t, t.clone()) for network in hidden.values() for t in network.buffers()]
-    x, off = torch.cat([images[:1], images[:4].roll(images.shape[-1] // 2, -1)]), math.inf
+    others = images[:4].roll(images.shape[-1] // 2, -1)  # moved sideways: other images even if one is all there is
+    x, off = torch.cat([images[:1], others]), math.inf
     try:
         with torch.random.fork_rng([x.device.index] if x.is_cuda else []):
             batch, alone = teacher_logits(teacher, x, k)[:1], teacher_logits(teacher, x[:1], k)
         off = ((batch - alone).abs().amax() / batch.abs().amax().clamp(min=1e-30)).item()
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):  # the error of a batch norm in training mode
-            teacher_logits(teacher, images, k)  # raises the same error for the caller's images
+            teacher_logits(teacher, images, k)  # with the caller's own images, so that the message has their shape
             raise
     finally:
         with torch.no_grad():
