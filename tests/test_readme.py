@@ -269,7 +269,7 @@ def test_the_teacher_sees_both_photographs_in_their_mix(pictures):
 
 COURSE = dict(
     re.findall(
-        r"^\| \[[^\]]*\]\(([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
+        r"^\| \[[^\]]*\]\(([\w./]+)\.ipynb\) \| .* \| (.*?) \| (?:≈ \d+|\d+ \(\d+\)) \| (?:\d+|–) \| (?:\d+|–) \|$",
         INDEX,
         re.MULTILINE,
     )
@@ -329,6 +329,18 @@ def test_a_chapters_needs_are_what_it_imports(name):
     assert used <= serving(name) | EVERYWHERE, (
         f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the table does not name: run `make readme`"
     )
+
+
+def test_the_main_path_is_a_weekend_from_masks_to_the_study():
+    rows = re.findall(
+        r"^\| \[.*?\]\(([\w./]+)\.ipynb\) \| (\*\*main\*\*|variation) \| .* \| (.*) \| (.*) \| .* \|$", INDEX, re.M
+    )
+    assert [name for name, *_ in rows] == list(COURSE)
+    main = [row for row in rows if row[1] == "**main**"]
+    for needed in ("30_mixing.masks", "33_mixing.solver", "45_distillation.distill", "60_experiments.study"):
+        assert needed in [name for name, *_ in main]
+    minutes = sum(int(re.search(r"\d+", read)[0]) + int(do) for *_, read, do in main)
+    assert 8 * 60 < minutes <= 16 * 60
 
 
 def test_the_paths_name_chapters():

@@ -270,7 +270,7 @@ def _find_policy(variant: Variant, policies: str | Path):  # Policy, or None whe
     if file and not file.is_file():
         raise FileNotFoundError(
             f"There is no policy file {file}. Put one there: as `save_policy` writes it (chapter 3), or as "
-            "`make_density` or `make_population` of supermix.policies.search finds it (chapter 47).")
+            "`_make_density` or `_make_population` of supermix.policies.search finds it (chapter 47).")
     return load_policy(file or variant.policy, variant.cutout)
 
 def _augment(images: Images, variant: Variant, epochs: int, policies: str | Path) -> Images:
