@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from supermix import accuracy, distill, load, load_folder, make_mixes
+from supermix import accuracy, distill, load, load_data, load_folder, make_mixes, pretrained
 from supermix.cli import parse_command
 from supermix.experiments.demo import DemoRow, _demo_table
 from supermix.experiments.race import _read_report
@@ -263,6 +263,16 @@ def test_the_teacher_sees_both_photographs_in_their_mix(pictures):
     assert {names[c] for c in p.topk(2)[1].tolist()} == {"espresso", "Egyptian cat"} <= set(shown)
     assert all(abs(100 * p[names.index(name)] - percent) < 10 for name, percent in shown.items())
     assert torch.allclose(masks.sum(0), torch.ones(224, 224), atol=1e-5) and mixed.shape == (224, 224, 3)
+
+
+def test_the_explorers_picture_shows_both_images_and_three_mixes(pictures, tmp_path):
+    digits = load_data("digits")
+    pictures.draw_explorer(tmp_path / "a.png", digits.test, pretrained("digits"), (0, 1))
+    with Image.open(tmp_path / "a.png") as drawn, Image.open(ROOT / "nbs" / "images" / "cifar100_explorer.png") as kept:
+        assert drawn.size == kept.size == (800, 440)
+        for left in (20, 130, 230, 375, 520):  # two sources, and the mixes of SuperMix, MixUp and CutMix
+            box = drawn.convert("L").crop((left, 45, left + 80, 145))
+            assert box.getextrema()[1] - box.getextrema()[0] > 100
 
 
 # ---- the course: a table that tools/course.py writes
