@@ -279,7 +279,7 @@ def _measure_policies(out: Path = Path("results/policies.json"),  # the file
                       seeds: int = 5,
                       ) -> Path:                                  # `out`
     "Compare both found policies with none on Fashion-MNIST, and write what was reached to a file."
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu, code = time.perf_counter(), time.process_time(), commit()
     data = load_data("fashion_mnist")
     policies = {"none": _POLICIES["none"]}
     policies |= {name: load_policy(Path(folder) / f"{file}_fashion.json")
@@ -289,7 +289,7 @@ def _measure_policies(out: Path = Path("results/policies.json"),  # the file
     reached = compare_policies(policies, data.train.subset(images, seed=1), data.test, recipe, seeds)
     report = {"accuracies": reached, "seeds": list(range(seeds)), "images": images, "network": "resnet8",
               "recipe": asdict(recipe), "data": str(data), "command": "supermix.policies.search._measure_policies()",
-              "commit": commit(), "torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads(),
+              "commit": code, "torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads(),
               "core_seconds": round(time.process_time() - cpu), "seconds": round(time.perf_counter() - start)}
     write_atomic(Path(out), json.dumps(report, indent=1).encode())
     return Path(out)
