@@ -28,6 +28,7 @@ from freshness import House, changes, dependencies
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STAMPS = ROOT / "nbs" / "executed.json"
+REPORTED = ROOT / "nbs" / "reading.json"
 INDEX_ONLY = "<!-- not in the README -->"  # the first line of such a cell of nbs/index.ipynb
 
 
@@ -43,6 +44,11 @@ def notebooks(names=()):
     return [p for p in found if not names or name_of(p).startswith(tuple(names))]
 
 
+def reported():
+    "Minutes that readers took for a notebook, as they reported them: {name: [minutes, …]}."
+    return json.loads(REPORTED.read_text()) if REPORTED.is_file() else {}
+
+
 def index_with_course():
     "nbs/index.ipynb as data, with the current table of chapters."
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
@@ -51,7 +57,8 @@ def index_with_course():
         for path in notebooks()
         if path.name[:2].isdigit() and path.is_relative_to(ROOT / "nbs")
     ]
-    course.fill(index["cells"], course.table(chapters, {name: entry["seconds"] for name, entry in stamps().items()}))
+    seconds = {name: entry["seconds"] for name, entry in stamps().items()}
+    course.fill(index["cells"], course.table(chapters, seconds, reported()))
     return index
 
 

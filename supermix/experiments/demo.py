@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core import write_atomic
+from ..core import commit, write_atomic
 from ..data import Data, Images, load_data
 from ..distillation.distill import distill, make_mixes
 from ..mixing.masks import show_mixes
@@ -53,7 +53,7 @@ def _demo_table(rows: list[DemoRow]) -> str:
                       "|---------------|------------------:|-----------------:|", *lines])
 
 # %% ../../nbs/50_experiments.demo.ipynb #05b1ec3b
-def _draw_mixes(mixer: SuperMix, images: Images, path: Path, rows: int = 5) -> Path:
+def _draw_mixes(mixer: SuperMix, images: Images, path: Path, rows: int = 4) -> Path:
     "Write a picture of some sets, solved ones first: sources, masks and mixed images. Returns its path."
     import matplotlib.pyplot as plt
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +104,8 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
             for name, (method, mixer) in _student_methods(mixes).items()]
     report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows],
               "seconds": round(time.perf_counter() - start, 1), "command": f"supermix demo --scale {scale}",
-              "torch": torch.__version__, "device": f"CPU, {torch.get_num_threads()} threads"}
+              "torch": torch.__version__, "commit": commit(),
+              "device": f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
     write_atomic(out / "result.json", json.dumps(report, indent=1, default=str).encode())
     print(f"\n{_demo_table(rows)}\n\n{report['seconds']:.0f} seconds; "
           f"picture {picture}, students and figures in the same folder")

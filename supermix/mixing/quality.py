@@ -85,16 +85,18 @@ def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
     """Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ,
     the same for a second network, area against λ."""
     fig, axes = plt.subplots(2, 4, figsize=(12.5, 5.4), constrained_layout=True)
-    for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
-        axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")
-        for ax, x in zip(axes[0, 1:], (q.kl, q.sparsity, q.variation)): ax.ecdf(x.numpy(), color=colour, label=name)
+    looks = zip(("#1b3a5b", "#d08c28", "#1b6ca8", "#58a4b0"), ("-", "--", ":", "-."), "os^D")
+    for (name, q), (colour, line, mark) in zip(reports.items(), cycle(looks)):
+        look = dict(color=colour, linestyle=line, label=name)
+        axes[0, 0].plot(q.solved, marker=mark, markersize=3, **look)
+        for ax, x in zip(axes[0, 1:], (q.kl, q.sparsity, q.variation)): ax.ecdf(x.numpy(), **look)
         for ax, y in zip(axes[1], (q.teacher, q.second, q.areas)):
             if y is None: continue
             edges = torch.linspace(0, 1, 9)
             which = torch.bucketize(q.lam.flatten(), edges[1:-1])
             middle = [(q.lam.flatten()[which == b].mean(), y.flatten()[which == b].mean())
                       for b in range(8) if (which == b).sum() > 3]
-            ax.plot(*zip(*middle), color=colour, label=name, marker="o")
+            ax.plot(*zip(*middle), marker=mark, **look)
     axes[0, 0].set(xlabel="updates", ylabel="share of sets solved", ylim=(0, 1))
     for ax, what in zip(axes[0, 1:], ("KL(ŷ ‖ p)  (nats)", "m(1 − m)", "total variation")):
         ax.set(xlabel=what, ylabel="share of the mixes below", ylim=(0, 1))

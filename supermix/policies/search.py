@@ -6,6 +6,8 @@
 __all__ = ['DensityRecipe', 'search_density', 'PopulationRecipe', 'search_population']
 
 # %% ../../nbs/47_policies.search.ipynb #e6797cca
+import json
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import evaluating, progress
+from ..core import commit, evaluating, progress, write_atomic
 from ..data import Images, load_data
-from .policies import OPS, Augmented, Policy, mean_colour, save_policy
+from .policies import _POLICIES, OPS, Augmented, Policy, load_policy, mean_colour, save_policy
 from ..recipes import Training, Typed
 from ..training.loop import accuracy, to_device, train
 from ..zoo import create
@@ -268,3 +270,26 @@ def compare_policies(policies: dict[str, Policy],  # by the name under which the
             train(student, Augmented(images, policy, recipe.epochs), replace(recipe, seed=seed), title=name)
             reached[name].append(accuracy(student, test))
     return reached
+
+# %% ../../nbs/47_policies.search.ipynb #40e261d9
+def _measure_policies(out: Path = Path("results/policies.json"),  # the file
+                      folder: Path = Path("policies"),            # with the two found policies
+                      images: int = 300,
+                      epochs: int = 100,
+                      seeds: int = 5,
+                      ) -> Path:                                  # `out`
+    "Compare both found policies with none on Fashion-MNIST, and write what was reached to a file."
+    start, cpu, code = time.perf_counter(), time.process_time(), commit()
+    data = load_data("fashion_mnist")
+    policies = {"none": _POLICIES["none"]}
+    policies |= {name: load_policy(Path(folder) / f"{file}_fashion.json")
+                 for name, file in (("Fast AutoAugment", "fast_autoaugment"), ("PBA", "pba"))}
+    recipe = Training(epochs=epochs, batch_size=25, lr=0.05,
+                      milestones=tuple(m for m in (epochs * 6 // 10, epochs * 17 // 20) if m))
+    reached = compare_policies(policies, data.train.subset(images, seed=1), data.test, recipe, seeds)
+    report = {"accuracies": reached, "seeds": list(range(seeds)), "images": images, "network": "resnet8",
+              "recipe": asdict(recipe), "data": str(data), "command": "supermix.policies.search._measure_policies()",
+              "commit": code, "torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads(),
+              "core_seconds": round(time.process_time() - cpu), "seconds": round(time.perf_counter() - start)}
+    write_atomic(Path(out), json.dumps(report, indent=1).encode())
+    return Path(out)
