@@ -17,8 +17,8 @@ from supermix.policies.search import (
     _exploit,
     _explore,
     _judge_policy,
-    _make_density,
-    _make_population,
+    make_density,
+    make_population,
     _parameter_lines,
     _random_policy,
     _split_images,
@@ -187,7 +187,7 @@ def test_what_cannot_be_searched(digits):
 
 def test_commands_write_files(tmp_path, monkeypatch):
     small = DensityRecipe(images=60, judged=30, training=ONE, candidates=3, lines=2, draws=1, keep=2)
-    policy = load_policy(_make_density("digits", tmp_path / "a.json", small))
+    policy = load_policy(make_density("digits", tmp_path / "a.json", small))
     assert (
         len(policy.subpolicies) == 4
         and policy.name == "a"
@@ -195,7 +195,7 @@ def test_commands_write_files(tmp_path, monkeypatch):
         and policy.about["data"] == "digits"
     )
     few = PopulationRecipe(images=60, judged=30, members=4, rounds=2, every=1, training=replace(ONE, epochs=2))
-    schedule = load_policy(_make_population("digits", tmp_path / "b.json", few))
+    schedule = load_policy(make_population("digits", tmp_path / "b.json", few))
     assert schedule.picks == 2 and len(schedule.subpolicies) == 14 and len(schedule.about["losses"]) == 2
     assert json.loads((tmp_path / "b.json").read_text())["about"]["recipe"]["members"] == 4
 

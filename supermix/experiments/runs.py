@@ -269,7 +269,7 @@ def _find_policy(variant: Variant, policies: str | Path):  # Policy, or None if 
     if file and not file.is_file():
         raise FileNotFoundError(
             f"There is no policy file {file}. Create it with `save_policy` (chapter 3), or with "
-            "`_make_density` or `_make_population` of supermix.policies.search (chapter 47).")
+            "`make_density` or `make_population` of supermix.policies.search (chapter 47).")
     return load_policy(file or variant.policy, variant.cutout)
 
 def _augment(images: Images, variant: Variant, epochs: int, policies: str | Path) -> Images:
