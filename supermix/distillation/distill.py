@@ -93,10 +93,10 @@ def _check_stock_settings(mixed_pad: int | None, folder: str | Path | None) -> N
 # %% ../../nbs/45_distillation.distill.ipynb #885b24f4
 def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to logits (B, N); a list: their mean
                images: Images | Data,                # the sources, or a data set with training images
-               count: int,                           # wanted number of mixed images; the last shard may add more
+               count: int,                           # number of mixed images
                mixing: Mixing = Mixing(**FAST),      # settings of the search for masks
                seed: int = 0,                        # of all draws
-               folder: str | Path | None = None,     # of the store; an unfinished one is resumed; None: in memory only
+               folder: str | Path | None = None,     # of the store; an unfinished one is resumed; None: a temporary one
                mixed_pad: int | None = 2,            # largest shift of random crops of mixes in training, in pixels;
                                                      # None: mixes are not moved, and the teacher's logits are kept
                ) -> MixedDataset:
@@ -351,7 +351,7 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
     n = len(both)
     later = [(term, weight) for name, weight in terms.features if (term := objective.features[name]).later]
     if mixes is None:
-        if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn from here
+        if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn: a loss of 0
         terms = replace(terms, mixed_ce=0.0, mixed_kd=0.0)
     else: both, soft = to_device(torch.cat([both, mixes.images]), student), mixes.labels
     ours = outputs_of(unwrapped(student), both) if later else Outputs([], student(both))
