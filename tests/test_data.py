@@ -108,7 +108,10 @@ CIFAR_DAMAGE = {
     "no meta": (lambda folder: (folder / "meta").unlink(), "meta is missing: .* half downloaded"),
     "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* download it again"),
     "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* download it again"),
-    "a web page": (lambda folder: (folder / "test").write_bytes(b"<html>404</html>"), "test cannot be read .* fetch"),
+    "a web page": (
+        lambda folder: (folder / "test").write_bytes(b"<html>404</html>"),
+        "test cannot be read .* download it again",
+    ),
     "malicious": (lambda folder: dump(folder / "meta", Malicious()), "it asks for posix.mkdir"),
     "malicious inside": (other("test", filenames=Malicious()), "it asks for posix.mkdir"),
     "other rows": (other("train", data=ROWS[:, :1024]), r"rows of 3,072 bytes .* got uint8 \(6, 1024\)"),
@@ -241,8 +244,8 @@ def test_random_views_of_photographs(imagenet, seeded):
 
 
 IMAGENET_DAMAGE = {
-    "no train": (lambda folder: (folder / "train").rename(folder / "train.part"), "train is missing: .* half"),
-    "no val": (lambda folder: (folder / "val").rename(folder / "val.part"), "val is missing: .* half"),
+    "no train": (lambda folder: (folder / "train").rename(folder / "train.part"), "train is missing: .* incomplete"),
+    "no val": (lambda folder: (folder / "val").rename(folder / "val.part"), "val is missing: .* incomplete"),
     "neither": (lambda folder: folder.rename(folder.parent / "imagenet.part"), "expected the folders train and val"),
     "a class less": (
         lambda folder: (folder / "val" / "thing").rename(folder / "thing"),

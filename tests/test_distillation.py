@@ -1022,7 +1022,7 @@ def test_what_cannot_be_known_without_a_teacher(case, few, still, tmp_path):
 
 
 def test_the_logits_of_another_teacher_are_refused(few, still):
-    with pytest.raises(ValueError, match=r"logits of another teacher \(resnet20, .* given \(resnet8"):
+    with pytest.raises(ValueError, match=r"logits of another teacher \(resnet20, .* given one \(resnet8"):
         distill(create("resnet8", 10).eval(), create("resnet8", 10), few, "kd", still, SHORT)
 
 

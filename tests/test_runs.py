@@ -470,7 +470,7 @@ def test_policies_of_one_name_do_not_share_a_result(tmp_path):
     found = {"policy": runs._policy_hash(row, tmp_path)}
     runs._check_result_policy(found, row, tmp_path, tmp_path / "result.json")
     save_policy(load_policy("trivialaugment"), tmp_path / "mine.json")
-    with pytest.raises(ValueError, match="result of another policy than mine.json holds now"):
+    with pytest.raises(ValueError, match="result of another policy than mine.json contains now"):
         runs._check_result_policy(found, row, tmp_path, tmp_path / "result.json")
 
 

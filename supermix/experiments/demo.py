@@ -108,5 +108,5 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
               "device": f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
     write_atomic(out / "result.json", json.dumps(report, indent=1, default=str).encode())
     print(f"\n{_demo_table(rows)}\n\n{report['seconds']:.0f} seconds; "
-          f"picture {picture}, students and figures in the same folder")
+          f"picture {picture}, students and numbers beside it")
     return rows
