@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import (check_interrupt, compare_classes, evaluating, file_hash, interruptible, lookup, progress,
                            seeded, unwrapped, write_atomic)
-from ..data import ArrayImages, Images, fingerprint, load_data, one_ahead
+from ..data import ArrayImages, Images, fingerprint, fits_on, load_data, one_ahead
 from ..recipes import QUICK, TEACHERS, Terms, Training, later_defaults
 from .checkpoints import checkpoints, load_checkpoint, random_state, restore_random, save_checkpoint
 from .logs import Log
@@ -729,8 +729,7 @@ def check_training(recipe: Training, images: int) -> None:
 def _move_images(images: Images, device: torch.device) -> Images:
     "Images in memory, on the network's GPU where they take less than a quarter of what is free there."
     if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if 4 * images.kept.nbytes < free else images
+    return images.to(device) if fits_on(device, images.kept.nbytes) else images
 
 def _check_views(recipe: Training, images: Images) -> None:
     "A ValueError where views are to stay the same, and a policy changes them from epoch to epoch."
