@@ -206,6 +206,11 @@ def fits_on(device: torch.device, nbytes: int) -> bool:
     "Whether so much takes less than a quarter of the memory that is free on a GPU."
     return 4 * nbytes < torch.cuda.mem_get_info(device)[0]
 
+def move_images(images: Images, device: torch.device) -> Images:
+    "The images; those in memory are on the device, where it is a GPU with room for them."
+    if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
+    return images.to(device) if fits_on(device, images.kept.nbytes) else images
+
 # %% ../nbs/01_data.ipynb #7b3d6cf4
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 

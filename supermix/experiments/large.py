@@ -102,8 +102,8 @@ def _time_engine(engine: Engine, images: Images, blocks: int) -> tuple[Lap, list
     memory, start = [], time.perf_counter()
 
     def queue():
-        for block in range(blocks):
-            yield draw_block(images, engine.source_logits, engine.mixing, 0, block)
+        for sets in engine.draw(images, 0, range(blocks)):
+            yield sets
             memory.append(_peak_memory())
 
     found = joined(engine.run(queue()))

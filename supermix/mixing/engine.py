@@ -8,6 +8,7 @@ __all__ = ['Engine']
 # %% ../../nbs/34_mixing.engine.ipynb #557d80bb
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import seeded
-from ..data import Images
+from ..data import Images, Views, one_ahead
 from .folding import fold_norms
 from .masks import REST, masks_from_theta, mix
-from .mixers import draw_lam, draw_partners
+from .mixers import draw_lam, pick_partners
 from .solver import (Problem, State, check_callable, check_classes, check_logits, check_teacher,
                                     first_theta, search_step, teacher_logits)
 from ..recipes import FAST, Mixing
@@ -39,6 +40,53 @@ class Sets(NamedTuple):
     images: torch.Tensor   # float32 (n, k, C, H, W)
 
 # %% ../../nbs/34_mixing.engine.ipynb #99d43cf6
+class Chance(NamedTuple):
+    "What chance decides of the sets of some blocks, before the teacher is asked."
+    index: torch.Tensor          # int64 (n,): the number of each set in its run
+    which: torch.Tensor          # int64 (n,): the images' numbers in the data set
+    crop: torch.Tensor           # int64 (n, 2 or 4): their views' windows
+    flip: torch.Tensor           # bool (n,): whether they are mirrored
+    lam: torch.Tensor            # float32 (n, k): the wanted shares
+    angle: torch.Tensor          # float32 (n,): of the first partition
+    score: torch.Tensor          # float32 (n, BLOCK): by which partners are picked within the block
+    pixels: torch.Tensor | None  # uint8 (n, C, H, W): the views; None where the images are on a GPU
+
+def _draw_one(images: Images, mixing: Mixing, seed: int, block: int) -> tuple[torch.Tensor, ...]:  # less the pixels
+    g = seeded(seed, "block", block)
+    which = torch.randint(len(images), (BLOCK,), generator=g)
+    views = images.draw(which, g)
+    lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
+    score = torch.rand(BLOCK, BLOCK, generator=g)
+    return block * BLOCK + torch.arange(BLOCK), which, views.crop.cpu(), views.flip.cpu(), lam, angle, score
+
+def draw_chance(images: Images,          # the sources
+                mixing: Mixing,          # k and alpha are used
+                seed: int,               # of the run
+                blocks: Iterable[int],   # their numbers
+                ) -> Chance:             # BLOCK sets of each
+    "Draw for some blocks, each from a generator of its own; no GPU is needed."
+    drawn = [torch.cat(parts) for parts in zip(*(_draw_one(images, mixing, seed, block) for block in blocks))]
+    _, which, crop, flip, *_ = drawn
+    return Chance(*drawn, images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None)
+
+# %% ../../nbs/34_mixing.engine.ipynb #99d43cf7
+def make_sets(images: Images, teacher, mixing: Mixing, chance: Chance,
+              device: torch.device | None = None,  # where the sets are wanted; None: on the processor
+              ) -> Sets:
+    "The sets that chance decided: each view with partners of other classes, as the teacher sees them."
+    pixels = chance.pixels
+    if pixels is None: pixels = images.fetch(chance.which, Views(chance.crop, chance.flip))
+    pixels = images.info.normalize(pixels if device is None else pixels.to(device))
+    place = torch.device(device or "cpu")
+    classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).to(place)
+    blocks = classes.view(-1, BLOCK)
+    for block in blocks.cpu(): check_classes(block, mixing.k)
+    chance = Chance(*(t if t is None else t.to(place) for t in chance[:-1]), None)
+    rows = pick_partners(blocks, mixing.k, chance.score.view(-1, BLOCK, BLOCK))
+    rows = (rows + torch.arange(0, len(classes), BLOCK, device=place)[:, None, None]).flatten(0, 1)
+    return Sets(chance.index, chance.which[rows], chance.crop[rows], chance.flip[rows], chance.lam, chance.angle,
+                classes[rows], pixels.to(place)[rows])
+
 def draw_block(images: Images,  # the sources
                teacher,         # images (B, C, H, W) -> logits (B, N)
                mixing: Mixing,  # k and alpha are used
@@ -46,17 +94,7 @@ def draw_block(images: Images,  # the sources
                block: int,      # number of the block
                ) -> Sets:       # BLOCK sets
     "The sets of a block, which depend on data, teacher, seed and number alone."
-    g = seeded(seed, "block", block)
-    which = torch.randint(len(images), (BLOCK,), generator=g)
-    views = images.draw(which, g)
-    lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
-    pixels = images.info.normalize(images.fetch(which, views))
-    classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).cpu()
-    check_classes(classes, mixing.k)
-    rows = draw_partners(classes, mixing.k, g)
-    crop, flip = (v.cpu()[rows] for v in (views.crop, views.flip))
-    return Sets(block * BLOCK + torch.arange(BLOCK), which[rows], crop, flip, lam, angle, classes[rows],
-                pixels.cpu()[rows])
+    return make_sets(images, teacher, mixing, draw_chance(images, mixing, seed, [block]))
 
 # %% ../../nbs/34_mixing.engine.ipynb #afe3748d
 class Found(NamedTuple):
@@ -324,7 +362,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _check_memory(engine, x: torch.Tensor, slots: int) -> None:
     "A ValueError with an estimate where so many slots cannot fit into the memory."
-    rows = 1 if engine.device.type == "cpu" else _ROOM
+    rows = 1 if engine.device.type == "cpu" else _ROOM + 2  # two more: of sets that are being drawn
     images = rows * engine.mixing.k * x[0].numel() * x.element_size()
     need = images + max(0, _bytes_kept(engine, x, 4) - _bytes_kept(engine, x, 2)) // 2
     free = _free_memory(engine.device)
@@ -367,6 +405,19 @@ class Engine(_Tally):
         self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # none twice
         return logits.float()
 
+    def draw(self, images: Images,         # the sources
+             seed: int,                    # of the run
+             blocks: Iterable[int],        # their numbers
+             ) -> Iterator[Sets]:
+        """The sets of these blocks, to be given to `run`. On a GPU they are as many at a time as there are slots, and
+        a thread draws ahead."""
+        alone, blocks = self.device.type == "cpu", iter(blocks)
+        size = 1 if alone else max(1, self.slots // BLOCK)
+        drawn = (draw_chance(images, self.mixing, seed, group)
+                 for group in iter(lambda: list(islice(blocks, size)), []))
+        for chance in drawn if alone else one_ahead(drawn):
+            yield make_sets(images, self.source_logits, self.mixing, chance, self.device)
+
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
         "Solve all sets of the queue; the solved ones come out in the order in which they are done."
         slots = _Slots(self.logits, self.mixing, self.clock.timed(_DRAWS, blocks), self.slots, self.device)
@@ -389,4 +440,4 @@ class Engine(_Tally):
 # %% ../../nbs/34_mixing.engine.ipynb #34aa0007
 def solve_blocks(engine: Engine, images: Images, seed: int, blocks: Iterable[int]) -> Found:
     "Draw the sets of these blocks, and solve them."
-    return joined(engine.run(draw_block(images, engine.source_logits, engine.mixing, seed, b) for b in blocks))
+    return joined(engine.run(engine.draw(images, seed, blocks)))

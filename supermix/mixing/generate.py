@@ -21,8 +21,8 @@ import tyro
 from torch import nn
 
 from ..core import check_interrupt, compare_classes, interruptible, progress
-from ..data import Data, Images, load_data
-from .engine import BLOCK, UNSOLVED, Engine, draw_block, joined
+from ..data import Data, Images, load_data, move_images
+from .engine import BLOCK, UNSOLVED, Engine, joined
 from .solver import teacher_logits
 from .store import Store, begin, clear, finish, holds_nothing, images_of
 from ..recipes import Generation, Pictures, is_folder
@@ -77,8 +77,8 @@ def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int,
     solved = 0
     def parts():
         nonlocal solved
-        for found in engine.run(draw_block(images, engine.source_logits, recipe.mixing, recipe.seed, shard * blocks + b)
-                                for b in range(blocks)):
+        numbers = range(shard * blocks, (shard + 1) * blocks)
+        for found in engine.run(engine.draw(images, recipe.seed, numbers)):
             solved += len(found.index)
             report_progress(solved, engine.tried - begun)
             yield found
@@ -153,7 +153,7 @@ def generate(recipe: Generation = Generation(),
     engine = Engine(teacher, images[:2][0], recipe.mixing, min(recipe.slots, recipe.shard), recipe.bfloat16)
     store = Store(out)
     with _room_on_disk(store), _room_in_memory(engine), _at_work(store, recipe, images, teacher):
-        _make_shards(store, engine, images, recipe, title)
+        _make_shards(store, engine, move_images(images, engine.device), recipe, title)
         with patiently(store.manifest_path): finish(store)
         _sweep(store)
     return store

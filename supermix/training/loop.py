@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import (check_interrupt, compare_classes, evaluating, file_hash, interruptible, lookup, progress,
                            seeded, unwrapped, write_atomic)
-from ..data import ArrayImages, Images, fingerprint, fits_on, load_data, one_ahead
+from ..data import ArrayImages, Images, fingerprint, load_data, move_images, one_ahead
 from ..recipes import QUICK, TEACHERS, Terms, Training, later_defaults
 from .checkpoints import checkpoints, load_checkpoint, random_state, restore_random, save_checkpoint
 from .logs import Log
@@ -726,11 +726,6 @@ def check_training(recipe: Training, images: int) -> None:
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
 
-def _move_images(images: Images, device: torch.device) -> Images:
-    "Images in memory, on the network's GPU where they take less than a quarter of what is free there."
-    if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
-    return images.to(device) if fits_on(device, images.kept.nbytes) else images
-
 def _check_views(recipe: Training, images: Images) -> None:
     "A ValueError where views are to stay the same, and a policy changes them from epoch to epoch."
     if recipe.views and getattr(getattr(images, "policy", None), "later", None):
@@ -758,7 +753,7 @@ def train(network: nn.Module,                # is trained in place; images (B, 3
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)
-    images = _move_images(images, device)
+    images = move_images(images, device)
     run = _Run(network, objective.to(device), recipe, images, folder)
     run.resume()
     if run.bfloat16 is None: run.bfloat16 = _choose_bfloat16(device)
