@@ -1,5 +1,7 @@
-"""What a GPU records as a graph makes no copy between processor and GPU, and waits for nothing: tensors that have shapes
-and a device but no content (PyTorch's fake tensors) show it without a GPU."""
+"""What a GPU records as a graph makes no copy between processor and GPU, and waits for nothing.
+
+Tensors that have shapes and a device but no content (PyTorch's fake tensors) show it without a GPU. Only the backward
+pass is left out: autograd's engine asks the driver for a real one."""
 
 import copy
 
@@ -7,11 +9,11 @@ import pytest
 import torch
 from supermix import MixedDataset, create
 from supermix.distillation.distill import Distillation
-from supermix.mixing.engine import _collect, _Slots, _step_slots
+from supermix.mixing import smoothing
+from supermix.mixing.engine import _Slots, _step_slots, draw_block
 from supermix.mixing.generate import generate
-from supermix.recipes import FAST, FAST_0_1, Generation, Mixing, Terms, Training, method_terms
-from supermix.training.loop import _Replayed, _Run, label_objective
-from supermix.training.loop import _as_objective as as_objective
+from supermix.recipes import FAST, FAST_0_1, METHODS, Generation, Mixing, Terms, Training
+from supermix.training.loop import _FunctionObjective, _Replayed, _Run, label_objective
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,7 +77,9 @@ class Fake:
 
 @pytest.fixture
 def gpu():
-    return Fake()
+    yield Fake()
+    for kept in (smoothing._band, smoothing._bands):
+        kept.cache_clear()  # of tensors without content
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +121,56 @@ def test_a_stock_is_mixed_again_where_its_sources_are(pad, stock, gpu):
 
     assert gpu.watch(work) == [] and {t.device.type for t in seen} == {"cuda"}
     assert seen[0].shape == (16, 3, 32, 32)
+
+
+SEARCHES = {"FAST": FAST, "version 0.1": FAST_0_1, "k = 3": FAST | {"k": 3}, "the paper's": {}}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_pass_of_the_search(name, digits, teacher, gpu, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaf: (torch.zeros_like(leaf),))
+    mixing = Mixing(**SEARCHES[name])
+    sets = draw_block(digits.train, teacher, mixing, 0, 0)
+    there, network = type(sets)(*map(gpu.on, sets)), gpu.network(teacher.eval().requires_grad_(False))
+    with gpu.mode:
+        slots = _Slots(network, mixing, iter(()), 16, torch.device("cuda"))
+        slots.open(there)
+    gpu.watch(lambda: _step_slots(slots))  # in the first pass the filter's kernel is made, and kept
+    assert gpu.watch(lambda: _step_slots(slots)) == []
+
+
+UPDATES = {
+    "labels": None,
+    "KD": METHODS["kd"],
+    "KD and mixes": METHODS["kd"].mixed(),
+    "mixes as they were made": METHODS["kd"].mixed(),
+    "mixes by their areas": Terms(ce=1.0, mixed_ce=1.0, label="area"),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update(name, digits, teacher, stock, gpu, monkeypatch):
+    "Batch, mixes, teacher, student and loss."
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    terms, recipe = UPDATES[name], Training(batch_size=16, milestones=())
+    student = gpu.network(create("resnet8", 10).train())
+    mixer, prepared = None, None
+    if terms is not None and terms.mixes:
+        mixer = gpu.stock(stock)
+        mixer.pad = None if "as they" in name else 2
+        drawn = mixer.draw(16, torch.Generator().manual_seed(0))
+        prepared = type(drawn)(*(t if t is None else gpu.on(t) for t in drawn))
+    if terms is None:
+        objective = _FunctionObjective(label_objective)
+    else:
+        objective = Distillation(teacher.eval().requires_grad_(False), terms, mixer)
+        objective._outside = [gpu.network(teacher)]
+    images = gpu.images(digits.train.subset(64))
+
+    losses = []
+    with gpu.mode:
+        run = _Run(student, objective, recipe, images)
+        update = _Replayed(run, run.loss, images)
+        update.prepared, run.optimiser.step = prepared, lambda: None
+    assert gpu.watch(lambda: losses.append(update.body())) == []
+    assert losses[0].shape == () and losses[0].device.type == "cuda"
