@@ -150,8 +150,9 @@ def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str 
 
 # %% ../nbs/90_cli.ipynb #dc2bf1ec
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
-          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu") -> Callable:
-    """Run what is missing of the study (chapter 60), some minutes a run; start one for each core.
+          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu",
+          together: int = 1) -> Callable:
+    """Run what is missing of the study (chapter 60), some minutes a run; on a processor with --together CORES.
 
     Args:
         out: the folder of the results, one file a run.
@@ -162,9 +163,11 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         seeds: without: all.
         minutes: after which no further run is begun.
         device: cpu, or cuda, where runs take seconds and no core seconds are measured.
+        together: runs at the same time, each in a process with one thread: the number of cores, or a few that share a
+            GPU.
     """
     from supermix.experiments.study import study
-    return partial(study, out, home, groups, seeds, minutes, device)
+    return partial(study, out, home, groups, seeds, minutes, device, together)
 
 def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
                rounds: int = 3, device: str = "cpu") -> Callable:
