@@ -10,7 +10,7 @@ from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
 from supermix.experiments.study import _core_trials, _run_trial
 from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, solve_blocks
-from supermix.mixing.generate import _settle, generate
+from supermix.mixing.generate import settle, generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Generation, Mixing, Terms, Training
@@ -237,9 +237,9 @@ def test_memory_stays_the_same_over_many_sets(digits, there):
 
 
 def test_slots_and_dtype_suit_a_card(digits, there):
-    recipe = _settle(Generation(data="digits"), digits.train, there)
+    recipe = settle(Generation(data="digits"), digits.train, there)
     assert (recipe.slots, recipe.shard, recipe.bfloat16) == (2048, 32_768, torch.cuda.is_bf16_supported())
-    assert _settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
+    assert settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
 
 
 def test_the_interactive_solver(digits, there):

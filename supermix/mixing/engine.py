@@ -233,11 +233,12 @@ def _step_slots(slots: _Slots) -> None:
 class _Replayed:
     """A pass for all slots; on a GPU it is recorded as a CUDA graph and replayed. The first passes run as they are: in
     them kernels are chosen, and what is kept from pass to pass is made."""
-    def __init__(self, slots: _Slots):
+    def __init__(self, slots: _Slots, wanted: bool = True):
         self.slots = slots
         self.graph = None
         self.made = 0  # passes that ran as they are
-        self.why = "" if slots.device.type == "cuda" else "not on a GPU"  # passes are not replayed
+        # why passes are not replayed
+        self.why = "not on a GPU" if slots.device.type != "cuda" else "" if wanted else "as was asked for"
 
     def __call__(self) -> None:
         "Make the next pass."
@@ -386,6 +387,7 @@ class Engine(_Tally):
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.network = teacher
         self.how = ""  # how passes were made: replayed as a graph, or why not
+        self.replays = True  # whether passes on a GPU are to be replayed
         first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
         self.device = first.device
         check_teacher(teacher, x.to(first), mixing.k)  # what is no teacher is found out now
@@ -421,7 +423,7 @@ class Engine(_Tally):
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
         "Solve all sets of the queue; the solved ones come out in the order in which they are done."
         slots = _Slots(self.logits, self.mixing, self.clock.timed(_DRAWS, blocks), self.slots, self.device)
-        going, step = slots.fill(), _Replayed(slots)
+        going, step = slots.fill(), _Replayed(slots, self.replays)
         while going:
             since = time.perf_counter()
             for _ in range(1 if slots.shrinks else _LOOK): step()
