@@ -9,7 +9,7 @@ from supermix.data import Data
 from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
 from supermix.experiments.study import _core_trials, _run_trial
-from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, solve_blocks
+from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, draw_sets, solve_blocks
 from supermix.mixing.generate import settle, generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
@@ -95,7 +95,7 @@ def test_a_batch_of_a_stock_copies_a_few_numbers(digits, there, tmp_path):
 def test_sets_are_drawn_for_the_card(at, digits, there):
     "Sixteen blocks at a time, ahead in a thread: the sets are those of the blocks, one by one."
     engine = Engine(there, digits.train[:2][0], Mixing(**FAST), 2048)
-    drawn = list(engine.draw(digits.train.to(at), 0, range(20)))
+    drawn = list(draw_sets(engine, digits.train.to(at), 0, range(20)))
     assert [len(sets.index) for sets in drawn] == [2048, 512] and drawn[0].images.device.type == "cuda"
     for block in (0, 7, 15):
         alone = draw_block(digits.train, lambda x: there(x.cuda()), engine.mixing, 0, block)
@@ -230,7 +230,7 @@ def test_memory_stays_the_same_over_many_sets(digits, there):
     peaks = []
     for start in range(0, 800, 200):  # 100,000 sets
         torch.cuda.reset_peak_memory_stats()
-        for _ in engine.run(engine.draw(digits.train, 0, range(start, start + 200))):
+        for _ in engine.run(draw_sets(engine, digits.train, 0, range(start, start + 200))):
             pass
         peaks.append(torch.cuda.max_memory_allocated())
     assert max(peaks[1:]) < 1.1 * peaks[0]

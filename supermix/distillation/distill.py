@@ -332,7 +332,6 @@ class Distillation(_Staged):
     def log_entries(self) -> dict[str, float]:
         "The numbers in `notes`."
         return self.notes
-
     def begin_epoch(self, network: nn.Module, epoch: int) -> None:
         "Choose what learns, and look up the teacher's logits of the views that this epoch shows."
         super().begin_epoch(network, epoch)

@@ -20,7 +20,7 @@ from ..core import write_atomic
 from ..data import FolderImages, Images, Info
 from .race import Lap, compare_kl, lap_of_engine, summarize, time_baseline
 from .throughput import machine_facts
-from ..mixing.engine import PASSES, Engine, Sets, draw_block, joined
+from ..mixing.engine import PASSES, Engine, Sets, draw_block, draw_sets, joined
 from ..mixing.generate import settle
 from ..mixing.solver import teacher_logits
 from ..recipes import FAST, IMAGENET, Generation, Mixing
@@ -104,7 +104,7 @@ def _time_engine(engine: Engine, images: Images, blocks: int) -> tuple[Lap, list
     memory, start = [], time.perf_counter()
 
     def queue():
-        for sets in engine.draw(images, 0, range(blocks)):
+        for sets in draw_sets(engine, images, 0, range(blocks)):
             yield sets
             memory.append(_peak_memory())
 

@@ -182,6 +182,7 @@ def _share(engine: Engine) -> int:
     "How many times as many sets an engine gets as one of 128 slots, so that its slots are full most of the time."
     return max(1, engine.slots // BLOCK)
 
+# %% ../../nbs/46_experiments.race.ipynb #4e353dd4
 def race(teacher: nn.Module,  # copied, and put into evaluation mode
          images: Images,      # the sources
          ways: dict[str, Mixing | Way] = {"engine": Mixing(**FAST)},  # the engine's searches by name, all of one k

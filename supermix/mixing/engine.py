@@ -40,7 +40,7 @@ class Sets(NamedTuple):
     images: torch.Tensor   # float32 (n, k, C, H, W)
 
 # %% ../../nbs/34_mixing.engine.ipynb #99d43cf6
-class Chance(NamedTuple):
+class _Chance(NamedTuple):
     "What chance decides of the sets of some blocks, before the teacher is asked."
     index: torch.Tensor          # int64 (n,): the number of each set in its run
     which: torch.Tensor          # int64 (n,): the images' numbers in the data set
@@ -59,18 +59,18 @@ def _draw_one(images: Images, mixing: Mixing, seed: int, block: int) -> tuple[to
     score = torch.rand(BLOCK, BLOCK, generator=g)
     return block * BLOCK + torch.arange(BLOCK), which, views.crop.cpu(), views.flip.cpu(), lam, angle, score
 
-def draw_chance(images: Images,          # the sources
+def _draw_chance(images: Images,          # the sources
                 mixing: Mixing,          # k and alpha are used
                 seed: int,               # of the run
                 blocks: Iterable[int],   # their numbers
-                ) -> Chance:             # BLOCK sets of each
+                ) -> _Chance:             # BLOCK sets of each
     "Draw for some blocks, each from a generator of its own; no GPU is needed."
     drawn = [torch.cat(parts) for parts in zip(*(_draw_one(images, mixing, seed, block) for block in blocks))]
     _, which, crop, flip, *_ = drawn
-    return Chance(*drawn, images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None)
+    return _Chance(*drawn, images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None)
 
 # %% ../../nbs/34_mixing.engine.ipynb #99d43cf7
-def make_sets(images: Images, teacher, mixing: Mixing, chance: Chance,
+def _make_sets(images: Images, teacher, mixing: Mixing, chance: _Chance,
               device: torch.device | None = None,  # where the sets are wanted; None: on the processor
               ) -> Sets:
     "The sets that chance decided: each view with partners of other classes, as the teacher sees them."
@@ -81,7 +81,7 @@ def make_sets(images: Images, teacher, mixing: Mixing, chance: Chance,
     classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).to(place)
     blocks = classes.view(-1, BLOCK)
     for block in blocks.cpu(): check_classes(block, mixing.k)
-    chance = Chance(*(t if t is None else t.to(place) for t in chance[:-1]), None)
+    chance = _Chance(*(t if t is None else t.to(place) for t in chance[:-1]), None)
     rows = pick_partners(blocks, mixing.k, chance.score.view(-1, BLOCK, BLOCK))
     rows = (rows + torch.arange(0, len(classes), BLOCK, device=place)[:, None, None]).flatten(0, 1)
     return Sets(chance.index, chance.which[rows], chance.crop[rows], chance.flip[rows], chance.lam, chance.angle,
@@ -94,7 +94,7 @@ def draw_block(images: Images,  # the sources
                block: int,      # number of the block
                ) -> Sets:       # BLOCK sets
     "The sets of a block, which depend on data, teacher, seed and number alone."
-    return make_sets(images, teacher, mixing, draw_chance(images, mixing, seed, [block]))
+    return _make_sets(images, teacher, mixing, _draw_chance(images, mixing, seed, [block]))
 
 # %% ../../nbs/34_mixing.engine.ipynb #afe3748d
 class Found(NamedTuple):
@@ -407,19 +407,6 @@ class Engine(_Tally):
         self.clock[_DRAWS] = self.clock.get(_DRAWS, 0.0) + since - self.clock.book(PASSES, since)  # none twice
         return logits.float()
 
-    def draw(self, images: Images,         # the sources
-             seed: int,                    # of the run
-             blocks: Iterable[int],        # their numbers
-             ) -> Iterator[Sets]:
-        """The sets of these blocks, to be given to `run`. On a GPU they are as many at a time as there are slots, and
-        a thread draws ahead."""
-        alone, blocks = self.device.type == "cpu", iter(blocks)
-        size = 1 if alone else max(1, self.slots // BLOCK)
-        drawn = (draw_chance(images, self.mixing, seed, group)
-                 for group in iter(lambda: list(islice(blocks, size)), []))
-        for chance in drawn if alone else one_ahead(drawn):
-            yield make_sets(images, self.source_logits, self.mixing, chance, self.device)
-
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
         "Solve all sets of the queue; the solved ones come out in the order in which they are done."
         slots = _Slots(self.logits, self.mixing, self.clock.timed(_DRAWS, blocks), self.slots, self.device)
@@ -440,6 +427,18 @@ class Engine(_Tally):
             if len(found.index) or not going: yield found  # the last one even if it is empty, for its shapes
 
 # %% ../../nbs/34_mixing.engine.ipynb #34aa0007
+def draw_sets(engine: Engine, images: Images,
+              seed: int,              # of the run
+              blocks: Iterable[int],  # their numbers
+              ) -> Iterator[Sets]:    # to be given to the engine's `run`
+    """Draw the sets of these blocks: on a processor block by block, on a GPU as many at a time as there are slots, and
+    ahead in a thread."""
+    alone, blocks = engine.device.type == "cpu", iter(blocks)
+    size = 1 if alone else max(1, engine.slots // BLOCK)
+    drawn = (_draw_chance(images, engine.mixing, seed, group) for group in iter(lambda: list(islice(blocks, size)), []))
+    for chance in drawn if alone else one_ahead(drawn):
+        yield _make_sets(images, engine.source_logits, engine.mixing, chance, engine.device)
+
 def solve_blocks(engine: Engine, images: Images, seed: int, blocks: Iterable[int]) -> Found:
     "Draw the sets of these blocks, and solve them."
-    return joined(engine.run(engine.draw(images, seed, blocks)))
+    return joined(engine.run(draw_sets(engine, images, seed, blocks)))
