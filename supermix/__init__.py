@@ -1,4 +1,4 @@
-"""SuperMix: mixed images that a teacher asks for, and students that learn from them."""
+"""SuperMix: images mixed under the supervision of a teacher, and students that learn from them."""
 
 __version__ = "0.1.0"
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from sys import modules
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what the names below are, for editors and type checkers
+if TYPE_CHECKING:  # the names below, for editors and type checkers
     from supermix.data import load_data, load_folder
     from supermix.distillation.distill import distill, make_mixes
     from supermix.mixing.solver import SuperMix
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # what the names below are, for editors and type checkers
 
 
 def lazy(package, names):
-    """The `__getattr__` and `__dir__` of a package (PEP 562): `names` says in which module of the package each name is
-    defined. A module is imported when the first of its names is asked for, so that nothing slow is imported in vain."""
+    """The `__getattr__` and `__dir__` of a package (PEP 562): `names` gives the module in which each name is defined. A
+    module is imported at the first use of one of its names, so that slow imports happen only if they are needed."""
 
     def get(name):
         if name in names:

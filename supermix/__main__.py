@@ -1,11 +1,11 @@
-"""`python -m supermix` and the installed command `supermix`; Ctrl-C is ours before anything slow is imported."""
+"""`python -m supermix` and the installed command `supermix`; Ctrl-C is handled before slow imports."""
 
 import os
 import signal
 
 
 def leave(*_):
-    "End this process at once: an exception that is raised during an import may be lost there."
+    "End this process at once, because an exception during an import may get lost."
     os.write(2, b"supermix: stopped.\n")
     os._exit(130)
 

@@ -33,55 +33,58 @@ from .recipes import (CIFAR100, CRD_BENCHMARK, FOLDER, IMAGENET, METHODS, Genera
 
 # %% ../nbs/90_cli.ipynb #fc794ffe
 def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo")) -> Callable:
-    """Make SuperMix images with a small teacher, distil six students, print one table and write a picture of the mixes.
+    """Make SuperMix images with a small teacher, distil six students, print a table and write a picture of the mixes.
 
     Args:
-        scale: smoke: the same within seconds, on digits and with hardly any training.
-        out: the folder for the picture, the numbers and the students.
+        scale: smoke is a quick test: digits, hardly any training, a few seconds.
+        out: the folder for the picture, the figures and the students.
     """
     from supermix.experiments.demo import demo
     return partial(demo, scale, out)
 
 def explore(data: Path | None = None, teacher: Path | None = None, network: str | None = None,
             out: Path = Path("out/explore"), browser: bool = True) -> Callable:
-    """Watch mixed images come into being, in JupyterLab on this machine: your own pictures and teacher (chapter 72).
+    """Watch how SuperMix finds masks, in JupyterLab on this machine, with your own pictures and teacher (chapter 72).
 
     Args:
-        data: a folder of pictures, or the name of a data set; none: CIFAR-100 where it is found.
-        teacher: a file of weights; none: the teacher that is shipped for the data set.
-        network: whose weights these are, of the zoo or timm; none: as the file says (zoo.save).
-        out: the folder for the notebook and for what is saved from it.
-        browser: open it in a browser; else only print its address.
+        data: a folder of pictures, or the name of a data set; none: CIFAR-100 if it is found.
+        teacher: a file of weights; none: the teacher that comes with this package for the data set.
+        network: the network of these weights, from the zoo or timm; none: as the file says (zoo.save).
+        out: the folder for the notebook and for the pictures that you save in it.
+        browser: open JupyterLab in a browser; otherwise only print its address.
     """
     from supermix.explore.widget import open_explorer
     return partial(open_explorer, data, teacher, network, out, browser)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
-            root: Path | None = None, quick: bool = False, compile: bool = False) -> Callable:
+            root: Path | None = None, quick: bool = False, compile: bool = False,
+            device: str | None = None, half: bool = False) -> Callable:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
-        data: a data set that has a teacher's recipe: fashion_mnist, digits or cifar100.
-        out: the folder for the weights, their card and the training's checkpoints: the same command goes on with them.
-        network: a network of the zoo.
-        root: a folder in which to look for the data first.
-        quick: train by 24 epochs' recipe with a linear decay instead of the data set's.
-        compile: let torch.compile fuse what it can.
+        data: a data set with a recipe for teachers: fashion_mnist, digits or cifar100.
+        out: the folder for the weights, the card and the checkpoints; the same command resumes a stopped training.
+        network: the teacher's network, a name of the zoo.
+        root: the folder that is searched first for the data.
+        quick: train by a recipe of 24 epochs with a linear decay, instead of the data set's.
+        compile: use torch.compile.
+        device: such as cpu or cuda:1; none: a GPU where there is one, and there bfloat16 where it is faster.
+        half: write the weights in 16 bits, half the size; the card's accuracy is that of the rounded weights.
     """
     from supermix.training.loop import make_teacher
-    return partial(make_teacher, data, out, network, root, quick, compile)
+    return partial(make_teacher, data, out, network, root, quick, compile, device, half)
 
 # %% ../nbs/90_cli.ipynb #68740e50
 def generate(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
              pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(), size: int | None = None,
              out: Path = Path("out/mixes")) -> Callable:
-    """Make a store of mixed images, or go on with one that was begun: run the same command again.
-    From your own photographs: --data FOLDER --teacher FILE --network NAME (chapter 80).
+    """Make a store of mixed images. If it was stopped, run the same command again to resume it.
+    For your own photographs: --data FOLDER --teacher FILE --network NAME (chapter 80).
 
     Args:
-        recipe: what is mixed, how, and how many.
-        pictures: how a folder of photographs is seen.
-        size: height and width at which the network gets a folder's photographs, in pixels; none: as it was trained.
+        recipe: what is mixed, how, and how many images are made.
+        pictures: how a folder of photographs is read.
+        size: height and width of a folder's photographs for the network, in pixels; none: as in its training.
         out: the folder of the store.
     """
     from supermix.mixing.generate import command
@@ -94,11 +97,11 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
 
     Args:
         images: an image file, or a folder of images and folders of images.
-        weights: of the network: a file that supermix wrote, or a state dictionary (.pt, .pth, .safetensors).
-        pictures: how the images are seen.
-        size: height and width at which the network gets the images, in pixels; none: as it was trained.
+        weights: the network's weights: a file that supermix wrote, or a state dictionary (.pt, .pth, .safetensors).
+        pictures: how the images are read.
+        size: height and width of the images for the network, in pixels; none: as in its training.
         out: the JSON file that is written.
-        top: likeliest classes that are listed.
+        top: the number of most probable classes that are listed.
     """
     from supermix.experiments.photographs import predict_command
     return partial(predict_command, images, weights, pictures, size, out, top)
@@ -106,15 +109,14 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
 # %% ../nbs/90_cli.ipynb #6d6103bd
 def race(data: str = "auto", out: Path | None = None, rounds: int = 3, blocks: int = 4,
          device: str | None = None) -> Callable:
-    """The engine against the baseline, with the shipped teacher (chapter 46); some twenty minutes on two cores, some
-    three on a GPU.
+    """Race the engine against the baseline (chapter 46); about twenty minutes on two cores.
 
     Args:
-        data: a data set for which a teacher is shipped.
+        data: a data set for which this package has a teacher.
         out: the file that is written; none: results/engine.json, for CIFAR-100 and for a GPU with _cifar100 and _gpu in
             its name.
-        rounds: how often the two are timed in turn.
-        blocks: of 128 sets each, for each row of the trade-offs; on a GPU a race has four for each 128 slots.
+        rounds: how many times each is timed, in turn.
+        blocks: blocks of 128 sets for each row of the trade-offs; on a GPU a race has four for each 128 slots.
         device: cpu or cuda; none: a GPU where there is one.
     """
     from supermix.data import load_data
@@ -135,15 +137,15 @@ def race(data: str = "auto", out: Path | None = None, rounds: int = 3, blocks: i
 
 def large(out: Path | None = None, blocks: int = 4, teacher: str = "efficientnet_lite0",
           photos: Path | None = None, device: str | None = None) -> Callable:
-    """The engine against the baseline at 224×224, with an ImageNet teacher on photographs (chapter 48);
-    some ten minutes.
+    """Race the engine against the baseline at 224×224, with an ImageNet teacher on photographs (chapter 48);
+    about ten minutes.
 
     Args:
         out: the file that is written; none: results/large.json, or for a GPU results/large_gpu.json.
         blocks: blocks of 128 sets that the engine makes.
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
-            (imagenet_resnet34), whose weights are fetched.
-        photos: a folder of photographs, of which all are used; none: scikit-image's five.
+            (imagenet_resnet34), whose weights are downloaded.
+        photos: a folder whose photographs are all used; none: five photographs of scikit-image.
         device: cpu or cuda; none: a GPU where there is one.
     """
     from supermix.experiments.large import large_teacher, measure_large, photographs, photographs_in
@@ -162,32 +164,33 @@ def large(out: Path | None = None, blocks: int = 4, teacher: str = "efficientnet
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
           seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu",
           together: int = 1) -> Callable:
-    """Run what is missing of the study (chapter 60), some minutes a run; on a processor with --together CORES.
+    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial.
 
     Args:
-        out: the folder of the results, one file a run.
+        out: the folder of the results, one file per trial.
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
-            (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing else
-            at work); without: all.
-        seeds: without: all.
-        minutes: after which no further run is begun.
-        device: cpu, or cuda, where runs take seconds and no core seconds are measured.
-        together: runs at the same time, each in a process with one thread: the number of cores, or a few that share a
-            GPU.
+            (for a GPU), cifar100 (if it is found), prices (timings of a processor; run them last, with nothing else
+            at work); without: all of these. By name only, for a GPU: cifar100-30 and cifar100-120 (epochs),
+            cifar100-5000 (images), cifar100-resnet8x4 (the student).
+        seeds: the seeds to run; without: all.
+        minutes: the time after which no further trial starts.
+        device: cpu or cuda; on cuda a trial takes seconds, and no core seconds are measured.
+        together: the number of trials that run at the same time, each in a process with one thread: one per core, or a
+            few that share a GPU.
     """
     from supermix.experiments.study import study
     return partial(study, out, home, groups, seeds, minutes, device, together)
 
 def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
                device: str | None = None, network: str = "resnet20") -> Callable:
-    """Our training loop against the loop of tutorials, images a second (chapter 23); some minutes.
+    """Time our training loop against the plain PyTorch loop, in images per second (chapter 23); a few minutes.
 
     Args:
         out: the file that is written; none: results/throughput.json, or for a GPU results/throughput_gpu.json.
         data: a data set with small images.
-        images: an epoch.
-        rounds: how often each way is timed.
+        images: the number of images per epoch.
+        rounds: how many times each loop is timed.
         device: cpu or cuda; none: a GPU where there is one.
         network: a network of the zoo.
     """
@@ -199,21 +202,21 @@ Base, Scale = Literal["cifar100", "crd_benchmark", "imagenet", "folder"], Litera
 MIXER_NAMES = ("mixup", "mixup_beta", "cutmix", "cutmix_beta", "cutmix_authors", "puzzlemix", "supermix")
 
 def _choice_of(*names: str) -> type:
-    "A type of options: text, for which the help shows these names. Other text is refused later, with the nearest name."
+    "A type of options: text, for which the help shows these names. Other names are refused later."
     return Annotated[str, tyro.conf.arg(metavar="{" + ",".join(names) + "}")]
 
 @dataclass(frozen=True)
 class PlaceOptions:
-    "Where things are."
-    out: Path = Path("out/runs")      # for teachers, mixes, checkpoints and students
-    results: Path | None = None       # for results; none: results/runs for the paper's data and scale, else OUT/results
-    data_root: Path | None = None     # a folder in which to look for the data first
-    teacher_file: Path | None = None  # its weights, where --teacher is a network; none: trained here, or torchvision's
-    device: str | None = None         # such as cpu or cuda:1; none: a GPU where there is one
-    minutes: float = 10.0             # between checkpoints within an epoch, of one process; else one after each epoch
+    "Where files are."
+    out: Path = Path("out/runs")      # folder for teachers, mixes, checkpoints and students
+    results: Path | None = None       # for results; none: results/runs at paper scale and data, else OUT/results
+    data_root: Path | None = None     # the folder that is searched first for the data
+    teacher_file: Path | None = None  # the weights of a named --teacher; none: trained here, or torchvision's
+    device: str | None = None         # the device: cpu, cuda:1, …; none: a GPU if there is one
+    minutes: float = 10.0             # minutes between checkpoints (one process; several: one checkpoint per epoch)
 
 def _teacher_and_file(recipe: Recipe, pictures: Pictures, file: Path | None) -> tuple[str, Path | None]:
-    "The name of the teacher's network, and the file of its weights, where --teacher may be either."
+    "The name of the teacher's network and the file of its weights; --teacher may be either."
     if file is not None: return pictures.network or recipe.teacher, file
     path = Path(recipe.teacher).expanduser()
     if path.suffix not in (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar"): return recipe.teacher, None
@@ -222,12 +225,12 @@ def _teacher_and_file(recipe: Recipe, pictures: Pictures, file: Path | None) -> 
 
 def _run_command(recipe: Recipe, variant: Variant, options: PlaceOptions, pictures: Pictures, scale: str,
                  only_cost: bool) -> Callable:
-    "The work of `distill` and `train`: chapter 62's `run_command` with these places."
+    "The work of `distill` and `train`: chapter 62's `run_command` with these files."
     from supermix.experiments.runs import Places, run_command
     teacher, file = _teacher_and_file(recipe, pictures, options.teacher_file)
     own = is_folder(recipe.data)
     if not own and (pictures.mean or pictures.std or pictures.classes):
-        raise ValueError("Expected --data FOLDER beside --mean, --std and --classes: a named data set has all of that.")
+        raise ValueError("Expected --data FOLDER with --mean, --std and --classes: a named data set already has them.")
     results = options.results or (Path("results/runs") if scale == "paper" and not own else options.out / "results")
     places = Places(options.out, results, options.data_root, file, pictures, device=options.device,
                     minutes=options.minutes)
@@ -239,21 +242,20 @@ def distill(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CIFAR100,
             pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(),
             base: Base = "cifar100", scale: Scale = "paper", method: _choice_of(*METHODS) = "kd",
             mixer: _choice_of("none", *MIXER_NAMES) = "none", only_cost: bool = False) -> Callable:
-    """Distil a student from a teacher (chapters 45 and 62), or go on with a run that was begun: run the same command
-    again. From your own photographs: --data FOLDER --teacher FILE --network NAME --student NAME (chapter 80).
+    """Distil a student from a teacher (chapters 45 and 62). If a run was stopped, run the same command again to resume
+    it. For your own photographs: --data FOLDER --teacher FILE --network NAME --student NAME (chapter 80).
 
-    Where a number comes from stands behind it: (main) is the paper, (S …) its supplement, (ours) nobody else.
+    The source of a number is given in brackets: (main) is the paper, (S …) its supplement, (ours) our own choice.
 
     Args:
-        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are
-            named beside it.
-        places: where things are.
-        pictures: how a folder of photographs is seen.
-        base: the recipe to start from; for a folder of photographs it is folder.
-        scale: its size: mini for a laptop; smoke: seconds, on miniature data.
+        recipe: all numbers of the run; the defaults come from --base, --scale, --teacher and --student.
+        places: where files are.
+        pictures: how a folder of photographs is read.
+        base: the recipe whose numbers are the defaults; for a folder of photographs: folder.
+        scale: the size of the run: paper; mini for a laptop; smoke for a test of seconds, on miniature data.
         method: what the student learns from natural images.
-        mixer: where mixed images come from.
-        only_cost: say what the run would cost here, from a few steps, and stop.
+        mixer: the method that mixes images.
+        only_cost: only estimate the cost of the run on this machine, from a few steps.
     """
     variant = Variant(method, None if mixer == "none" else mixer)
     return _run_command(recipe, variant, places, pictures, scale, only_cost)
@@ -270,23 +272,22 @@ def train(recipe: Annotated[Recipe, tyro.conf.arg(name="")] = CLASSIFIER_BASES["
           base: Base = "cifar100", scale: Scale = "paper", policy: str = "none", cutout: int | None = None,
           mixer: _choice_of("none", *MIXER_NAMES) = "none",
           label: Literal["lam", "softmax", "teacher", "area"] = "lam", only_cost: bool = False) -> Callable:
-    """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without, or go on
-    with it: run the same command again.
+    """Train a classifier (the recipe's student) under an augmentation policy, with mixed images or without. If a run
+    was stopped, run the same command again to resume it.
 
-    Where a number comes from stands behind it: (main) is the paper, (S …) its supplement, (ours) nobody else.
+    The source of a number is given in brackets: (main) is the paper, (S …) its supplement, (ours) our own choice.
 
     Args:
-        recipe: all numbers of the run; the defaults are those of the base, at the scale and for the networks that are
-            named beside it.
-        places: where things are.
-        pictures: how a folder of photographs is seen.
-        base: the recipe to start from; for a folder of photographs it is folder.
-        scale: its size: mini for a laptop; smoke: seconds, on miniature data.
-        policy: for natural images: a name such as randaugment, or a policy file (.json).
+        recipe: all numbers of the run; the defaults come from --base, --scale, --teacher and --student.
+        places: where files are.
+        pictures: how a folder of photographs is read.
+        base: the recipe whose numbers are the defaults; for a folder of photographs: folder.
+        scale: the size of the run: paper; mini for a laptop; smoke for a test of seconds, on miniature data.
+        policy: the policy for natural images: a name such as randaugment, or a policy file (.json).
         cutout: side of Cutout's square, in pixels; none: as the policy says.
-        mixer: where mixed images come from.
-        label: of mixed images: lam is the soft label ŷ, softmax the teacher's prediction.
-        only_cost: say what the run would cost here, from a few steps, and stop.
+        mixer: the method that mixes images.
+        label: the label of mixed images: lam is the soft label ŷ, softmax the teacher's prediction.
+        only_cost: only estimate the cost of the run on this machine, from a few steps.
     """
     variant = (Variant("alone", None, None, policy, cutout) if mixer == "none" else
                Variant("alone", mixer, label, policy, cutout))
@@ -301,13 +302,13 @@ def _with_base(command: Callable, bases: dict[str, Recipe], args: list[str]) -> 
     said = peek.parse_known_args(args)[0]
     base = said.base or ("folder" if is_folder(said.data) else next(iter(bases)))
     recipe = lookup(bases, base, "base").at(said.scale or "paper")
-    if said.low_lr is not None:  # what is no number is tyro's to tell
+    if said.low_lr is not None:  # tyro reports what is not a number
         with suppress(ValueError):
             recipe = replace(recipe, low_lr=None if said.low_lr == "none" else float(said.low_lr))
     return partial(command, recipe=recipe.pair(said.teacher or recipe.teacher, said.student or recipe.student))
 
 def _with_count(command: Callable, args: list[str]) -> Callable:
-    "The command `generate`, which makes 1,000 images where the data are a folder of photographs."
+    "The command `generate`; it makes 1,000 images by default if the data are a folder of photographs."
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--data")
     own = is_folder(peek.parse_known_args(args)[0].data)
@@ -326,8 +327,8 @@ def _spell_none(info: Any) -> PrimitiveConstructorSpec | None:
     return PrimitiveConstructorSpec(nargs=1, metavar="none", choices=("none",), instance_from_str=lambda words: None,
                                     is_instance=lambda value: value is None, str_from_instance=lambda value: ["none"])
 
-def parse_command(args: list[str]) -> Callable:  # the work to be done
-    "What a command line asks for, with all that it needs imported."
+def parse_command(args: list[str]) -> Callable:  # does the work
+    "Turn a command line into a function that does its work; imports what it needs."
     args = [re.sub(r"^(--[\w.-]+=)?none$", r"\1none", word, flags=re.IGNORECASE) for word in args]
     name, options = (args[0], args[1:]) if args else ("", [])
     if name and not name.startswith("-"): lookup(COMMANDS, name, "command")
@@ -337,25 +338,25 @@ def parse_command(args: list[str]) -> Callable:  # the work to be done
     with _RULES:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog="supermix", args=args,
-            description=f"SuperMix {__version__}: mixed images that a teacher asks for. "
+            description=f"SuperMix {__version__}: mixed images under the supervision of a teacher. "
                         "`supermix --version` prints the version.")
 
 # %% ../nbs/90_cli.ipynb #d7cf42eb
 def _end_now(*_) -> None:
-    "End this process and those that it started, at once."
+    "End this process and its child processes at once."
     for child in active_children(): child.kill()
     os.write(2, b"supermix: stopped.\n")
     os._exit(130)
 
 class Stop:
-    "What Ctrl-C does while a command works."
-    def __init__(self, patience: float = 3.0):  # seconds that the work has to come to its end
+    "The action of Ctrl-C while a command works."
+    def __init__(self, patience: float = 3.0):  # seconds in which the work may end by itself
         self.patience = patience
         self.process = os.getpid()
         self.asked = self.explained = False
 
     def __call__(self, *_):
-        if os.getpid() != self.process: os._exit(130)  # in a worker, which was forked: its parent speaks for both
+        if os.getpid() != self.process: os._exit(130)  # in a forked worker: its parent prints the message
         if self.asked: _end_now()
         self.asked = True
         sys.unraisablehook = lambda lost: None
@@ -364,27 +365,27 @@ class Stop:
 
     def _kill_later(self) -> None:
         time.sleep(self.patience)
-        for child in active_children(): child.kill()  # whoever waits for them need not wait any more
+        for child in active_children(): child.kill()  # nobody needs to wait for them any more
         time.sleep(1)
         if self.explained: os._exit(130)
         _end_now()
 
     def end(self, why: str) -> None:
-        "Say why it ends, and end."
+        "Print why the command ends, and end."
         self.explained = True
         print(why, file=sys.stderr, flush=True)
         sys.exit(130)
 
 # %% ../nbs/90_cli.ipynb #0ba86c66
-_RESUMABLE = {"distill", "train", "study"}  # commands that go on where they were stopped; generate says so itself
+_RESUMABLE = {"distill", "train", "study"}  # commands that can be resumed; generate says so itself
 
 def _set_ctrl_c(action: Callable) -> None:
     "Let Ctrl-C call `action`, unless it is switched off."
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, action)
 
 def _end_without_reader() -> None:
-    "End quietly where whoever read our lines has gone, as `| head` goes."
-    from select import POLLERR, poll  # not there on Windows
+    "End quietly if the reader of our output has gone, as after `| head`."
+    from select import POLLERR, poll  # does not exist on Windows
     output = poll()
     output.register(sys.stdout.fileno(), 0)
     if any(event & POLLERR for _, event in output.poll(0)): os._exit(141)
@@ -394,7 +395,7 @@ def main(args: list[str] | None = None) -> None:
     ours, stop = args is None, Stop()
     args = sys.argv[1:] if ours else list(args)
     if args == ["--version"]: return print(f"supermix {__version__}")
-    stopped = "supermix: stopped." + " Run the same command again to go on." * (args[:1] and args[0] in _RESUMABLE)
+    stopped = "supermix: stopped." + " Run the same command again to resume it." * (args[:1] and args[0] in _RESUMABLE)
     if ours: warnings.formatwarning = lambda message, *_, **__: f"supermix: {message}\n"  # one line, without its source
     try:
         if ours: _set_ctrl_c(_end_now)
@@ -407,7 +408,7 @@ def main(args: list[str] | None = None) -> None:
         if stop.asked: stop.end(end.code if isinstance(end.code, str) else stopped)
         raise
     except Exception as error:
-        if stop.asked: stop.end(stopped)  # what became of the interrupt on its way
+        if stop.asked: stop.end(stopped)  # an error that the interrupt caused
         if isinstance(error, BrokenPipeError): _end_without_reader()
         if not isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)): raise
         sys.exit(f"supermix: {error}")

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../nbs/00_core.ipynb #b11ad1ad
-def lookup(table: dict,        # what there is, by name
-           name: str,          # what is wanted
-           what: str = "name", # what the table holds, for the error's text
+def lookup(table: dict,        # entries by name
+           name: str,          # the name to look up
+           what: str = "name", # what kind of names these are, for the error's text
            ):                  # `table[name]`
     "The entry of `table` under `name`; an unknown name raises a `ValueError` that shows the nearest ones."
     if name in table: return table[name]
@@ -50,8 +50,8 @@ def lookup(table: dict,        # what there is, by name
                      f"Known: {', '.join(known[:50])}{', …' if len(known) > 50 else ''}.")
 
 # %% ../nbs/00_core.ipynb #c6ee483a
-def write_atomic(path: str | Path, # where the file shall appear
-                 content: bytes,   # all of it
+def write_atomic(path: str | Path, # the file to write
+                 content: bytes,   # the whole content
                  ) -> Path:        # `path`
     "Write `content` to `path` so that the file appears whole or not at all, even if the process is killed."
     path = Path(path)
@@ -64,7 +64,7 @@ def write_atomic(path: str | Path, # where the file shall appear
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; a result is for whoever may read the folder
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; give this one the usual permissions
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def write_atomic(path: str | Path, # where the file shall appear
 
 # %% ../nbs/00_core.ipynb #6817f748
 def save_tensors(path: str | Path,                  # a `.safetensors` file
-                 tensors: dict[str, torch.Tensor],  # what to keep, by name
+                 tensors: dict[str, torch.Tensor],  # tensors by name
                  card: dict | None = None,          # anything that JSON can hold: what the tensors are
                  ) -> Path:                         # `path`
     "Write `tensors` and their `card` to one safetensors file, atomically."
@@ -84,7 +84,7 @@ def save_tensors(path: str | Path,                  # a `.safetensors` file
 # %% ../nbs/00_core.ipynb #94a3de5b
 def load_tensors(path: str | Path,                      # a file that `save_tensors` wrote
                  ) -> tuple[dict[str, torch.Tensor], dict]:  # the tensors by name, and their card
-    "Read what `save_tensors` wrote. A file that is missing, cut off or of another kind is an error that names it."
+    "Read what `save_tensors` wrote. If the file is missing, cut off or of another kind, the error names it."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -103,22 +103,22 @@ def file_hash(path: str | Path) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def commit() -> str:
-    "The commit that is checked out, shortened; nothing outside this repository, or without git."
+    "The short hash of the checked-out commit; empty outside this repository, or without git."
     if shutil.which("git") is None: return ""
     here = Path(__file__).parent if "__file__" in globals() else None
     asked = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=here)
     top, _, found = done.stdout.strip().partition("\n")
-    return found if (Path(top) / "supermix" / "core.py").is_file() else ""  # else somebody else's repository
+    return found if (Path(top) / "supermix" / "core.py").is_file() else ""  # otherwise another repository
 
 # %% ../nbs/00_core.ipynb #43a4f06c
-def _inner(module):  # "" where nothing is wrapped
+def _inner(module):  # "" if nothing is wrapped
     "The name under which a wrapper holds its network."
     from torch import nn
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return "module"
     return "_orig_mod" if "_orig_mod" in getattr(module, "_modules", ()) else ""  # torch.compile's
 
-def unwrapped(network):  # a network, or any callable; returned as it is where nothing wraps it
+def unwrapped(network):  # a network, or any callable; returned unchanged if nothing wraps it
     "The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
     from torch import nn
     while isinstance(network, nn.Module) and (name := _inner(network)): network = network._modules[name]
@@ -133,7 +133,7 @@ def _plain_name(network: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 def plain_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    "A network's state under the names that it has without wrappers, around it or around parts of it."
+    "A network's state dictionary, with names as they are without wrappers."
     return {_plain_name(network, name): tensor for name, tensor in network.state_dict().items()}
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal digits
@@ -146,13 +146,13 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal dig
     return digest.hexdigest()[:16]
 
 def weights_hash(network: nn.Module) -> str:  # 16 hexadecimal digits
-    "A hash of a network's weights and of their names; wrappers make no difference."
+    "A hash of a network's weights and their names; wrappers do not change it."
     return tensors_hash(plain_state(network))
 
 # %% ../nbs/00_core.ipynb #b788ef39
 @contextmanager
 def evaluating(model):  # a network, or any callable
-    "Within the block `model` is in evaluation mode; afterwards each of its parts is in the mode that it had."
+    "Within the block, `model` is in evaluation mode; afterwards each of its parts has its former mode again."
     from torch import nn
     parts = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [part.training for part in parts]
@@ -164,24 +164,24 @@ def evaluating(model):  # a network, or any callable
 
 # %% ../nbs/00_core.ipynb #7c10e037
 def _misfit(network: nn.Module, images: torch.Tensor) -> str:
-    "What helps where a network does not take images; nothing where that is not known."
+    "Advice for a network that does not take these images; empty if there is none."
     from torch import nn
     weight = next(network.parameters(), images)
     first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if weight.device != images.device:
-        return f" Its weights are on {weight.device}, the images on {images.device}: move one of them, by `.to`."
+        return f" Its weights are on {weight.device}, the images on {images.device}: move one of them with `.to`."
     if images.ndim == 4 and first not in (None, images.shape[1]):
-        if images.shape[-1] == first: return " Are these images (B, H, W, C)? Give images.permute(0, 3, 1, 2)."
-        grey = (", or put a conversion in front of it, as in nn.Sequential(v2.Grayscale(), network) with v2 of "
+        if images.shape[-1] == first: return " Are these images (B, H, W, C)? Pass images.permute(0, 3, 1, 2)."
+        grey = (", or put a conversion before it, as in nn.Sequential(v2.Grayscale(), network) with v2 of "
                 "torchvision.transforms" if (first, images.shape[1]) == (1, 3) else "")
         return (f" Its first convolution takes {first} channel{'s' * (first > 1)}, and the images have "
-                f"{images.shape[1]}: make the network for {images.shape[1]}{grey}.")
-    return (f" Its weights are {weight.dtype}: give `network.float()`, or work within torch.autocast."
+                f"{images.shape[1]}: make a network for {images.shape[1]}{grey}.")
+    return (f" Its weights are {weight.dtype}: pass `network.float()`, or use torch.autocast."
             if weight.dtype != images.dtype else "")
 
 @contextmanager
 def fitting(network, images: torch.Tensor, what: str = "network"):
-    "Within the block, a network that does not take these images is a ValueError that says what helps."
+    "Within the block, a network that does not take these images raises a ValueError with advice."
     import torch
     try: yield
     except RuntimeError as error:
@@ -192,13 +192,13 @@ def fitting(network, images: torch.Tensor, what: str = "network"):
 # %% ../nbs/00_core.ipynb #d4c1eeea
 def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of some images
                     labels: torch.Tensor,  # int64 (n,): their labels
-                    level: int = 3,        # stacklevel of the warning: who is said to have caused it
-                    who: str = "teacher",  # what the network is called
+                    level: int = 3,        # stacklevel of the warning: the caller that it names
+                    who: str = "teacher",  # name of the network in the warning
                     ) -> float:            # percent
-    "The share of labels that a teacher sees; a warning where that is near chance."
+    "The share of images whose label is the teacher's class (%); warns if it is near chance."
     right = 100 * (seen.cpu() == labels.cpu()).float().mean().item()
     seen, labels, kinds = seen.cpu(), labels.cpu(), labels.unique().cpu()
-    chance = 100 / len(kinds)  # each class counts alike
+    chance = 100 / len(kinds)  # each class has the same weight
     each = 100 * sum((seen[labels == kind] == kind).float().mean().item() for kind in kinds) / len(kinds)
     if len(labels) >= 20 and len(kinds) > 1 and each < chance + 0.15 * (100 - chance):
         warnings.warn(f"The {who} is right in {right:.1f} % of {len(labels):,} images, "
@@ -210,23 +210,23 @@ def compare_classes(seen: torch.Tensor,    # int64 (n,): a teacher's classes of 
 
 # %% ../nbs/00_core.ipynb #bb0eaf2a
 def seeded(*names) -> torch.Generator:
-    "The generator of a place: `seeded(seed, 'views', epoch, batch)`."
+    "A generator whose seed depends on all arguments: `seeded(seed, 'views', epoch, batch)`."
     import torch
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 # %% ../nbs/00_core.ipynb #0dd9702f
-def _is_watched(file) -> bool:  # file: where a bar is written
-    "Whether somebody sees a bar grow: in a notebook or a terminal."
+def _is_watched(file) -> bool:  # file: the output of a progress bar
+    "Whether a reader sees a growing bar: in a notebook or a terminal."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None or bool(getattr(file, "isatty", lambda: False)())
 
 class _Bar(bar):
-    "tqdm's bar, with a lock that no other process can hold: a forked one that is killed may keep tqdm's own forever."
+    "tqdm's bar with a lock of its own process: a killed fork may hold tqdm's own lock forever."
     _lock = threading.RLock()
 
 class _Lines(plain_bar):
-    "Progress for a file or a pipe: a line at each tenth of the work, and after `longest` seconds without one."
+    "Progress for a file or a pipe: a line after each tenth of the work, and after `longest` seconds without a line."
     longest, _lock = 30.0, _Bar._lock
 
     def __init__(self, *args, mininterval: float = 1.0, **kwargs):  # mininterval: seconds between two lines, at least
@@ -254,14 +254,14 @@ class _Lines(plain_bar):
         if late and self.leave is not False and self.shown != self.n: self.say()
         super().close()
 
-def progress(items=None,          # what to go through; optional where `total` is given and the bar is updated by hand
-             title: str = "",     # what the bar is called
-             total: int | None = None,  # how many there are, where `items` cannot tell
-             unit: str = "it",    # what is counted
+def progress(items=None,          # the items; optional if `total` is given and you update the bar
+             title: str = "",     # title of the bar
+             total: int | None = None,  # number of items, if `items` has no length
+             unit: str = "it",    # unit of the count
              delay: float = 1.0,  # seconds before the bar appears
              **kwargs):           # anything else that tqdm takes
-    """A tqdm progress bar that appears only where the work takes longer than `delay` seconds;
-    lines where nobody watches; TQDM_DISABLE=1 silences both."""
+    """A tqdm progress bar that appears only if the work takes longer than `delay` seconds.
+    In a file or pipe it prints lines instead. TQDM_DISABLE=1 silences both."""
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     kind = _Bar if _is_watched(kwargs.get("file", sys.stderr)) else _Lines
     return kind(items, desc=title, total=total, unit=unit, delay=delay, dynamic_ncols=True,
@@ -277,14 +277,14 @@ class _Interrupted:
         raise KeyboardInterrupt
 
 def check_interrupt() -> None:
-    "Within a block of `interruptible`: raise again a KeyboardInterrupt that got lost."
+    "Within a block of `interruptible`: raise a KeyboardInterrupt again that was swallowed."
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, _Interrupted) and handler.came: raise KeyboardInterrupt
 
 @contextmanager
 def interruptible():
-    """Within the block, or the function that it decorates, Ctrl-C cannot get lost: it is raised at once, or else by the
-    next `check_interrupt`, or at the end. A handler of somebody else stays; in other threads nothing changes."""
+    """Within the block, or the decorated function, Ctrl-C cannot get lost: it is raised at once, or by the next
+    `check_interrupt`, or at the end. Another program's handler stays; in other threads nothing changes."""
     before = signal.getsignal(signal.SIGINT)
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours: signal.signal(signal.SIGINT, _Interrupted())

@@ -40,32 +40,32 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Info:
-    "What is known about a data set, beside its images."
-    name: str                          # as in `load_data`, or that of a folder
+    "The description of a data set: everything except its images."
+    name: str                          # the name for `load_data`, or of a folder
     classes: tuple[str, ...]           # the names of the classes, in the order of the labels
-    size: int                          # height and width of the images that a network gets, in pixels
-    mean: tuple[float, float, float]   # of each channel, for pixels in 0 … 1
-    std: tuple[float, float, float]    # of each channel, for pixels in 0 … 1
+    size: int                          # height and width of a network's input images, in pixels
+    mean: tuple[float, float, float]   # per channel, for pixels in 0 … 1
+    std: tuple[float, float, float]    # per channel, for pixels in 0 … 1
     flip: bool = True                  # whether a mirror image still shows the same class
-    pad: int = 4                       # pixels by which a random crop may be off, in each direction
-    crop_pct: float = 1.0              # the share of an image's shorter side that is left of it where nothing is random
+    pad: int = 4                       # largest shift of a random crop, in pixels, in each direction
+    crop_pct: float = 1.0              # the share of an image's shorter side that a central crop keeps
     interpolation: str = "bilinear"    # how images are resized: one of `_INTERPOLATIONS`
     crop_mode: str = "center"          # "center": the middle of an image; "squash": all of it, made square first
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:      # uint8 (..., 3, H, W)
-        "Bytes to float32 with mean 0 and standard deviation 1 a channel, over the data set."
+        "Bytes to float32 with mean 0 and standard deviation 1 per channel, over the data set."
         mean, std = (_by_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:    # floats (..., 3, H, W), normalised
-        "Back to floats in 0 … 1, for pictures."
+        "Convert to floats in 0 … 1, for pictures."
         mean, std = (_by_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() * std + mean).clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #c1708f49
 @dataclass(frozen=True)
 class Views:
-    "Where each image of a batch is cropped, and whether it is mirrored."
+    "The crop of each image of a batch, and whether it is mirrored."
     crop: torch.Tensor  # int64 pixels (B, 2): top, left once framed; or (B, 4): top, left, height, width in the file's
     flip: torch.Tensor  # bool (B,)
 
@@ -73,11 +73,11 @@ class Views:
 
 # %% ../nbs/01_data.ipynb #8327ac3c
 def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
-              views: Views,          # for each image the place of its window, 0 … 2·pad, and whether it is mirrored
+              views: Views,          # the position of each image's window, 0 … 2·pad, and whether it is mirrored
               pad: int,              # width of the frame, in pixels
-              fill=0,                # colour of the frame: a number, or one a channel (C,)
+              fill=0,                # colour of the frame: a number, or one per channel (C,)
               ) -> torch.Tensor:     # (B, C, H, W)
-    "Cut a window of H×W out of each framed image, and mirror it where its view says so."
+    "Cut a window of H×W out of each framed image, and mirror it if its view says so."
     B, C, H, W = images.shape
     if not isinstance(fill, torch.Tensor): fill = torch.full((1,), fill, device=images.device)
     fill = fill.to(images).reshape(-1, 1, 1)
@@ -90,11 +90,11 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
 
 # %% ../nbs/01_data.ipynb #dc149008
 def evenly(labels: torch.Tensor,  # int64 (m,)
-           n: int,                # how many are to be chosen
+           n: int,                # number of images to choose
            seed: int = 0,         # of the shuffle
-           share: bool = False,   # whether each class gives the same share of its images, and not the same number
+           share: bool = False,   # whether to take the same share of each class, instead of the same number
            ) -> torch.Tensor:     # int64 (m,)
-    "All indices in a random order, the first `n` of which are as evenly over the classes as it goes."
+    "All indices in random order; the first `n` are spread over the classes as evenly as possible."
     if not 0 < n <= len(labels): raise ValueError(f"Expected 1 to {len(labels)} images, got {n}.")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order].cpu()
@@ -105,15 +105,15 @@ def evenly(labels: torch.Tensor,  # int64 (m,)
 
 # %% ../nbs/01_data.ipynb #4f7cadd0
 class Batches:
-    "What goes through images in batches, given `fetch`, `draw`, `labels` and `info`."
+    "Iterates over images in batches; needs `fetch`, `draw`, `labels` and `info`."
     def batches(self,
-                batch_size: int,          # images a batch; the last one may be smaller
-                seed: int | None = None,  # with one: shuffled and augmented; without: in order and plain
-                epoch: int = 0,           # each has an order and views of its own
-                start: int = 0,           # number of the first batch that is given
-                share: tuple[int, int] = (0, 1),  # (which, of how many) part of each batch; one of fewer goes to all
+                batch_size: int,          # images per batch; the last batch may be smaller
+                seed: int | None = None,  # a seed: shuffled and augmented; None: in order, not augmented
+                epoch: int = 0,           # each epoch has its own order and views
+                start: int = 0,           # index of the first batch to return
+                share: tuple[int, int] = (0, 1),  # (i, n): part i of n of each batch; a smaller batch goes to all
                 ) -> Iterator[tuple[torch.Tensor, ...]]:  # images (B, 3, H, W), labels (B,), indices (B,)
-        "Once through all images."
+        "Iterate once over all images."
         order = (torch.arange(len(self)) if seed is None
                  else torch.randperm(len(self), generator=seeded(seed, "order", epoch)))
         for number, indices in enumerate(order.split(batch_size)[start:], start):
@@ -143,7 +143,7 @@ class Images(Batches, torch.utils.data.Dataset):
         return (images, labels) if indices.ndim else (images[0], int(labels[0]))
 
     def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
-        "The pixels, uint8 (B, 3, H, W), under `views`, or plain without."
+        "The pixels, uint8 (B, 3, H, W), under `views`, or unaugmented if there are none."
         raise NotImplementedError
 
     def draw(self, indices: torch.Tensor, generator: torch.Generator) -> Views:
@@ -151,11 +151,11 @@ class Images(Batches, torch.utils.data.Dataset):
         raise NotImplementedError
 
     def subset(self, n: int, seed: int = 0) -> "Images":
-        "A random `n` of the images, as evenly over the classes as it goes; the same for the same seed."
+        "A random selection of `n` images, as even over the classes as possible; it depends only on the seed."
         return self._take(evenly(self.labels, n, seed)[:n].sort().values)
 
     def split(self, n: int, seed: int = 0) -> tuple["Images", "Images"]:
-        "A random `n` of the images, of each class the same share, and all others."
+        "A random selection of `n` images with the same share of each class, and the remaining images."
         order = evenly(self.labels, n, seed, share=True)
         return self._take(order[:n].sort().values), self._take(order[n:].sort().values)
 
@@ -192,7 +192,7 @@ class ArrayImages(Images):
 
     @property
     def kept(self) -> torch.Tensor:
-        "The pixels as they are in memory: one channel where all three are the same."
+        "The pixels as they are in memory: one channel if all three are equal."
         return self.pixels[:, :1 if self.pixels.stride(1) == 0 else 3]
 
     def to(self, device: str | torch.device) -> "ArrayImages":
@@ -215,8 +215,8 @@ def move_images(images: Images, device: torch.device) -> Images:
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the same of height and width `info.size`
-    "The middle of an image, as a test sees it: resized so that the share `crop_pct` of its shorter side is the size."
-    from torchvision.transforms.v2 import InterpolationMode  # here, since it takes longer to import than torch
+    "The central crop that tests use: resized so that the share `crop_pct` of the shorter side has the wanted size."
+    from torchvision.transforms.v2 import InterpolationMode  # here, because it imports slowly
     from torchvision.transforms.v2 import functional as VF
     side = floor(info.size / info.crop_pct)
     resized = VF.resize(image, [side] * (2 if info.crop_mode == "squash" else 1), InterpolationMode(info.interpolation))
@@ -224,7 +224,7 @@ def centred(image, info: Info):  # a Pillow image, or a tensor (..., H, W); the 
 
 # %% ../nbs/01_data.ipynb #121bda75
 def one_ahead(batches):
-    "The same batches; the next one is made in a thread while the caller works on this one."
+    "Yield the same batches; a thread makes the next batch while the caller works on this one."
     with ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(next, batches, None)
         while (batch := following.result()) is not None:
@@ -233,7 +233,7 @@ def one_ahead(batches):
 
 # %% ../nbs/01_data.ipynb #5b32ac41
 class FolderImages(Images):
-    "Image files in one folder a class, decoded when they are asked for; without views they are `centred`."
+    "Image files in one folder per class, decoded on demand; without views they are `centred`."
     def __init__(self,
                  info: Info,
                  files: list,           # a path for each image
@@ -300,14 +300,14 @@ def _sample_boxes(sizes: torch.Tensor,         # int64 (B, 2): height and width 
     return torch.cat([top, left, h, w], dim=1).long()
 
 # %% ../nbs/01_data.ipynb #13eabb13
-_STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows, and needs other programs to decode
+_STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats for which Pillow needs other programs
 
 class _UnclearPixels(ValueError):
-    "A whole image whose numbers do not say what is black and what is white."
+    "An intact image whose numbers do not define black and white."
 
 @contextmanager
 def _opened(path):
-    "The Pillow image in a file; whatever goes wrong with it is an error that names the file and the fix."
+    "The Pillow image in a file; every error names the file and how to fix it."
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder: expected one image file.")
     image = None
     try:
@@ -316,17 +316,17 @@ def _opened(path):
     except FileNotFoundError as error: raise FileNotFoundError(f"There is no file {path}.") from error
     except _UnclearPixels as error: raise ValueError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has more pixels than Pillow opens ({error}). It may be whole: make it smaller or, "
-                         "where you trust it, set PIL.Image.MAX_IMAGE_PIXELS = None.") from error
+        raise ValueError(f"{path} has more pixels than Pillow opens ({error}). Make it smaller or, "
+                         "if you trust it, set PIL.Image.MAX_IMAGE_PIXELS = None.") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         if isinstance(error, OSError) and error.errno:  # not the image: no permission, too many open files, …
             raise type(error)(error.errno, error.strerror, str(path)) from error
         with open(path, "rb") as file: start = file.read(12)
         if isinstance(error, UnidentifiedImageError) and start and not start.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-            advice = f"Pillow knows no format that begins with {start!r}. Convert it to JPEG or PNG, or take it away."
+            advice = f"Pillow knows no format that begins with {start!r}. Convert it to JPEG or PNG, or remove it."
         elif image is not None and image.format in _STUBS:
             advice = f"{image.format} needs another program: {error}. Convert it to JPEG or PNG."
-        else: advice = f"{error}. Delete it, or put a whole one in its place."
+        else: advice = f"{error}. Delete it, or replace it by an intact copy."
         raise ValueError(f"{path} cannot be read as an image: {advice}") from error
 
 # %% ../nbs/01_data.ipynb #054c6841
@@ -347,22 +347,22 @@ def _notes_of_png(image) -> None:
     file.seek(here)
 
 def _orientation(image: Image.Image) -> int:  # 1: upright, 2 … 8: a key of `_TURNS`
-    "How an image lies, as EXIF says it."
+    "The orientation of an image according to EXIF."
     try:
         if image.format == "PNG" and getattr(image, "fp", None) and "exif" not in image.info: _notes_of_png(image)
         found = Image.Image.getexif(image).get(_ORIENTATION)  # a PNG's own method decodes all pixels
         return found if found in _TURNS else 1
-    except Exception: return 1  # broken notes around a whole image
+    except Exception: return 1  # broken metadata of an intact image
 
 # %% ../nbs/01_data.ipynb #24579fc4
 # tags of TIFF; the last is 0 where 0 is white
 _TIFF_SIZE = (256, 257)
 _TIFF_BITS = 258
 _TIFF_WHITE = 262
-_SCALED = "Scale it to 8 bits yourself, and save that."
+_SCALED = "Scale it to 8 bits yourself and save it again."
 
 def _eight_bits(image: Image.Image) -> Image.Image:  # of mode I;16, I or F, decoded
-    "A grey picture of more than 8 bits as one of 8, scaled by its own depth."
+    "Convert a grey picture of more than 8 bits to 8 bits, scaled by its depth."
     of_tiff = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") and image.format in (None, "PNG", "TIFF", "JPEG2000"):
         white = 2 ** of_tiff.get(_TIFF_BITS, (16,))[0] - 1  # a TIFF of 12 bits comes as I;16, too
@@ -376,12 +376,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:  # of mode I;16, I or F, dec
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    "An image as upright RGB of 8 bits: of an animation the first frame, without transparency."
+    "Convert an image to upright RGB of 8 bits without transparency; an animation becomes its first frame."
     image.load()  # which turns a TIFF
     turn = _TURNS.get(_orientation(image))
     rgb = (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     if turn is not None: rgb = rgb.transpose(turn)
-    rgb.info = {}  # what it says of the orientation is no longer true
+    rgb.info = {}  # its orientation is no longer true
     return rgb
 
 # %% ../nbs/01_data.ipynb #5163cf52
@@ -400,7 +400,7 @@ def image_size(path: str | Path) -> tuple[int, int]:  # height, width
 # %% ../nbs/01_data.ipynb #f58248e7
 @dataclass(frozen=True)
 class Data:
-    "A data set: what is known of it, its training and test images, and where they came from."
+    "A data set: its description, its training and test images, and its source."
     info: Info
     train: Images
     test: Images
@@ -411,21 +411,21 @@ class Data:
 
 # %% ../nbs/01_data.ipynb #ac8c31db
 def _check_splits(train: Images, test: Images, place) -> None:
-    "An error where the files of training and test images are swapped, or the same."
+    "Raise an error if the files of training and test images are swapped or the same."
     if len(train) < len(test):
         raise ValueError(f"{place} holds {len(train):,} images to train and {len(test):,} to test: "
                          "are the two files swapped?")
     if train.kept.shape == test.kept.shape and torch.equal(train.kept, test.kept):
         raise ValueError(f"{place} holds the same images to train and to test: one of the two files is a copy. "
-                         "Delete it and fetch it again.")
+                         "Delete it and download it again.")
 
 # %% ../nbs/01_data.ipynb #37e08cc2
 def fingerprint(images: Images) -> str:  # 16 hexadecimal digits
-    """A hash that tells one set of images from another: of pixels, or of the files' names and sizes; of labels, and of
-    how images are normalised and moved."""
+    """A hash that identifies a set of images: of the pixels, or the files' names and sizes; of the labels; and of the
+    normalisation and augmentation."""
     i = images.info
     known = [i.name, i.size, i.mean, i.std, i.pad, i.flip, len(images)]
-    if i.interpolation != "bilinear": known.append(i.interpolation)  # else the hash is as before there were others
+    if i.interpolation != "bilinear": known.append(i.interpolation)  # bilinear keeps the hashes of earlier versions
     digest = hashlib.sha256(json.dumps(known).encode())
     digest.update(images.labels.cpu().numpy().tobytes())
     if isinstance(images, ArrayImages):
@@ -458,14 +458,14 @@ def _read_idx(path: str | Path) -> torch.Tensor:  # uint8, of the shape that the
         zero, kind, dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dims}I", content[4:4 + 4 * dims])
     except (OSError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an idx file ({error}). Delete it and fetch it again.") from error
+        raise ValueError(f"{path} cannot be read as an idx file ({error}). Delete it and download it again.") from error
     if (zero, kind) != (0, 8):
         raise ValueError(f"{path} is not an idx file of bytes: it starts with {content[:4].hex()}.")
     values = content[4 + 4 * dims:]
     if len(values) != prod(shape):
-        raise ValueError(f"{path} should hold {prod(shape):,} bytes {shape} but has {len(values):,}: it is only half "
-                         "downloaded. Delete it and fetch it again.")
-    if not values: raise ValueError(f"{path} holds nothing: its header says {shape}. Delete it and fetch it again.")
+        raise ValueError(f"{path} should hold {prod(shape):,} bytes {shape} but has {len(values):,}: the download is "
+                         "incomplete. Delete it and download it again.")
+    if not values: raise ValueError(f"{path} holds nothing: its header says {shape}. Delete it and download it again.")
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(shape)
 
 # %% ../nbs/01_data.ipynb #9615f365
@@ -485,9 +485,9 @@ _FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat",
                     "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 def _find_fashion(root=None) -> list[Path] | None:
-    "The four files of Fashion-MNIST, or None where no folder has any; a folder that has only some is an error."
+    "The four files of Fashion-MNIST, or None if no folder has any; a folder with only some of them is an error."
     named = [Path(place).expanduser() for place in (root, os.environ.get("SUPERMIX_DATA")) if place]
-    for folder in _data_folders(root):  # MNIST's files have the same names: in the open they count where they are named
+    for folder in _data_folders(root):  # a folder itself counts only if you name it, as MNIST's names are the same
         for place in (folder / "FashionMNIST" / "raw", folder / "fashion-mnist", *[folder] * (folder in named)):
             found = {name: path
                      for name in _FASHION_FILES for path in (place / name, place / f"{name}.gz") if path.is_file()}
@@ -496,13 +496,13 @@ def _find_fashion(root=None) -> list[Path] | None:
                 missing = ", ".join(name for name in _FASHION_FILES if name not in found)
                 raise FileNotFoundError(f"Fashion-MNIST in {place} is only half downloaded: {missing} missing. "
                                         f"Delete {', '.join(path.name for path in found.values())} there, "
-                                        "and fetch it again.")
+                                        "and download it again.")
     return None
 
 # %% ../nbs/01_data.ipynb #7c1d0a01
 @contextmanager
 def _locked(path: Path):
-    "Hold a file's lock, and wait for it where another process does; without one where the system has none (Windows)."
+    "Hold a file's lock, and wait if another process holds it; does nothing on a system without locks (Windows)."
     try: from fcntl import LOCK_EX, flock
     except ImportError:
         yield
@@ -512,10 +512,10 @@ def _locked(path: Path):
         yield
 
 def _download_to(target: Path, folder: str, dataset) -> None:  # dataset: one of torchvision's
-    "Let torchvision download a data set, whose `folder` then appears in `target` as a whole, for one process or many."
+    "Let torchvision download a data set so that its `folder` appears complete in `target`; safe for many processes."
     target.mkdir(parents=True, exist_ok=True)
     with _locked(target / f".{folder}.lock"):
-        if (target / folder).exists(): return  # another process was sooner
+        if (target / folder).exists(): return  # another process was faster
         with tempfile.TemporaryDirectory(dir=target) as place:
             dataset(place, download=True)
             os.replace(Path(place) / folder, target / folder)
@@ -539,7 +539,7 @@ def load_fashion_mnist(root: str | Path | None = None, download: bool = True) ->
     for file, p in zip(files[::2], pixels):
         if p.shape[1:] != (28, 28):
             raise ValueError(f"{file} should hold images of 28×28, got {tuple(p.shape)}. "
-                             "Delete it and fetch it again.")
+                             "Delete it and download it again.")
     for file, l in zip(files[1::2], labels):
         if l.max() > 9:
             raise ValueError(f"{file} should hold labels from 0 to 9, got {l.max()}. Is it of Fashion-MNIST?")
@@ -549,7 +549,7 @@ def load_fashion_mnist(root: str | Path | None = None, download: bool = True) ->
 
 # %% ../nbs/01_data.ipynb #aacb8d3c
 def _latin1(text: str, encoding: str) -> bytes:
-    "How Python 3 writes bytes into a pickle of an old protocol."
+    "Recreate bytes that Python 3 wrote into a pickle of an old protocol."
     if encoding != "latin1": raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, not latin1")
     return text.encode(encoding)
 
@@ -574,7 +574,7 @@ def _read_cifar(path: str | Path, *keys: str) -> list:
     content = path.read_bytes()
     try: content = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}). Delete it and fetch it again.") from error
+        raise ValueError(f"{path} cannot be read ({error}). Delete it and download it again.") from error
     if not isinstance(content, dict) or not set(keys) <= set(content):
         got = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{path} should hold {' and '.join(keys)}, got {got}. "
@@ -590,7 +590,7 @@ def _read_cifar_split(path: Path, classes: int) -> tuple[torch.Tensor, torch.Ten
     listed = isinstance(labels, list | tuple)
     if got != f"uint8 ({len(labels) if listed else 0}, 3072)":
         raise ValueError(f"{path} should hold rows of 3,072 bytes and a label for each, got {got} and "
-                         f"{len(labels) if listed else type(labels).__name__} labels. Delete it and fetch it again.")
+                         f"{len(labels) if listed else type(labels).__name__} labels. Delete it and download it again.")
     odd = [label for label in labels if not isinstance(label, Integral) or not 0 <= label < classes]
     if odd or not labels:
         raise ValueError(f"{path} should hold labels from 0 to {classes - 1}, got {repr(odd[0]) if odd else 'none'}.")
@@ -615,7 +615,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Data
     if not named or len(set(classes)) < len(classes):
         wrong = [name for name, times in Counter(classes).items() if times > 1] if named else classes
         raise ValueError(f"{folder / 'meta'} should hold different names of classes, got "
-                         f"{'more than once ' * bool(named)}{wrong!r:.60}. Delete it and fetch it again.")
+                         f"{'more than once ' * bool(named)}{wrong!r:.60}. Delete it and download it again.")
     info = Info("cifar100", tuple(classes), 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     train, test = (ArrayImages(info, *_read_cifar_split(folder / name, len(classes))) for name in ("train", "test"))
     _check_splits(train, test, folder)
@@ -623,7 +623,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Data
 
 # %% ../nbs/01_data.ipynb #523e8cd9
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_HIDDEN = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__")  # beside what begins with a dot
+_HIDDEN = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__")  # as well as names that begin with a dot
 
 def is_hidden(name: str) -> bool: return name.startswith(".") or name.lower() in _HIDDEN
 
@@ -639,26 +639,26 @@ def _listed(names: list) -> str: return ", ".join(names[:5]) + ", …" * (len(na
 def _plural(number: int, what: str) -> str: return f"{number:,} {what}{'s' * (number != 1)}"
 
 def _counted(names) -> str:  # "3 .txt, 1 without ending"
-    "How many files there are of which endings."
+    "The number of files with each ending."
     endings = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names)
     return ", ".join(f"{number:,} {ending}" for ending, number in sorted(endings.items(), key=lambda e: (-e[1], e[0])))
 
 def _seen_in(folder: Path) -> tuple[list[str], list[str]]:
-    "The folders and the files in a folder, those that are not hidden, by name."
+    "The folders and files in a folder, sorted by name, without hidden ones."
     entries = sorted((e.name, e.is_dir()) for e in os.scandir(folder) if not is_hidden(e.name))
     return [name for name, is_folder in entries if is_folder], [name for name, is_folder in entries if not is_folder]
 
 def _found_in(folder: Path) -> str:
-    "What is in a folder, for an error's text."
+    "The content of a folder, for an error's text."
     folders, files = _seen_in(folder)
     parts = [f"{_plural(len(folders), 'folder')} ({_listed(folders)})"] * bool(folders)
     return " and ".join(parts + [f"files ({_counted(files)})"] * bool(files)) or "nothing"
 
 # %% ../nbs/01_data.ipynb #b38ffc15
 def _find_splits(root: Path,
-                 classes=None,  # names of folders that are classes, whatever they are called
-                 ) -> tuple[Path, Path] | None:  # of training and of testing; None: the classes stand in `root` itself
-    "The folders of the two splits. Where there are folders for validation and for testing, it is the first."
+                 classes=None,  # folders that are classes, even if they have the names of splits
+                 ) -> tuple[Path, Path] | None:  # for training and testing; None: the classes are in `root` itself
+    "The folders of the two splits. If there are folders for validation and for testing, the first is taken."
     folders = [name for name in _seen_in(root)[0] if name not in (classes or ())]
     found = {split: [name for name in folders if name.lower() in names] for split, names in _SPLITS.items()}
     twice = next((names for names in found.values() if len(names) > 1), None)
@@ -667,24 +667,24 @@ def _find_splits(root: Path,
     if not (train or held): return None
     if not (train and held):
         raise FileNotFoundError(
-            f"{root / ('val' if train else 'train')} is missing: the data set is only half there. Expected "
+            f"{root / ('val' if train else 'train')} is missing: the data set is incomplete. Expected "
             f"{' or '.join(_SPLITS['train'])}, and {' or '.join(_SPLITS['val'] + _SPLITS['test'])}; found "
             f"{_found_in(root)}. If these folders are classes, name them all: classes=[…].")
     return root / train[0], root / held[0]
 
 # %% ../nbs/01_data.ipynb #6882f371
 def _is_nested(folder: Path) -> bool:
-    "Whether a folder looks like one above the classes: no image lies in it, but folders."
+    "Whether a folder looks like the one that contains the classes: it has folders and no images."
     endings = image_endings()
-    with os.scandir(folder) as entries:  # of a large class only the first is looked at
+    with os.scandir(folder) as entries:  # only the first entries of a large class
         if any(_is_image(e.name, endings) for e in entries if not is_hidden(e.name)): return False
     folders, files = _seen_in(folder)
-    return len(folders) > 1 or bool(folders) and not files  # one folder beside a list: Tiny ImageNet's classes
+    return len(folders) > 1 or bool(folders) and not files  # one folder and a list: Tiny ImageNet's classes
 
 def _find_classes(root: Path,
-                  classes=None,  # their names in the order of the labels; None: by the alphabet
+                  classes=None,  # their names in the order of the labels; None: alphabetical
                   ) -> list[str]:
-    "The folders in `root`, each of them a class; an error that shows what was found where they cannot be."
+    "The folders in `root`, one per class; an error shows what was found if they cannot be classes."
     folders, files = _seen_in(root)
     if classes is not None:
         missing, more = [n for n in classes if n not in folders], [n for n in folders if n not in classes]
@@ -693,19 +693,19 @@ def _find_classes(root: Path,
                              f"{_listed(more) or 'none'} are not in classes. Expected {_listed(folders)}, "
                              f"in the teacher's order; got {_listed(list(classes))}.")
     if len(folders) < 2:
-        raise ValueError(f"{root} should hold a folder for each class, two at least; found {_found_in(root)}."
-                         + (f" Are the classes in {root / folders[0]}? Then give that folder." if folders else ""))
+        raise ValueError(f"{root} should have one folder per class, at least two; found {_found_in(root)}."
+                         + (f" Are the classes in {root / folders[0]}? Then pass that folder." if folders else ""))
     nested = [name for name in folders if _is_nested(root / name)] if classes is None else []
     if nested:
         inside = _listed(_seen_in(root / nested[0])[0])
         raise ValueError(f"{root} has {len(folders)} folders ({_listed(folders)}), and {root / nested[0]} holds no "
-                         f"images but folders ({inside}): is it a class? Give the folder above the classes (splits "
+                         f"images but folders ({inside}): is it a class? Pass the folder above the classes (splits "
                          "are called train, and val or test), or name all classes: classes=[…].")
     return list(folders if classes is None else classes)
 
 # %% ../nbs/01_data.ipynb #201a91b3
 def _files_of(folder: Path) -> tuple[list[str], list[str]]:
-    "The images below a folder, and the files that are none; hidden ones are neither."
+    "The images below a folder, and its other files; hidden files count as neither."
     endings, places = image_endings(), []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -715,7 +715,7 @@ def _files_of(folder: Path) -> tuple[list[str], list[str]]:
     return images, [name for _, files in places for name in files if not _is_image(name, endings)]
 
 def _read_classes(root: Path, classes: list[str]) -> tuple[list[str], torch.Tensor, list[str]]:
-    "The images of all classes, their labels, and the names of files that are no images."
+    "The images of all classes, their labels, and the names of other files."
     images = []
     labels = []
     others = []
@@ -723,7 +723,7 @@ def _read_classes(root: Path, classes: list[str]) -> tuple[list[str], torch.Tens
         files, more = _files_of(root / name)
         if not files:
             raise FileNotFoundError(f"The class {root / name} is empty: expected images, found "
-                                    f"{_found_in(root / name)}. Put some there, or delete the folder.")
+                                    f"{_found_in(root / name)}. Add images, or delete the folder.")
         images = images + files
         labels = labels + [label] * len(files)
         others = others + more
@@ -741,12 +741,12 @@ def _checked_size(size) -> int:
     return int(sides[0])
 
 def _checked_view(mean, std, crop_pct, interpolation, crop_mode) -> dict:  # fields of an `Info`
-    "How images are seen; a value that cannot be is an error."
+    "The fields of an `Info` that say how images are read; an invalid value raises."
     for what, three in (("mean", mean), ("std", std)):
         if (not isinstance(three, tuple | list) or len(three) != 3
             or not all(isinstance(v, Real) and (what == "mean") * -1e-9 < v <= 1 for v in three)):
             raise ValueError(f"Expected {what} of three channels, each of pixels in 0 … 1 "
-                             f"(where it is of 0 … 255, divide it by 255), got {three}.")
+                             f"(if it is for 0 … 255, divide it by 255), got {three}.")
     if isinstance(crop_pct, bool) or not isinstance(crop_pct, Real) or not 0 < crop_pct <= 2:
         raise ValueError(f"Expected crop_pct as a share of the image's shorter side, 0.875 say, got {crop_pct!r}.")
     how = getattr(interpolation, "value", interpolation)  # torchvision's enumeration, too
@@ -757,7 +757,7 @@ def _checked_view(mean, std, crop_pct, interpolation, crop_mode) -> dict:  # fie
 
 # %% ../nbs/01_data.ipynb #015de29c
 def _warn_of_skipped(root: Path, places, others: list[str]) -> None:
-    "Warn of files that are no images, and of images that lie in no class."
+    "Warn about files that are no images, and images outside the classes' folders."
     astray = [name for place in {root, *places} for name in _seen_in(place)[1] if _is_image(name, image_endings())]
     skipped = [f"{_plural(len(others), 'file')} that Pillow cannot decode ({_counted(others)})"] * bool(others)
     skipped += [f"{_plural(len(astray), 'image')} in no class's folder ({_listed(astray)})"] * bool(astray)
@@ -766,11 +766,11 @@ def _warn_of_skipped(root: Path, places, others: list[str]) -> None:
     if skipped: warnings.warn(f"{root}: load_folder skipped {' and '.join(skipped)}.{hint}", stacklevel=3)
 
 def _set_aside(root: Path, images: Images, share: float) -> tuple[Images, Images]:
-    "A share of the images for testing, and the others."
+    "Split the images: a share for testing, and the rest."
     for label, number in enumerate(images.labels.bincount().tolist()):
         if number < 2:
             raise ValueError(f"The class {root / images.info.classes[label]} has one image: expected two at least, one "
-                             "to learn from and one for testing. Add some, or make the folders train and val.")
+                             "for training and one for testing. Add some, or make the folders train and val.")
     number = round(share * len(images))
     if not 0 < number < len(images):
         raise ValueError(f"{root}: held_out={share} of {len(images)} images leaves {number} for testing. "
@@ -779,19 +779,19 @@ def _set_aside(root: Path, images: Images, share: float) -> tuple[Images, Images
 
 # %% ../nbs/01_data.ipynb #6a27c19d
 def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/*.jpg (or test); or just <class>/*.jpg
-                size: int | tuple[int, ...] = 224,  # pixels of height and width at which networks get the images
-                mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1, as the teacher's
+                size: int | tuple[int, ...] = 224,  # height and width of a network's input images, in pixels
+                mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # per channel, for pixels in 0 … 1; use the teacher's
                 std: tuple[float, ...] = (0.229, 0.224, 0.225),   # per channel; both defaults are ImageNet's
                 flip: bool = True,           # whether a mirror image still shows the same class
-                held_out: float = 0.2,       # share of the images for testing, where they have no folder of their own
-                name: str | None = None,     # what the data are called; None: as the folder
+                held_out: float = 0.2,       # share of the images for testing, if they have no folder of their own
+                name: str | None = None,     # name of the data; None: the folder's name
                 classes: list[str] | tuple[str, ...] | None = None,  # all folders, in the teacher's order; None: sorted
-                crop_pct: float = 224 / 256, # the share of an image's shorter side that a test sees
+                crop_pct: float = 224 / 256, # the share of an image's shorter side that a central crop keeps
                 interpolation: str = "bilinear",  # how images are resized: one of `_INTERPOLATIONS`
                 crop_mode: str = "center",   # as in `Info`
-                input_size: int | tuple[int, ...] | None = None,     # timm's name of `size`
+                input_size: int | tuple[int, ...] | None = None,     # timm's name for `size`
                 ) -> Data:
-    "Pictures of yours: files in one folder per class."
+    "Load your own pictures: files in one folder per class."
     size = _checked_size(size if input_size is None else input_size)
     view = _checked_view(mean, std, crop_pct, interpolation, crop_mode)
     if not 0 < held_out < 1: raise ValueError(f"Expected held_out between 0 and 1, a share, got {held_out}.")
@@ -816,8 +816,8 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
 
 # %% ../nbs/01_data.ipynb #90a9be58
 def load_imagenet(root: str | Path | None = None, download: bool = False) -> Data:
-    """An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, seen at 224×224.
-    There is no download."""
+    """An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, read at 224×224.
+    It is never downloaded."""
     candidates = [folder / sub for folder in _data_folders(root) for sub in ("imagenet", "") if sub or root]
     names = _SPLITS["train"] + _SPLITS["val"]
     folder = next((f for f in candidates if f.is_dir() and any(n.lower() in names for n in _seen_in(f)[0])), None)
@@ -831,9 +831,9 @@ DATA_SETS = {"digits": load_digits, "fashion_mnist": load_fashion_mnist, "cifar1
              "imagenet": load_imagenet}
 
 # %% ../nbs/01_data.ipynb #2b3d4bfc
-def load_data(name: str = "auto",      # one of `DATA_SETS`; "auto": Fashion-MNIST where it can be had, else digits
-              root: str | Path | None = None,  # a folder to look in first; where data are downloaded to
-              download: bool = True,   # whether a data set that is not found may be downloaded
+def load_data(name: str = "auto",      # one of `DATA_SETS`; "auto": Fashion-MNIST if it is available, else digits
+              root: str | Path | None = None,  # the folder that is searched first, and for downloads
+              download: bool = True,   # whether to download a data set that is not found
               ) -> Data:
     "Load a data set by name."
     if name == "auto":

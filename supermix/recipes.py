@@ -31,7 +31,7 @@ def fits(value, kind) -> bool:  # kind: a class, several with a bar between them
     return isinstance(value, (int, float) if kind is float else of or kind)
 
 class Typed:
-    "A base of dataclasses: a value of another type than its field declares, or out of its range, is a ValueError."
+    "A base of dataclasses that raises a ValueError for a value of the wrong type or outside its range."
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -41,16 +41,16 @@ class Typed:
         self.check()
 
     def check(self) -> None:
-        "Raise a ValueError where a value is out of its range; all types are right by then."
+        "Raise a ValueError if a value is outside its range; the types are already checked."
 
 # %% ../nbs/02_recipes.ipynb #d219ea33
 def _within(record,             # a dataclass
-            names: str,         # of its fields, with spaces between them
-            least: float = -inf, most: float = inf,   # the range with its ends
-            above: float = -inf, below: float = inf,  # the range without its ends
-            unit: str = "",     # what is counted, for the error's text
+            names: str,         # names of its fields, separated by spaces
+            least: float = -inf, most: float = inf,   # the range, with its ends
+            above: float = -inf, below: float = inf,  # the range, without its ends
+            unit: str = "",     # the unit, for the error's text
             ) -> None:
-    "A ValueError unless these fields are finite numbers of the range; where a field may be None, that passes."
+    "Raise a ValueError unless these fields are finite numbers in the range, or None if the field allows it."
     kinds = get_type_hints(type(record))
     for name in names.split():
         value, words = getattr(record, name), []
@@ -67,33 +67,33 @@ _SEEDS = dict(least=-2 ** 63, most=2 ** 64 - 1)  # what `torch.manual_seed` take
 
 # %% ../nbs/02_recipes.ipynb #70cb5594
 def _later(default):
-    "A field that recipes of earlier versions lack: where it has its default, it changes no name and no comparison."
+    "A field that earlier versions lack: at its default it changes no file name and no comparison."
     return field(default=default, metadata={"later": True})
 
 @dataclass(frozen=True)
 class Training(Typed):
     "An optimiser and its schedule. The defaults are the paper's for CIFAR-100: SGD, and steps."
     epochs: int = 600       # passes over the natural images (S 1.1)
-    batch_size: int = 128   # natural images an update (S 1.1)
+    batch_size: int = 128   # natural images per update (S 1.1)
     lr: float = 0.1         # initial learning rate (S 1.1)
-    momentum: float = 0.9   # of SGD (S 1.1); for AdamW its β1
-    weight_decay: float = 5e-4  # (S 1.1)
+    momentum: float = 0.9   # momentum of SGD (S 1.1), or β1 of AdamW
+    weight_decay: float = 5e-4  # weight decay (S 1.1)
     milestones: tuple[int, ...] = (200, 300, 400, 500)  # epochs after which the learning rate drops (S 1.1)
-    decay: float = 0.1      # what it is then multiplied by (S 1.1)
-    warmup: int = 0         # epochs of linear warm-up; S is silent, the authors' code has 5
-    first_stage: int = 30   # of these, for the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
-    first_lr: float = 0.05  # learning rate of that stage, `lr` at most (CRD benchmark: its own `lr`; FT has 0.01 there)
-    held_out: int = 0       # training images on which the best epoch is told; 0: none (ours)
+    decay: float = 0.1      # factor of each drop of the learning rate (S 1.1)
+    warmup: int = 0         # epochs of linear warm-up (none in S; 5 in the authors' code)
+    first_stage: int = 30   # epochs of the first stage of AB, FT and FSP (ours; CRD benchmark: 30 before its 240)
+    first_lr: float = 0.05  # its learning rate, at most `lr` (CRD benchmark: its own `lr`, and 0.01 for FT)
+    held_out: int = 0       # training images that are kept to find the best epoch; 0: none (ours)
     bfloat16: bool = False  # autocast to bfloat16: faster on some processors and on GPUs (ours)
-    compile: bool = False   # let torch.compile fuse what it can (ours)
-    seed: int = 0           # of weights, order, views and mixes (ours)
+    compile: bool = False   # whether to use torch.compile (ours)
+    seed: int = 0           # seed of weights, order, views and mixes (ours)
     optimizer: str = _later("sgd")      # "sgd" (S 1.1) or "adamw" (Loshchilov & Hutter 2019), with torch's β2 and ε
     schedule: str = _later("steps")     # "steps" (S 1.1); "cosine" or "linear": from `lr` to 0, no milestones
-    nesterov: bool = _later(False)      # for SGD: Nesterov's momentum instead of the plain one
-    label_smoothing: float = _later(0.0)  # share of a natural image's label that goes to all classes evenly
-    clip_grad: float | None = _later(None)  # largest norm of the gradient of all weights together; None: any
-    bfloat16_if_faster: bool = _later(False)  # the same where a second's measurement finds it faster here (ours)
-    views: int | None = _later(None)  # fixed random views an image, which epochs show in turn; None: always new ones
+    nesterov: bool = _later(False)      # for SGD: Nesterov's momentum
+    label_smoothing: float = _later(0.0)  # share of a natural image's label that is spread evenly over all classes
+    clip_grad: float | None = _later(None)  # largest norm of the gradient of all weights; None: no limit
+    bfloat16_if_faster: bool = _later(False)  # bfloat16 if a short measurement finds it faster here (ours)
+    views: int | None = _later(None)  # fixed random views per image, used in turn; None: new views in each epoch
 
     def check(self) -> None:
         _within(self, "epochs batch_size views", least=1)
@@ -115,7 +115,7 @@ class Training(Typed):
 
 # %% ../nbs/02_recipes.ipynb #71bef327
 def _check_schedule(t: Training) -> None:
-    "A ValueError where a training's optimiser and schedule do not fit together."
+    "Raise a ValueError if a training's optimiser and schedule do not fit together."
     lookup({"sgd": 0, "adamw": 0}, t.optimizer, "optimizer")
     lookup({"steps": 0, "cosine": 0, "linear": 0}, t.schedule, "schedule")
     if list(t.milestones) != sorted(t.milestones) or min(t.milestones, default=1) < 1:
@@ -131,57 +131,57 @@ def _check_schedule(t: Training) -> None:
 @dataclass(frozen=True)
 class Mixing(Typed):
     "The parameters of SuperMix. The defaults are the paper's for CIFAR-100."
-    k: int = 2               # images a mixing set (main: 2 and 3)
-    mask_size: int = 8       # w, height and width of θ (S 1.1)
-    sigma: float = 1.0       # of the Gaussian that smooths the gradient, in cells of θ (S 1.1)
+    k: int = 2               # images per mixing set (main: 2 and 3)
+    mask_size: int = 8       # height and width w of θ (S 1.1)
+    sigma: float = 1.0       # width of the Gaussian that smooths the gradient, in cells of θ (S 1.1)
     lambda_s: float = 25.0   # weight of the sparsity term (S 1.1)
-    alpha: float = 3.0       # of the Dirichlet distribution of the mixing weights (S 1.1)
-    max_iter: int = 50       # updates after which a set is given up (main)
+    alpha: float = 3.0       # parameter of the Dirichlet distribution of the mixing weights (S 1.1)
+    max_iter: int = 50       # updates after which an unsolved set is given up (main)
     step: float = 1.0        # factor of Newton's length (main: 1)
-    hold: float | None = None  # sparsity at which masks are held, instead of the sparsity term; None as in the paper
+    hold: float | None = None  # fixed sparsity of the masks, in place of the sparsity term; None as in the paper
     margin: float = 0.0      # weight of a hinge on the sources' lead over other classes; 0 as in the paper (ours)
     start: str = "flat"      # where θ starts: "flat" (main: 0), or "regions", a partition at a random angle (ours)
-    give_up: float | None = None  # hinge above which a set is given up, from update 2 on; None as in the paper (ours)
-    lead: float = _later(1.0)      # of the sources' logits over all others, where the hinge becomes 0 (ours)
-    momentum: float = _later(0.0)  # of the last update that the next one repeats; 0 as in the paper (ours)
-    anneal: int = _later(0)        # updates in which τ and σ fall; then the hinge sets in. 0: no annealing (ours)
-    tau: float = _later(1.0)       # with `anneal`: the KL's temperature at the start, which falls to 1 (ours)
-    sigma_end: float = _later(1.0)  # with `anneal`: the share of σ that is left at the end (ours)
+    give_up: float | None = None  # hinge above which a set is given up, from update 2; None as in the paper (ours)
+    lead: float = _later(1.0)      # lead of the sources' logits over all others at which the hinge is 0 (ours)
+    momentum: float = _later(0.0)  # share of the last update that the next one repeats; 0 as in the paper (ours)
+    anneal: int = _later(0)        # updates in which τ and σ fall; the hinge starts after them. 0: none (ours)
+    tau: float = _later(1.0)       # with `anneal`: the KL's temperature at the start; it falls to 1 (ours)
+    sigma_end: float = _later(1.0)  # with `anneal`: the final σ as a share of `sigma` (ours)
 
     def check(self) -> None:
-        _within(self, "k", least=2, unit=" images a set")
+        _within(self, "k", least=2, unit=" images per set")
         _within(self, "mask_size max_iter give_up", least=1)
         _within(self, "sigma lambda_s margin lead anneal", least=0)
         _within(self, "momentum", least=0, below=1)
         _within(self, "tau", least=1)
         _within(self, "sigma_end", least=0, most=1)
         _within(self, "alpha step", above=0)
-        _within(self, "hold", above=0, below=(self.k - 1) / self.k ** 2)  # what m(1 − m) is where all masks are equal
+        _within(self, "hold", above=0, below=(self.k - 1) / self.k ** 2)  # m(1 − m) of equal masks
         lookup({"flat": 0, "regions": 0}, self.start, "start")
         if self.start == "regions" and self.hold is None:
             raise ValueError("Expected a sparsity to hold for start='regions', such as hold=0.06, got None.")
 
-# differences of the engine's search: few passes, and it holds from ten classes to a thousand (ours, chapters 34 and 46)
+# the engine's search, as differences from the paper's: few passes, for 10 to 1,000 classes (ours, chapters 34, 46)
 FAST = dict(start="regions", hold=0.063, margin=1.0, lead=0.0, momentum=0.5, anneal=8, tau=2.0, sigma_end=0.3)
-# that of version 0.1, tuned on ten classes, with which the study's mixes were made (chapter 60)
+# the search of version 0.1, tuned on ten classes; it made the study's mixes (chapter 60)
 FAST_0_1 = dict(start="regions", hold=0.063, margin=1.0, max_iter=14)
 
 # %% ../nbs/02_recipes.ipynb #f991edd4
 @dataclass(frozen=True)
 class Generation(Typed):
-    "A store of mixed images: what is mixed, how, and how many."
-    data: str = "auto"      # a data set, or a folder of photographs (one folder a class); auto: Fashion-MNIST or digits
-    teacher: str = "auto"   # "auto": the one shipped for the data; a file of weights; or an ImageNet network of the zoo
-    count: int = 50_000     # mixed images that are wanted (the paper's CIFAR-100 runs: 500,000)
-    mixing: Mixing = Mixing(**FAST)  # how they are searched for
-    shard: int | None = None      # sets that are drawn for a file, a multiple of 128; None: by the device (ours)
-    slots: int | None = None      # sets that are worked on at the same time; None: by the device (ours)
-    bfloat16: bool | None = None  # the teacher's passes in bfloat16; None: on a GPU that has it (ours)
-    # largest logits that are kept of the teacher's, beside their log-sum-exp, 3 bytes each (4 with more than 256
-    # classes); all: of each class, 2 bytes, and a student can do without the teacher (ours)
+    "The recipe of a store of mixed images."
+    data: str = "auto"      # a data set, or a folder with one folder per class; auto: Fashion-MNIST or digits
+    teacher: str = "auto"   # "auto": this package's for the data; a file of weights; an ImageNet network of the zoo
+    count: int = 50_000     # number of mixed images (the paper's CIFAR-100 runs: 500,000)
+    mixing: Mixing = Mixing(**FAST)  # settings of the search for masks
+    shard: int | None = None      # sets per file, a multiple of 128; None: by the device (ours)
+    slots: int | None = None      # sets that are solved at the same time; None: by the device (ours)
+    bfloat16: bool | None = None  # whether the teacher computes in bfloat16; None: on a GPU that has it (ours)
+    # number of the teacher's largest logits in the store, 3 bytes each (4 with more than 256 classes); all: the
+    # logits of all classes, 2 bytes each, so that a student needs no teacher (ours)
     top: Annotated[int | str, tyro.conf.arg(metavar="{INT,all}")] = 10
-    train_images: int | None = None  # sources: a class-balanced part of the training images; None: all (ours)
-    seed: int = 0           # of all draws (ours)
+    train_images: int | None = None  # number of training images as sources, class-balanced; None: all (ours)
+    seed: int = 0           # seed of all random draws (ours)
 
     def check(self) -> None:
         if self.count < 1 or self.shard is not None and (self.shard < 128 or self.shard % 128):
@@ -195,7 +195,7 @@ class Generation(Typed):
 
 # %% ../nbs/02_recipes.ipynb #8e0f3704
 _LABELS = ("teacher", "softmax", "lam", "area")
-# names of chapter 43's `TERMS`; whoever adds a term there adds its name here
+# names of chapter 43's `TERMS`; add a new term's name here, too
 _FEATURES = ["fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "ab", "ab_free", "ft", "fsp", "nst", "crd"]
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Terms(Typed):
                     or (self.mixed_ce and self.label in ("teacher", "softmax")))
 
     def mixed(self) -> "Terms":
-        "The same with mixed images: they get the loss on logits where natural ones do, else a label."
+        "These weights with mixed images added: with the loss on logits if natural images have it, else with a label."
         if self.mixes: return self
         return replace(self, mixed_kd=self.kd) if self.kd else replace(self, mixed_ce=self.ce or 1.0)
 
@@ -250,10 +250,11 @@ METHODS = {
     "dist": Terms(ce=1.0, kd=1.0, logits="dist"),                    # Huang et al. 2022
     "std": Terms(ce=0.1, kd=9.0, tau=2.0, logits="std"),             # KD of standardised logits (Sun et al. 2024;
                                                                      # weight and base temperature of its code)
+    "function_matching": Terms(mixed_kd=1.0),           # Beyer et al. 2022: the teacher's outputs for mixed images only
     "authors": Terms(ce=2.0, mixed_ce=2.0),             # SuperMix with the weights of the authors' published command
     "authors_kd": Terms(ce=1.8, mixed_ce=1.8, kd=0.2),  # SuperMix + KD, the same; its KL term sees natural images only
 }
-# where the CRD benchmark has another name for the same
+# names of the CRD benchmark that differ from ours
 _BENCHMARK_NAMES = {"hint": "fitnet", "attention": "at", "similarity": "sp", "correlation": "cc", "abound": "ab",
                    "factor": "ft"}
 
@@ -261,7 +262,7 @@ _BENCHMARK_NAMES = {"hint": "fitnet", "attention": "at", "similarity": "sp", "co
 def method_terms(name: str) -> Terms:
     "The weights of a method by its name; an error knows the CRD benchmark's names, too."
     if name not in METHODS and (ours := _BENCHMARK_NAMES.get(str(name).lower())):
-        raise ValueError(f"Unknown method {name!r}. What the CRD benchmark calls so is {ours!r} here.")
+        raise ValueError(f"Unknown method {name!r}. The CRD benchmark's method of this name is {ours!r} here.")
     return lookup(METHODS, name, "method")
 
 # %% ../nbs/02_recipes.ipynb #72d761e4
@@ -271,20 +272,20 @@ _LOW = ("mobilenetv2", "shufflenetv1", "shufflenetv2")                          
 # %% ../nbs/02_recipes.ipynb #b56db0bf
 @dataclass(frozen=True)
 class Recipe(Typed):
-    "A distillation run: data, teacher, student, and how they are trained and mixed."
+    "The recipe of a distillation run: data, teacher, student, training and mixing."
     data: str = "cifar100"       # a data set of `supermix.data`, or a folder of photographs, one folder per class
     teacher: str = "wrn_40_2"    # a network of `supermix.zoo`, torchvision or timm
     student: str = "wrn_16_2"    # a network of `supermix.zoo`, torchvision or timm
-    training: Training = Training()  # of the student
-    low_lr: float | None = 0.02  # initial lr of MobileNetV2 and the ShuffleNets (authors' code); None: as any other's
-    teacher_training: Training = _BENCHMARK  # of the teacher, where it is not given as a file (CRD benchmark)
-    mixing: Mixing = Mixing()    # how SuperMix's masks are searched for
+    training: Training = Training()  # training of the student
+    low_lr: float | None = 0.02  # initial lr of MobileNetV2 and the ShuffleNets (authors' code); None: `training.lr`
+    teacher_training: Training = _BENCHMARK  # training of the teacher, if it is not given as a file (CRD benchmark)
+    mixing: Mixing = Mixing()    # settings of the search for SuperMix's masks
     mixes: int = 500_000         # mixed images made before training: 10 × the training set (main)
-    # random crops of mixed images may be off by this many pixels (authors' code); None: mixes as they were made, with
-    # the teacher's logits that their stock then keeps: the teacher does not see them again (ours)
+    # largest shift of the random crops of mixed images, in pixels (authors' code); None: mixes are not moved, and the
+    # store keeps the teacher's logits, so the teacher does not see them again (ours)
     mixed_pad: int | None = 2
-    train_images: int | None = None  # the student's natural images, and its mixes' sources; None: all (ours)
-    size: int | None = None      # height and width at which networks see images in files; None: the data's, 224 (ours)
+    train_images: int | None = None  # number of natural images for the student and for the mixes; None: all (ours)
+    size: int | None = None      # height and width of images in files, for the networks; None: the data's, 224 (ours)
     scales: tyro.conf.Suppress[dict] = field(  # what `at` changes: {scale: {"training.epochs": 1, …}}; not an option
         default_factory=dict, repr=False)
 
@@ -298,7 +299,7 @@ class Recipe(Typed):
         return change(self, lookup(self.scales, scale, "scale"))
 
     def pair(self, teacher: str, student: str) -> "Recipe":
-        "The same for other networks, with the learning rate that the student's kind gets."
+        "This recipe for other networks, with the learning rate for the student's kind."
         low = self.low_lr is not None and student in _LOW
         return replace(self, teacher=teacher, student=student,
                        training=replace(self.training, lr=self.low_lr) if low else self.training)
@@ -311,7 +312,7 @@ def change(recipe: Typed, changes: dict) -> Typed:  # {"training.epochs": 1, "mi
         first, _, rest = name.partition(".")
         lookup({f.name: f for f in fields(recipe)}, first, f"field of {type(recipe).__name__}")
         if rest and not is_dataclass(getattr(recipe, first)):
-            raise ValueError(f"{first!r} is a plain value: there is no {rest!r} in it.")
+            raise ValueError(f"{first!r} is a plain value and has no field {rest!r}.")
         if rest: inner.setdefault(first, {})[rest] = value
         else: own[first] = value
     for first, few in inner.items(): own[first] = change(own.get(first, getattr(recipe, first)), few)
@@ -329,7 +330,7 @@ def differences(old: Typed, new: Typed, prefix: str = "") -> dict:  # {"training
 
 # %% ../nbs/02_recipes.ipynb #ca10900b
 def as_named(recipe) -> dict:
-    "A recipe as a dictionary, for names and hashes: without the fields of later versions that have their defaults."
+    "A recipe as a dictionary, for names and hashes, without fields of later versions that have their defaults."
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe)
               if not (f.metadata.get("later") and getattr(recipe, f.name) == f.default)}
     return {name: as_named(value) if is_dataclass(value) else value for name, value in values.items()}
@@ -358,7 +359,7 @@ IMAGENET = Recipe(
     data="imagenet", teacher="imagenet_resnet34", student="imagenet_resnet18",
     training=Training(epochs=100, batch_size=256, lr=0.025, weight_decay=1e-4, milestones=(30, 60, 90)),  # S 1.3
     mixing=Mixing(mask_size=16, sigma=2.0),                                                              # S 1.3
-    # torchvision's weights, if they can be had, were made so
+    # as torchvision trained its weights
     low_lr=None, teacher_training=Training(epochs=90, batch_size=256, weight_decay=1e-4, milestones=(30, 60)),
     mixes=1_281_167,  # the paper does not say: one for each training image (ours)
     scales={
@@ -380,16 +381,16 @@ CRD_BENCHMARK = replace(CIFAR100, training=_BENCHMARK, low_lr=0.01, scales={
 # %% ../nbs/02_recipes.ipynb #259f360b
 @dataclass(frozen=True)
 class Pictures(Typed):
-    "How a folder of photographs is seen: what is not given is as the teacher's network was trained."
-    network: str | None = None  # whose weights the file holds: timm/resnet18; none: a file of supermix says it
-    mean: tuple[float, float, float] | None = None  # of each channel, for pixels in 0 … 1
-    std: tuple[float, float, float] | None = None   # of each channel, for pixels in 0 … 1
-    classes: tuple[str, ...] = ()  # all of their names, in the teacher's order; none: the folders', by the alphabet
+    "How a folder of photographs is read; the default of each field is as in the teacher's training."
+    network: str | None = None  # the network of the weights, such as timm/resnet18; none: as the file says (zoo.save)
+    mean: tuple[float, float, float] | None = None  # mean of each channel, for pixels in 0 … 1
+    std: tuple[float, float, float] | None = None   # standard deviation of each channel, for pixels in 0 … 1
+    classes: tuple[str, ...] = ()  # all class names in the teacher's order; none: the folders' names, alphabetical
 
 _DATA_NAMES = ("auto", "digits", "fashion_mnist", "cifar100", "imagenet")
 
 def is_folder(data: str) -> bool:
-    "Whether data are a folder of photographs, and no data set's name; a FileNotFoundError where a path leads nowhere."
+    "Whether data are a folder of photographs, not a data set's name; a FileNotFoundError if a path does not exist."
     if not data or data in _DATA_NAMES: return False
     if Path(data).expanduser().is_dir(): return True
     if "/" in data or data.startswith("~"): raise FileNotFoundError(f"There is no folder {data}.")
@@ -412,23 +413,23 @@ FOLDER = Recipe(
 # %% ../nbs/02_recipes.ipynb #4682d948
 @dataclass(frozen=True)
 class Variant(Typed):
-    "A row of a table: what the student learns from."
+    "A row of a table: method, mixer and policy of the student."
     method: str = "alone"      # a name of `METHODS`
     mixer: str | None = None   # mixup, cutmix (λ = ½; …_beta: λ ~ Beta(1, 1)), cutmix_authors (its box wholly inside),
                                # puzzlemix, supermix; None: no mixes
-    label: str | None = None   # of mixed images: "teacher", "softmax", "lam" or "area"; None: as the method has it
+    label: str | None = None   # of mixed images: "teacher", "softmax", "lam" or "area"; None: the method's label
     policy: str = "none"       # for natural images: a name of `supermix.policies.policies`, or a policy file
     cutout: int | None = None  # side of Cutout's square, in pixels; None: as the policy says
-    k: int | None = None       # images a mixing set; None: as the recipe has it
+    k: int | None = None       # images per mixing set; None: as in the recipe
 
     def check(self) -> None:
-        _within(self, "k", least=2, unit=" images a set")
+        _within(self, "k", least=2, unit=" images per set")
         _within(self, "cutout", least=0)
         lookup({None: 0, **dict.fromkeys(_LABELS)}, self.label, "label of mixed images")
 
     @property
     def name(self) -> str:
-        "The row's name, as a file may have it: kd-supermix."
+        "The row's name for a file: kd-supermix."
         policy = "" if self.policy == "none" else self.policy.rpartition("/")[2].removesuffix(".json")
         parts = [self.method, self.mixer or "", f"k{self.k}" if self.k else "", self.label or "", policy,
                  f"cutout{self.cutout}" if self.cutout is not None else ""]
@@ -437,14 +438,14 @@ class Variant(Typed):
 # %% ../nbs/02_recipes.ipynb #dd885bd1
 @dataclass(frozen=True)
 class Family(Typed):
-    "Runs that share a table: a recipe, and what is varied in it."
+    "The runs of a table: a recipe, and the parts that vary."
     recipe: Recipe
     pairs: tuple[tuple[str, str], ...]   # teachers and students
     rows: dict[str, Variant]             # by the row's name in the table
     scales: dict = field(default_factory=dict, repr=False)
 
     def at(self, scale: str) -> "Family":
-        "The family at another scale: its recipe's changes, and its own."
+        "The family at another scale, with the scale's changes."
         return change(self, lookup(self.scales, scale, "scale"))
 
     def runs(self) -> Iterator[tuple[Recipe, str, Variant]]:  # with the row's name
@@ -453,7 +454,7 @@ class Family(Typed):
             for name, variant in self.rows.items(): yield self.recipe.pair(teacher, student), name, variant
 
 def _scaled(recipe: Recipe, **smoke) -> dict:  # the scales of a family
-    "A recipe's scales, as its family lists them; `smoke` is what the family itself does smaller there."
+    "A recipe's scales in the form of its family; `smoke` lists what the family itself changes for smoke."
     scales = {scale: {f"recipe.{name}": value for name, value in changes.items()}
               for scale, changes in recipe.scales.items()}
     return scales | {"smoke": scales["smoke"] | smoke}
@@ -465,6 +466,7 @@ _PAIRS = (
     ("vgg13", "mobilenetv2"), ("resnet50", "mobilenetv2"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
     ("resnet32x4", "shufflenetv2"), ("wrn_40_2", "shufflenetv1"))
 _TITLES = {"alone": "student alone", "kd": "KD", "fitnet": "FitNet", "crd_kd": "CRD + KD",
+          "function_matching": "function matching",
           "authors": "authors' weights", "authors_kd": "authors' weights, + KD",
           "mixup": "MixUp", "cutmix": "CutMix", "cutmix_authors": "CutMix",
           "puzzlemix": "PuzzleMix", "supermix": "SuperMix"}
@@ -475,8 +477,11 @@ def _title(method: str, mixer: str | None = None) -> str:
     return of(method) if mixer is None else of(mixer) if method == "alone" else f"{of(mixer)} + {of(method)}"
 
 _METHOD_ROWS = {_title(m): Variant(m) for m in METHODS if not METHODS[m].mixes}
-_MIX_ROWS = {_title(m, x): Variant(m, x) for x in ("mixup", "cutmix_authors", "puzzlemix", "supermix") for m in METHODS}
+_MIX_ROWS = {_title(m, x): Variant(m, x) for x in ("mixup", "cutmix_authors", "puzzlemix", "supermix") for m in METHODS
+            if m != "function_matching"}
 _OTHER_ROWS = {                                                        # the ablations: λ drawn, k = 3, and a box
+    "function matching": Variant("function_matching", "mixup_beta"),  # λ uniform in 0 … 1, as there
+    "SuperMix + function matching": Variant("function_matching", "supermix"),
     "CutMix, clipped box": Variant("alone", "cutmix"),                # as its own paper has it (ours)
     "CutMix, clipped box + KD": Variant("kd", "cutmix"),
     **{f"{_TITLES[x]}, λ ~ Beta(1, 1){more}": Variant(m, f"{x}_beta")
@@ -500,7 +505,7 @@ IMAGENET_DISTILLATION = Family(IMAGENET, (("imagenet_resnet34", "imagenet_resnet
 
 # %% ../nbs/02_recipes.ipynb #85a695b8
 def _policy_rows(data: str, autoaugment: str, cutout: int | None) -> dict[str, Variant]:
-    "The rows of a table of classification; the policies that were searched for are a file each, of these data."
+    "The rows of a table of classification; each searched policy is a file that belongs to these data."
     policies = {"AutoAugment": autoaugment, "Fast AutoAugment": f"policies/fast_autoaugment_{data}.json",
                 "PBA": f"policies/pba_{data}.json", "RandAugment": "randaugment"}
     rows = {"baseline": Variant(), **{name: Variant(policy=policy, cutout=cutout) for name, policy in policies.items()}}

@@ -40,10 +40,10 @@ def names() -> list[str]:
 
 # %% ../nbs/19_zoo.ipynb #fb726f75
 def _name_elsewhere(name: str) -> str | None:
-    "The full name of a network of torchvision or timm, such as timm/resnet18; None where neither has it."
+    "The full name of a network of torchvision or timm, such as timm/resnet18; None if neither has it."
     library, _, own = name.rpartition("/")
     if library in ("", "torchvision"):
-        from torchvision import models  # here, since it takes longer to import than torch
+        from torchvision import models  # here, because it imports slowly
         if own in models.list_models(module=models): return f"torchvision/{own}"
     if library in ("", "timm"):
         try: import timm
@@ -54,7 +54,7 @@ def _name_elsewhere(name: str) -> str | None:
     return None
 
 def full_name(name: str) -> str:
-    "The name under which `create` knows a network; a ValueError that shows the nearest names where it knows none."
+    "The name under which `create` knows a network; for an unknown name, a ValueError shows the nearest ones."
     if name in _NETWORKS: return name
     if found := _name_elsewhere(str(name)): return found
     library, _, own = str(name).rpartition("/")
@@ -83,7 +83,7 @@ def create(name: str,                       # one of `names()`, or a network of 
            num_classes: int | None = None,  # number of logits; None: 100, and 1,000 for ImageNet networks
            weights: str | None = None,      # ImageNet networks: torchvision's name for published weights, as "DEFAULT"
            ) -> nn.Module:                  # random weights, from torch's global generator, unless `weights` are given
-    "Build a network by its name. The network remembers the name, so that `save` can write it down."
+    "Build a network by its name. The network keeps the name, so that `save` can store it."
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ValueError(f"Expected num_classes, a whole number of 1 or more, or None, got {num_classes!r}.")
     name = full_name(name)
@@ -115,7 +115,7 @@ class _Row(NamedTuple):
 # %% ../nbs/19_zoo.ipynb #d6f81425
 def multiply_adds(network: nn.Module, image: torch.Tensor) -> int:
     "Multiply-adds of a forward pass, as torch counts them."
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton, where there is one
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it loads triton
     with FlopCounterMode(display=False) as counter: network(image)
     return counter.get_total_flops() // 2
 
@@ -133,12 +133,12 @@ def table() -> list[_Row]:
 
 # %% ../nbs/19_zoo.ipynb #9c1829ba
 def _layer(m: re.Match) -> str:
-    "Where a part of a block is in the benchmark: stages.0.3.b.1 is layer1.3.bn2."
+    "The benchmark's name for a part of a block: stages.0.3.b.1 is layer1.3.bn2."
     stage, block, part, i = m.groups()
     return f"layer{int(stage) + 1}.{block}.{('conv', 'bn')[int(i)]}{'abcde'.index(part) + 1}"
 
 def _split_layer(m: re.Match) -> str:
-    "The same for ShuffleNetV2's two branches, whose parts are counted together."
+    "The benchmark's name for a part of ShuffleNetV2's two branches, which are counted together."
     stage, block, side, part, i = m.groups()
     n = int(part) + 1 + (2 if side == "right" and block == "0" else 0)
     return f"layer{int(stage) + 1}.{block}.{('conv', 'bn')[int(i)]}{n}"
@@ -189,7 +189,7 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
             with torch.serialization.safe_globals([Namespace]):
                 state = torch.load(state, map_location="cpu", weights_only=True)
         except OSError: raise
-        except Exception as error:  # what is no file of weights fails in many ways
+        except Exception as error:  # other files fail in many ways
             raise ValueError(f"{where} is not a file of weights that can be read safely: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict): state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -211,27 +211,29 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
 
 # %% ../nbs/19_zoo.ipynb #07b1950b
 def _check_finite(tensors: dict[str, torch.Tensor], where) -> None:
-    "A ValueError where a weight is NaN or infinite."
+    "Raise a ValueError if a weight is NaN or infinite."
     odd = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if odd:
         raise ValueError(f"{where}: expected finite weights, got NaN or infinity in {', '.join(odd[:3])}"
-                         f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Take a copy from before that.")
+                         f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Use an earlier copy.")
 
 def _info_of(network) -> Info | None:
-    "What a network knows of its data, wrapped or not."
+    "The description of a network's data, wrapped or not."
     own = getattr(network, "info", None)
     return getattr(unwrapped(network), "info", None) if own is None else own
 
 def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
          path: str | Path,     # a `.safetensors` file
-         **card,               # anything worth knowing: how it was trained, its accuracy
+         half: bool = False,   # keep the weights in 16 bits: half the size; `load` gives 32 bits again
+         **card,               # more facts: how it was trained, its accuracy
          ) -> Path:            # `path`
     "Save a network so that `load` needs nothing but the file."
     inner, info = unwrapped(network), _info_of(network)
     if not hasattr(inner, "name"):
         raise ValueError(f"Expected a network made by `create` (or loaded), got {type(inner).__name__} "
-                         "without a registered name. Keep that one with torch.save(network.state_dict(), path).")
+                         "without a registered name. Save it with torch.save(network.state_dict(), path).")
     tensors = plain_state(inner)
+    if half: tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     _check_finite(tensors, f"{inner.name}, to be saved as {path}")
     card |= {"network": inner.name, "num_classes": inner.num_classes,
              "tensors": tensors_hash(dict(sorted(tensors.items())))}
@@ -240,15 +242,15 @@ def save(network: nn.Module,   # made by `create`, or loaded; wrapped or not
 
 # %% ../nbs/19_zoo.ipynb #13b914b9
 def load(path: str | Path,         # a file that `save` wrote
-         info: Info | None = None, # of the data that it is to see: a network that learned from others is an error
-         ) -> nn.Module:           # in evaluation mode; `.card` and `.info` say what it is
-    "Load a network that was saved."
+         info: Info | None = None, # of the data that you will use; a network of other data raises
+         ) -> nn.Module:           # in evaluation mode; `.card` and `.info` describe it
+    "Load a network that `save` saved."
     tensors, card = load_tensors(path)
     if "network" not in card:
         raise ValueError(f"{path} has no card that names a network: it was not written by `save`.")
     try:
         network = create(card["network"], card["num_classes"])
-        # earlier versions saved a compiled network so
+        # earlier versions saved compiled networks with this prefix
         network.load_state_dict({name.replace("_orig_mod.", ""): t for name, t in tensors.items()})
         if "info" in card:
             network.info = Info(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["info"].items()})
@@ -257,26 +259,26 @@ def load(path: str | Path,         # a file that `save` wrote
     _check_finite(tensors, path)
     if card.get("tensors", now := tensors_hash(dict(sorted(tensors.items())))) != now:
         raise ValueError(f"{path} was changed after it was saved: the hash of its tensors is {now}, and its card says "
-                         f"{card['tensors']}. Take another copy of it.")
+                         f"{card['tensors']}. Use another copy of it.")
     odd = [] if info is None or "info" not in card else [
         what for what in ("classes", "mean", "std") if getattr(info, what) != getattr(network.info, what)]
     if odd:
-        raise ValueError(f"{path} learned from {network.info.name}, and is asked about {info.name}, whose "
-                         f"{' and '.join(odd)} differ: give a network that was trained on {info.name}.")
+        raise ValueError(f"{path} was trained on {network.info.name}, and you use it for {info.name}, whose "
+                         f"{' and '.join(odd)} differ: use a network that was trained on {info.name}.")
     network.card = card
     return network.eval()
 
 # %% ../nbs/19_zoo.ipynb #e8369eb3
-def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of such
+def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of them
               info: Info,  # of the data that the network was trained on
               ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
-    "Images of any kind as one normalised batch; what is not normalised yet as a test sees it, `centred`."
+    "Images of any kind as one normalised batch; images that are not normalised yet are `centred`."
     if isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one image, got an empty list.")
         return torch.cat([_as_batch(image, info) for image in images])
     if isinstance(images, (str, Path)):
         if not (path := Path(images).expanduser()).exists(): raise FileNotFoundError(f"There is no file {path}.")
-        if path.is_dir(): raise ValueError(f"{path} is a folder: give it alone, as in predict(network, folder).")
+        if path.is_dir(): raise ValueError(f"{path} is a folder: pass it alone, as in predict(network, folder).")
         images = open_image(path)
     if isinstance(images, Image.Image):
         from torchvision.transforms.v2 import functional as VF
@@ -293,11 +295,11 @@ def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H
 
 # %% ../nbs/19_zoo.ipynb #2adfcbb6
 class Prediction(NamedTuple):
-    "What a network says about a batch."
-    labels: list[str]            # the name of the likeliest class of each image
-    classes: torch.Tensor        # its number, int64 (B,)
+    "A network's predictions for a batch."
+    labels: list[str]            # the name of each image's most probable class
+    classes: torch.Tensor        # the number of this class, int64 (B,)
     probabilities: torch.Tensor  # of all classes, float32 (B, N)
-    files: tuple[str, ...] = ()  # where a folder was given: each image's path within it
+    files: tuple[str, ...] = ()  # each image's path within its folder, if a folder was given
 
     def __repr__(self):
         said = [f"{l} {p:.0%}" for l, p in zip(self.labels, self.probabilities.amax(1).tolist())]
@@ -307,7 +309,7 @@ class Prediction(NamedTuple):
         return "\n".join(rows + [f"… and {len(said) - 50:,} more"] * (len(said) > 50))
 
 def _image_files(folder: Path) -> list[str]:
-    "The image files in a folder and below, by name, without hidden ones; a ValueError where there are none."
+    "The image files in a folder and its subfolders, sorted, without hidden ones; a ValueError if there are none."
     endings = image_endings()
     inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in endings)
     found = [str(path) for path in inside if not any(map(is_hidden, path.parts))]
@@ -322,7 +324,7 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
     "The classes that `network` sees in `images`."
     if (info := _info_of(network)) is None:
         raise ValueError("Expected a network that knows its data: one that `distill` or `train` trained, "
-                         "or `load` loaded. For another one, say `network.info = data.info`.")
+                         "or `load` loaded. For another network, set `network.info = data.info`.")
     folder = Path(images).expanduser() if isinstance(images, (str, Path)) else None
     files = _image_files(folder) if folder is not None and folder.is_dir() else []
     parts = [[folder / f for f in files[i:i + 100]] for i in range(0, len(files), 100)] if files else [images]
@@ -338,13 +340,13 @@ def predict(network: nn.Module,  # with an `info`: trained or loaded by this pac
 
 # %% ../nbs/19_zoo.ipynb #8600cb85
 def _shipped() -> list[str]:
-    "The data sets for which a teacher is shipped."
+    "The data sets for which this package has a teacher."
     return sorted(f.name.removesuffix(".safetensors")
                   for f in (files("supermix") / "teachers").iterdir() if f.name.endswith(".safetensors"))
 
-def pretrained(data: str,       # a data set for which a teacher is shipped
-               ) -> nn.Module:  # in evaluation mode; `.card` says how it was trained
-    "The shipped teacher of a data set."
+def pretrained(data: str,       # a data set for which this package has a teacher
+               ) -> nn.Module:  # in evaluation mode; `.card` describes its training
+    "This package's teacher for a data set."
     lookup(dict.fromkeys(_shipped()), data, "shipped teacher")
     path = Path(str(files("supermix") / "teachers" / f"{data}.safetensors"))
     card = json.loads(path.with_suffix(".json").read_text())
@@ -356,15 +358,15 @@ def pretrained(data: str,       # a data set for which a teacher is shipped
     return teacher
 
 # %% ../nbs/19_zoo.ipynb #59e91eac
-_UNDER = ("state_dict", "model", "model_state_dict", "network")  # where training scripts keep the weights in a file
+_UNDER = ("state_dict", "model", "model_state_dict", "network")  # keys under which training scripts store the weights
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    "The tensors in a file of weights, a pickle or safetensors; a ValueError where it holds anything else."
+    "The tensors in a file of weights, a pickle or safetensors; a ValueError if it holds anything else."
     if path.suffix == ".safetensors": return load_tensors(path)[0]
     try:
         with torch.serialization.safe_globals([Namespace]): state = torch.load(path, "cpu", weights_only=True)
     except OSError: raise
-    except Exception as error:  # what is no file of weights fails in many ways
+    except Exception as error:  # other files fail in many ways
         raise ValueError(f"{path} is not a file of weights that can be read safely ({str(error).splitlines()[0]}). "
                          "Write one with torch.save(network.state_dict(), path).") from error
     inner = [state[key] for key in _UNDER if isinstance(state, dict) and isinstance(state.get(key), dict)]
@@ -375,14 +377,14 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 def _without_prefix(state: dict[str, torch.Tensor], known: set[str]) -> dict[str, torch.Tensor]:
-    "The same tensors without a prefix that all their names share, such as `module.`, and no name in `known` has."
+    "Remove a prefix that all names of the tensors share, such as `module.`, and no name in `known` has."
     tops = {name.partition(".")[0] for name in state}
     if len(tops) > 1 or not all("." in name for name in state) or tops & {name.partition(".")[0] for name in known}:
         return state
     return _without_prefix({name.partition(".")[2]: tensor for name, tensor in state.items()}, known)
 
 def _head_width(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> int | None:
-    "The number of classes in a file, where only the head differs from a network's shapes; else None."
+    "The number of classes in a file, if only the head differs from a network's shapes; else None."
     odd = [(state[name].shape, shape) for name, shape in shapes.items()
            if name in state and state[name].shape != shape]
     widths = {(theirs[:1], ours[:1]) for theirs, ours in odd}
@@ -390,7 +392,7 @@ def _head_width(state: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -
 
 # %% ../nbs/19_zoo.ipynb #6101ab5f
 def _fill(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    "A network with a file's weights; a ValueError that names what is missing, too many or of another shape."
+    "A network with a file's weights; a ValueError names tensors that are missing, unexpected or of another shape."
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     faults = [f"missing: {name}" for name in shapes if name not in state]
     faults += [f"not expected: {name}" for name in state if name not in shapes]
@@ -398,16 +400,16 @@ def _fill(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> nn.
                for name, shape in shapes.items() if name in state and state[name].shape != shape]
     if faults:
         raise ValueError(f"{path} does not fit {network.name}: {'; '.join(faults[:3])}"
-                         f"{f' and {len(faults) - 3} more' if len(faults) > 3 else ''}. Name the network whose weights "
-                         "these are; where several libraries have one of this name, with the library's: "
+                         f"{f' and {len(faults) - 3} more' if len(faults) > 3 else ''}. Name the network of these "
+                         "weights; if several libraries have a network of this name, add the library's: "
                          "torchvision/vgg13, timm/vgg13.")
     network.load_state_dict(state)
     return network
 
 def open_network(path: str | Path,         # weights: a pickle of a state dictionary, safetensors, or a file of `save`
-                 name: str | None = None,  # the network's, as `create` takes it; None: the file says so itself
+                 name: str | None = None,  # the network's name for `create`; None: as the file says
                  ) -> nn.Module:           # in evaluation mode, with as many classes as the file has
-    "Open a file of weights. A ValueError where it cannot be read safely, or does not fit the network."
+    "Open a file of weights. Raises a ValueError if it cannot be read safely, or does not fit the network."
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"There is no file of weights {path}.")
     known = load_tensors(path)[1].get("network") if path.suffix == ".safetensors" else None
@@ -431,7 +433,7 @@ def open_network(path: str | Path,         # weights: a pickle of a state dictio
 
 # %% ../nbs/19_zoo.ipynb #695c8489
 def view_of(network: nn.Module) -> dict:
-    "How a network sees images, as keywords of `load_folder`."
+    "How a network reads images, as keywords of `load_folder`."
     if (info := _info_of(network)) is not None:
         kept = ("classes", "size", "mean", "std", "flip", "crop_pct", "interpolation", "crop_mode")
         return {what: getattr(info, what) for what in kept if getattr(info, what) != ()}
@@ -447,7 +449,7 @@ def view_of(network: nn.Module) -> dict:
     return {"size": network.size} if hasattr(network, "size") else {}
 
 def _seen_by(network: nn.Module, pictures: Pictures, size: int | None) -> dict:
-    "How a network sees images where some of it is given: keywords of `load_folder`."
+    "How a network reads images, with the given values first: keywords of `load_folder`."
     if pictures.classes and network.num_classes != len(pictures.classes):
         raise ValueError(f"Expected {network.num_classes} classes, as many as the head of {network.name} has, got "
                          f"{len(pictures.classes)}: {', '.join(pictures.classes[:5])}.")
@@ -456,7 +458,7 @@ def _seen_by(network: nn.Module, pictures: Pictures, size: int | None) -> dict:
     return view | {what: value for what, value in given.items() if value is not None}
 
 def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | None = None) -> Info:
-    "How a network sees images, and the names of its classes, where they are known."
+    "How a network reads images, and the names of its classes, if they are known."
     view = {"size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "classes": (),
             "interpolation": "bilinear", "crop_mode": "center", **_seen_by(network, pictures, size)}
     side, how = view.get("input_size", (view["size"],))[-1], view["interpolation"]
@@ -465,29 +467,29 @@ def info_for(network: nn.Module, pictures: Pictures = Pictures(), size: int | No
 
 # %% ../nbs/19_zoo.ipynb #5e14ea5e
 def load_pictures(root: str | Path,                # a folder, as `load_folder` takes it
-                  network: nn.Module,              # that will see the images
-                  pictures: Pictures = Pictures(), # what is known better than by the network
+                  network: nn.Module,              # the network for the images
+                  pictures: Pictures = Pictures(), # values that replace the network's
                   size: int | None = None,         # of the images, in pixels; None: the network's
                   ) -> Data:
-    "Photographs in one folder per class, as a network sees them."
+    "Photographs in one folder per class, read for a network."
     return load_folder(root, **_seen_by(network, pictures, size))
 
 def check_head(teacher: nn.Module, data: Data, path: str | Path) -> nn.Module:
-    "The teacher, which now knows its data; a ValueError where its head has more classes than these data, or fewer."
+    "The teacher, which now knows its data; a ValueError if its head has more classes than these data, or fewer."
     classes = data.info.classes
     if teacher.num_classes != len(classes):
         raise ValueError(f"{path} has a head for {teacher.num_classes} classes, and {data.source} has {len(classes)} "
-                         f"({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}). Give a network that was "
+                         f"({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}). Use a network that was "
                          f"fine-tuned on these: create({teacher.name!r}, {len(classes)}) makes one with their head.")
     teacher.info = data.info
     return teacher
 
 def open_pictures(root: str | Path,                # a folder, as `load_folder` takes it
                   path: str | Path,                # the teacher's weights, as `open_network` takes them
-                  pictures: Pictures = Pictures(), # the teacher's network, and how it sees images
+                  pictures: Pictures = Pictures(), # the teacher's network, and how it reads images
                   size: int | None = None,         # of the images, in pixels; None: the network's
                   ) -> tuple[Data, nn.Module]:     # the teacher knows its data: `.info`
-    "Photographs, and a teacher of their classes. A ValueError where its head has more classes or fewer."
+    "Photographs, and a teacher of their classes. Raises a ValueError if its head has more classes or fewer."
     teacher = open_network(path, pictures.network)
     data = load_pictures(root, teacher, pictures, size)
     return data, check_head(teacher, data, path)

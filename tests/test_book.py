@@ -147,7 +147,7 @@ def test_a_book_of_good_links_is_built(tmp_path):
 def test_a_book_with_dead_links_is_not_built(tmp_path):
     done = small_book(tmp_path, GOOD + DEAD, '<a href="planted.html">html</a>')
     assert done.returncode == 1
-    complaints = "\n".join(line for line in done.stderr.splitlines() if "WARNING" in line or "leads nowhere" in line)
+    complaints = "\n".join(line for line in done.stderr.splitlines() if "WARNING" in line or "is broken" in line)
     for to in [*DEAD, "planted.html"]:
         assert to.split("#")[-1] in complaints, to
     assert "a-heading" not in complaints and "this-one" not in complaints.replace("not-this-one", "")
@@ -156,7 +156,7 @@ def test_a_book_with_dead_links_is_not_built(tmp_path):
 def test_a_folder_that_is_no_book_is_left_alone(tmp_path):
     (tmp_path / "precious").write_text("mine")
     done = subprocess.run([sys.executable, ROOT / "tools" / "book.py", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and "is there and is no book" in done.stderr
+    assert done.returncode == 2 and "exists and is not a book" in done.stderr
     assert (tmp_path / "precious").read_text() == "mine"
 
 

@@ -69,7 +69,7 @@ def test_any_changed_byte_is_an_error(tmp_path):
             load_checkpoint(path)
     for length in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to go on"):
+        with pytest.raises(ValueError, match=f"{path.name} was changed or cut off.*Delete it to resume"):
             load_checkpoint(path)
 
 
@@ -78,7 +78,7 @@ def test_a_renamed_checkpoint_is_an_error(tmp_path):
     assert first.name[15:] != second.name[15:]  # one content, two steps
     false = first.rename(tmp_path / first.name.replace("step-000000001", "step-000000003"))
     assert checkpoints(tmp_path)[-1] == false
-    with pytest.raises(ValueError, match=f"{false.name} was changed or cut off, or renamed.*Delete it to go on"):
+    with pytest.raises(ValueError, match=f"{false.name} was changed or cut off, or renamed.*Delete it to resume"):
         load_checkpoint(false)
     assert load_checkpoint(false.rename(first))["position"] == load_checkpoint(second)["position"] == STATE["position"]
 

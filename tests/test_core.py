@@ -213,9 +213,9 @@ def grey():
         (
             nn.Conv2d(4, 2, 3),
             torch.zeros(2, 3, 8, 8),
-            "takes 4 channels, and the images have 3: make the network for 3",
+            "takes 4 channels, and the images have 3: make a network for 3",
         ),
-        (grey().half(), torch.zeros(2, 1, 8, 8), r"weights are torch.float16: give `network.float\(\)`"),
+        (grey().half(), torch.zeros(2, 1, 8, 8), r"weights are torch.float16: pass `network.float\(\)`"),
         (nn.Linear(5, 2), torch.zeros(2, 3, 8, 8), "does not take images"),
     ],
 )

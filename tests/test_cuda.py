@@ -190,7 +190,7 @@ def test_a_replayed_search_finds_what_the_search_finds(benchmark, digits, there,
     "Also where a script has set cudnn.benchmark: the batch keeps its size, so nothing is searched for anew."
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
     engine, found = search(there, digits.train)
-    assert engine.how == "one graph a pass" and engine.tried == 4 * BLOCK
+    assert engine.how == "one graph per pass" and engine.tried == 4 * BLOCK
     monkeypatch.setattr(_Replayed, "record", lambda replayed: setattr(replayed, "why", "a test"))
     eager, expected = search(there, digits.train)
     assert eager.how == "one by one (a test)" and engine.passes == pytest.approx(eager.passes, rel=0.1)
@@ -278,7 +278,7 @@ def test_a_graph_makes_the_updates_of_the_loop(changes, benchmark, digits, monke
         return network.state_dict(), history
 
     ours, history = trained()
-    assert history.how == "one graph an update"
+    assert history.how == "one graph per update"
     monkeypatch.setattr("supermix.training.loop._why_eager", lambda *_: "for comparison")
     eager, expected = trained()
     assert expected.how == "one by one (for comparison)"
@@ -343,7 +343,7 @@ def test_a_graph_distils(case, digits, there, monkeypatch):
         return distill(None if case == "no teacher" else there, student, images, method, stock, recipe)
 
     history = trained()
-    assert history.how == "one graph an update"
+    assert history.how == "one graph per update"
     monkeypatch.setattr("supermix.training.loop._why_eager", lambda *_: "for comparison")
     assert history.loss == pytest.approx(trained().loss, rel=5e-2)
 
@@ -358,7 +358,7 @@ def test_a_replayed_run_goes_on(digits, tmp_path):
     whole, history = go(tmp_path)
     checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the last epoch
     again, other = go(tmp_path)
-    assert history.how == other.how == "one graph an update"
+    assert history.how == other.how == "one graph per update"
     assert other.loss == pytest.approx(history.loss, rel=1e-2)
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)

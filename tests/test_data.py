@@ -106,8 +106,8 @@ def other(name, **changes):
 CIFAR_DAMAGE = {
     "no test": (lambda folder: (folder / "test").unlink(), "test is missing: .* half downloaded"),
     "no meta": (lambda folder: (folder / "meta").unlink(), "meta is missing: .* half downloaded"),
-    "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* fetch it again"),
-    "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* fetch it again"),
+    "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* download it again"),
+    "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* download it again"),
     "a web page": (lambda folder: (folder / "test").write_bytes(b"<html>404</html>"), "test cannot be read .* fetch"),
     "malicious": (lambda folder: dump(folder / "meta", Malicious()), "it asks for posix.mkdir"),
     "malicious inside": (other("test", filenames=Malicious()), "it asks for posix.mkdir"),
@@ -554,11 +554,11 @@ def test_fashion_mnist(fashion, tmp_path):
 
 FASHION_DAMAGE = {
     "one missing": (lambda folder: of(folder, "t10k-labels").unlink(), "half downloaded: t10k-labels-.* missing"),
-    "cut off": (lambda folder: cut(of(folder, "train-images")), "train-images.* fetch it again"),
-    "empty": (lambda folder: of(folder, "t10k-images").write_bytes(b""), "t10k-images.* fetch it again"),
+    "cut off": (lambda folder: cut(of(folder, "train-images")), "train-images.* download it again"),
+    "empty": (lambda folder: of(folder, "t10k-images").write_bytes(b""), "t10k-images.* download it again"),
     "a web page": (
         lambda folder: of(folder, "t10k-images").write_bytes(b"<html>404</html>"),
-        "t10k-images.*(fetch it again|3c68746d)",
+        "t10k-images.*(download it again|3c68746d)",
     ),
     "labels for images": (lambda folder: put(of(folder, "train-images"), idx(LABELS)), "train-images"),
     "fewer labels": (lambda folder: put(of(folder, "train-labels"), idx(LABELS[:4])), r"5 images, got labels \(4,\)"),
@@ -872,7 +872,7 @@ def test_folders_are_read_as_torchvision_reads_them(put_pictures):
 WRONG_PLACES = {
     "one folder too high": (
         ["photos/cat", "photos/dog"],
-        r"should hold .*two at least; found 1 folder \(photos\).*Are the classes in .*s/photos",
+        r"should have .*at least two; found 1 folder \(photos\).*Are the classes in .*s/photos",
     ),
     "a single class": (["cat"], r"found 1 folder \(cat\)"),
     "splits under other names": (
@@ -883,7 +883,7 @@ WRONG_PLACES = {
     "a class below": (["cat", "dog", "more/bird", "more/fish"], r"more holds no images but folders \(bird, fish\)"),
     "no split for testing": (
         ["Train/cat", "Train/dog"],
-        r"val is missing: .* half there. Expected .*valid.*found 1 folder \(Train\)",
+        r"val is missing: .* incomplete. Expected .*valid.*found 1 folder \(Train\)",
     ),
     "no split to train": (["Testing/cat", "Testing/dog"], r"train is missing: .*found 1 folder \(Testing\)"),
     "a split twice": (["Train/cat", "training/cat", "val/cat"], "Train and training, which name the same split"),
@@ -891,7 +891,7 @@ WRONG_PLACES = {
         ["train/cat", "train/dog", "Val/cat", "Val/bird"],
         r"train has 2 classes and Val 2; only in one: \['bird', 'dog'\]",
     ),
-    "pictures without folders": (["."], r"should hold a folder for each class, .*found files \(2 .jpg\)"),
+    "pictures without folders": (["."], r"should have one folder per class, .*found files \(2 .jpg\)"),
     "a flat split": (["train/cat", "train/dog", "test"], "train has 2 classes and test 0"),
     "a class called test": (["cat", "dog", "test"], r"train is missing: .*name them all: classes=\[…\]"),
 }

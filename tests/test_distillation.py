@@ -76,7 +76,7 @@ def test_a_stock_in_a_folder_is_found_again(teacher, few, tmp_path):
     again = make_mixes(teacher, few, 60, folder=tmp_path / "mixes")
     assert torch.equal(first.batch([3]).images, again.batch([3]).images)
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "mixes").glob("*.safetensors")}
-    with pytest.raises(ValueError, match="made otherwise"):
+    with pytest.raises(ValueError, match="with other settings"):
         make_mixes(teacher, few, 60, seed=1, folder=tmp_path / "mixes")
 
 
@@ -208,6 +208,19 @@ def test_the_loss_of_a_step(method, teacher, few, mixes):
     theirs += terms.mixed_ce * F.cross_entropy(ms, mt.argmax(1)) + terms.mixed_kd * D(ms, mt, mt.argmax(1), terms.tau)
     assert terms.mixes and terms == SOFT.get(method, terms)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_function_matching_looks_at_mixed_images_only(teacher, few, mixes):
+    "The natural images of a batch change neither its loss nor the statistics of batch norm."
+    losses, counts = [], []
+    for scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        student, batch = create("resnet8", 10), batch_of(few)
+        batch = batch._replace(images=scale * batch.images, labels=batch.labels.roll(1))
+        losses.append(Distillation(teacher, METHODS["function_matching"], mixes, student, few)(student, batch).item())
+        counts.append({name: t.clone() for name, t in student.named_buffers()})
+    assert losses[0] == losses[1] > 0
+    torch.testing.assert_close(counts[0], counts[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("label", ["teacher", "softmax", "lam", "area"])
@@ -382,7 +395,7 @@ def test_networks_that_do_not_fit_are_told_before_anything_is_mixed(teacher, few
 
 
 MISFITS = {
-    "no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_kd=1.0)), "give a mixer"),
+    "no mixer": (lambda t, few, m: distill(t, create("resnet8", 10), few, Terms(mixed_kd=1.0)), "pass a mixer"),
     "no teacher": (lambda t, few, m: distill(None, create("resnet8", 10), few, "kd"), "needs a teacher, got None"),
     "no teacher for mixes": (
         lambda t, few, m: distill(None, create("resnet8", 10), few, Terms(mixed_ce=1.0, label="lam"), "supermix"),
@@ -416,7 +429,7 @@ MISFITS = {
     ),
     "a number of mixes and no mixer": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100),
-        "mixer='supermix' where a number of mixes is given, got None",
+        "mixer='supermix' with a number of mixes, got None",
     ),
     "a recipe in words": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}),
@@ -427,7 +440,7 @@ MISFITS = {
         "data of `load_data` or `load_folder`.*got tuple",
     ),
     "no student": (lambda t, few, m: distill(t, None, few), "student that is a network, got NoneType"),
-    "the teacher itself": (lambda t, few, m: distill(t, t, few), "student beside the teacher"),
+    "the teacher itself": (lambda t, few, m: distill(t, t, few), "student other than the teacher"),
     **{
         f"a first stage of {method} and nothing after it": (
             lambda t, few, m, method=method: distill(
@@ -521,7 +534,7 @@ def test_students_of_another_contract_are_told_what_is_missing(teacher, few):
     class Two(nn.Module):  # as torchvision's GoogLeNet
         aux_logits = True
 
-    with pytest.raises(ValueError, match="one head, got Two with auxiliary ones: make it with aux_logits=False"):
+    with pytest.raises(ValueError, match="one head, got Two with auxiliary ones: create it with aux_logits=False"):
         distill(teacher, Two(), few, "kd", None, SHORT)
 
     class Sequence(nn.Module):  # as torchvision's Swin: `features` is no method
@@ -727,9 +740,9 @@ def test_a_list_of_teachers_is_the_mean_of_their_logits(teacher, few):
 
 TEACHERS = {
     "none": (lambda t: [], "Expected networks in a list of teachers, got none"),
-    "functions": (lambda t: [t, lambda x: t(x)], "networks in a list of teachers, got function: give one function"),
+    "functions": (lambda t: [t, lambda x: t(x)], "networks in a list of teachers, got function: pass one function"),
     "of other classes": (lambda t: [t, create("resnet8", 12).eval()], r"same classes, got .* \(\d, 10\), \(\d, 12\)"),
-    "the student": (lambda t: "student", "a student beside the teacher"),
+    "the student": (lambda t: "student", "a student other than the teacher"),
 }
 
 
@@ -822,7 +835,7 @@ REFUSED = {
     "half a mix": (dict(mixes=2.5), "count of Generation to be of type int, got 2.5"),
     "a pad below 0": (dict(mixed_pad=-1), "mixed_pad of 0 or more pixels, or None, got -1"),
     "half a pixel": (dict(mixed_pad=1.5), "mixed_pad of 0 or more pixels, or None, got 1.5"),
-    "a method that there is not": (dict(method="attention"), "What the CRD benchmark calls so is 'at' here"),
+    "a method that there is not": (dict(method="attention"), "The CRD benchmark's method of this name is 'at' here"),
     "a mixer that there is not": (dict(mixer=["supermix", "cutmx"]), "Unknown mixer 'cutmx'. Did you mean 'cutmix'"),
     "more held out than there are": (dict(recipe=replace(SHORT, held_out=40)), "hold out fewer than the 40"),
     "an option of nobody": (dict(titel="x"), "Unknown option of `train` 'titel'. Did you mean 'title'"),
@@ -858,7 +871,7 @@ def test_a_folder_that_is_a_file_is_refused(teacher, few, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for folder in (file, 5):
-        with pytest.raises(ValueError, match="Expected a folder, or a place where one can be made"):
+        with pytest.raises(ValueError, match="Expected a folder, or a path where one can be created"):
             distill(teacher, create("resnet8", 10), few, "kd", "supermix", SHORT, mixes=20, folder=folder)
         with pytest.raises(ValueError, match="Expected a folder"):
             make_mixes(teacher, few, 20, folder=folder)
@@ -893,7 +906,7 @@ def test_wrapped_networks_learn_the_same(wrap, method, mixer, teacher, few):
 
 
 def test_the_teacher_within_a_wrapper_is_no_student(teacher, few):
-    with pytest.raises(ValueError, match="a student beside the teacher"):
+    with pytest.raises(ValueError, match="a student other than the teacher"):
         distill(teacher, nn.DataParallel(teacher), few, "kd", None, SHORT)
 
 
@@ -987,9 +1000,9 @@ def test_looked_up_logits_are_the_teachers(mixer, teacher, few, still, tmp_path)
 
 
 FEW_KEPT = {
-    "a term on natural logits": ("kd", None, "compares natural ones, too: give the teacher"),
-    "a term on features": ("crd", None, "compares natural ones, too: give the teacher"),
-    "mixes that are moved": (Terms(ce=1.0, mixed_kd=0.9), 2, "needs a teacher, got None. A stock knows .*pad=None"),
+    "a term on natural logits": ("kd", None, "compares natural ones, too: pass the teacher"),
+    "a term on features": ("crd", None, "compares natural ones, too: pass the teacher"),
+    "mixes that are moved": (Terms(ce=1.0, mixed_kd=0.9), 2, "needs a teacher, got None. A stock has .*pad=None"),
     "another mixer beside it": (Terms(ce=1.0, mixed_kd=0.9), "mixup", "needs a teacher, got None."),
 }
 
@@ -1050,7 +1063,7 @@ def test_a_replayed_distillation_is_the_same(case, teacher, few, mixes, still, m
     eager, expected = trained()
     monkeypatch.setattr(loop, "_why_eager", lambda run, *_: "" if run.objective.capturable(run.epoch) else "no")
     ours, history = trained()
-    assert history.how == "one graph an update" and "GPU" in expected.how
+    assert history.how == "one graph per update" and "GPU" in expected.how
     assert history.loss == pytest.approx(expected.loss, rel=1e-3)
     for a, b in zip(ours.values(), eager.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)

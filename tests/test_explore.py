@@ -258,7 +258,7 @@ def test_a_teacher_that_is_used_elsewhere_is_left_alone(digits, teacher):
     for session in sessions:
         session.wait()
     assert shared.training and all(torch.equal(v, before[k]) for k, v in shared.state_dict().items())
-    with pytest.raises(ValueError, match="nothing is solved yet"):
+    with pytest.raises(ValueError, match="Expected a finished search to save"):
         Session(digits, shared).save_png("no.png")
 
 
@@ -454,7 +454,7 @@ def test_a_folder_and_a_file_in_one_line(own_folder, teacher, tmp_path, digits):
         Session(tmp_path / "nowhere", teacher)
     with pytest.raises(FileNotFoundError, match="no file .*none.pth"):
         Session(own_folder, tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="does not say which images it takes"):
+    with pytest.raises(ValueError, match="does not say which images it expects"):
         Session(own_folder, lambda x: x.mean((2, 3)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="Expected images in .*empty"):
@@ -493,7 +493,7 @@ def test_teachers_from_files(tmp_path, own_folder):
     with pytest.raises(ValueError, match="a teacher's file, a network's name, or both"):
         open_teacher()
     save(network, tmp_path / "ours.safetensors")
-    with pytest.raises(ValueError, match="holds a resnet8, and --network says resnet14"):
+    with pytest.raises(ValueError, match="holds a resnet8, but --network is resnet14"):
         open_teacher(tmp_path / "ours.safetensors", "resnet14")
     timm = pytest.importorskip("timm")
     other = timm.create_model("resnet10t", num_classes=5).eval()

@@ -279,7 +279,7 @@ def test_a_run_that_is_repeated_does_not_approve_a_changed_shard(spoil, message,
             ),
             "its tensors are not those of its card",
         ),
-        (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a whole shard"),
+        (lambda store: (store / "00001.safetensors").write_bytes(b"no shard"), "it is not a complete shard"),
     ],
 )
 def test_a_run_that_goes_on_does_not_approve_a_changed_shard(spoil, message, whole, tmp_path):
@@ -495,7 +495,7 @@ def test_a_store_with_an_image_is_never_replaced(whole, tmp_path):
         path.unlink()
     before = contents(tmp_path / "store")
     for changes in ({"seed": 1}, {"count": 501}, {"slots": 64}):
-        with pytest.raises(ValueError, match="made otherwise"):
+        with pytest.raises(ValueError, match="with other settings"):
             generate(replace(RECIPE, **changes), tmp_path / "store")
     assert contents(tmp_path / "store") == before
 

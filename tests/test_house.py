@@ -191,7 +191,7 @@ def test_executing_what_is_stale(house):
     )
     assert (
         done.returncode == 1
-        and done.stderr.endswith("Failed, and left as they were: 02_bad\n")
+        and done.stderr.endswith("Failed, and not changed: 02_bad\n")
         and "ZeroDivisionError" in done.stderr
     )
     assert (bad.read_text(), old.read_text()) == before
@@ -226,9 +226,57 @@ def test_the_table_of_chapters_is_written_from_the_chapters(house):
     house.write_stamps(house.stamps() | {"00_core": house.stamps()["00_core"] | {"seconds": 21.0}})
     changed = {line for line in course_of(house).splitlines() if line not in table.splitlines()}
     core = next(line for line in changed if "00_core" in line)
-    assert core.startswith("| [00 Another title](00_core.ipynb) | Another \\| line. | – |") and core.endswith("| 30 |")
-    assert int(core.split(" | ")[-3]) >= 10  # minutes for 1,500 words and the code
+    assert core.startswith("| [00 Another title](00_core.ipynb) | variation | Another \\| line. | – |")
+    assert core.endswith("| 30 |")
+    assert int(core.split(" | ")[-3].removeprefix("≈ ")) >= 10  # minutes for 1,500 words and the code
     assert any("31_mixing.mixers" in line and line.endswith("| 24 | 5 |") for line in changed)  # twelve for each
+
+
+def read_column(house):
+    "By number: what the table says of the minutes that a chapter takes to read."
+    rows = [line.split(" | ") for line in course_of(house).splitlines() if line.startswith("| [")]
+    return {re.search(r"\d\d", row[0])[0]: row[-3] for row in rows}
+
+
+def test_times_of_readers_replace_the_estimates(house):
+    before = read_column(house)
+    assert all(re.fullmatch(r"≈ \d+", minutes) for minutes in before.values())
+    assert "No reader has reported a time yet" in course_of(house)
+    house.REPORTED.write_text('{"31_mixing.mixers": [50, 200, 90]}')
+    assert read_column(house) == before | {"31": "90 (3)"}
+    assert "Readers have reported their times for 1 of 3 notebooks." in course_of(house)
+    row = next(line for line in course_of(house).splitlines() if line.startswith("| **The main path**"))
+    assert row == "| **The main path** | | | | 2 hours | 1 hours | |"  # of chapters 22 to 60 only 31 is here
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"31": [50]}', "Expected names of notebooks .*got '31'"),
+        ('{"00_core": [0]}', "Expected a list of minutes for 00"),
+    ],
+)
+def test_what_is_no_reading_time_is_said(house, text, message):
+    house.REPORTED.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        course_of(house)
+
+
+def test_hidden_checks_are_not_counted_as_reading(house):
+    before = read_column(house)["00"]
+    long = "\n".join(f"x = {i}" for i in range(1200))  # 100 minutes
+    for first, same in (("#| hide\n", True), ("", False)):
+        edit(
+            house.ROOT / "nbs" / "00_core.ipynb",
+            lambda cells: cells_of("code", cells)[-1].update(source=[first + long]),
+        )
+        assert (int(read_column(house)["00"][2:]) - int(before[2:]) < 50) == same
+
+
+def test_a_main_path_longer_than_a_weekend_is_an_error(house):
+    house.REPORTED.write_text('{"31_mixing.mixers": [930]}')  # 15.5 hours, and 36 minutes for its exercises
+    with pytest.raises(SystemExit, match="Expected a main path of 16 hours at most, .* got 16.1"):
+        course_of(house)
 
 
 def course_of(house):
@@ -253,13 +301,13 @@ def test_check_says_when_the_table_or_the_readme_is_old(house):
     house.write_readme()
     house.check_readme()
     (house.ROOT / "README.md").write_text("")
-    with pytest.raises(SystemExit, match="README.md is not what nbs/index.ipynb says: run `make readme`"):
+    with pytest.raises(SystemExit, match="README.md is out of date with nbs/index.ipynb: run `make readme`"):
         house.check_readme()
     edit(
         house.ROOT / "nbs" / "00_core.ipynb",
         lambda cells: cells_of("markdown", cells)[0]["source"].insert(0, "# Another title\n"),
     )
-    with pytest.raises(SystemExit, match="The table of chapters .* is not what the chapters say: run `make readme`"):
+    with pytest.raises(SystemExit, match="The table of chapters .* is out of date: run `make readme`"):
         house.check_readme()
     edit(house.ROOT / "nbs" / "index.ipynb", lambda cells: [cell.update(source=["nothing"]) for cell in cells])
     with pytest.raises(SystemExit, match="Expected a cell of nbs/index.ipynb with the lines"):

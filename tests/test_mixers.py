@@ -114,7 +114,7 @@ BAD = {
     "soft labels that do not sum to 1": ((images, torch.ones(4, 10)), "whose rows sum to 1, got sums from 10 to 10"),
     "soft labels below 0": ((images, 2 * torch.eye(4, 10) - torch.eye(4, 10).roll(1, 1)), "of 0 or more.*smallest -1"),
     "soft labels of fewer images": ((images, torch.eye(3, 10)), r"\(4, N\), got torch.float32 \(3, 10\)"),
-    "floats": ((images, labels.float()), r"class indices \(4,\), one an image, .*got torch.float32 \(4,\)"),
+    "floats": ((images, labels.float()), r"class indices \(4,\), one per image, .*got torch.float32 \(4,\)"),
     "too few labels": ((images, labels[:3]), r"class indices \(4,\), .* got torch.int64 \(3,\)"),
     "a list of labels": ((images, [0, 1, 2, 3]), r"class indices \(4,\), .* got list"),
     "a label too large": ((images, labels + 7), "10"),
@@ -142,7 +142,7 @@ def test_an_alpha_that_no_dirichlet_distribution_has(mixer, alpha):
 
 def test_what_makes_no_batch_is_said(digits):
     x, labels = digits.train[:4]
-    with pytest.raises(ValueError, match="samples that are alike"):
+    with pytest.raises(ValueError, match="samples of equal shape"):
         MixUp(10)((x[0], labels))
     with pytest.raises(ValueError, match=r"samples \(image, label\), got 3"):
         MixUp(10)([(i, 1, 2) for i in x])

@@ -457,7 +457,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("last", [False, True])
 def test_tokens_of_which_nothing_is_known(last):
     network, x = Tokens(last), torch.randn(2, 3, 8, 12)
-    with pytest.raises(ValueError, match=r"Cannot tell the channels' axis of 'stage', .* give layout="):
+    with pytest.raises(ValueError, match=r"Cannot tell the channels' axis of 'stage', .* pass layout="):
         Hooked(network, "stem", ["stage"], "head").features(x)
     known = Hooked(network, "stem", ["stage"], "head", layout="BLC" if last else "BCL")
     torch.testing.assert_close(known.features(x)[1], network.stem(x))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from supermix import accuracy, distill, load, load_folder, make_mixes
+from supermix import accuracy, distill, load, load_data, load_folder, make_mixes, pretrained
 from supermix.cli import parse_command
 from supermix.experiments.demo import DemoRow, _demo_table
 from supermix.experiments.race import _read_report
@@ -265,11 +265,21 @@ def test_the_teacher_sees_both_photographs_in_their_mix(pictures):
     assert torch.allclose(masks.sum(0), torch.ones(224, 224), atol=1e-5) and mixed.shape == (224, 224, 3)
 
 
+def test_the_explorers_picture_shows_both_images_and_three_mixes(pictures, tmp_path):
+    digits = load_data("digits")
+    pictures.draw_explorer(tmp_path / "a.png", digits.test, pretrained("digits"), (0, 1))
+    with Image.open(tmp_path / "a.png") as drawn, Image.open(ROOT / "nbs" / "images" / "cifar100_explorer.png") as kept:
+        assert drawn.size == kept.size == (800, 440)
+        for left in (20, 130, 230, 375, 520):  # two sources, and the mixes of SuperMix, MixUp and CutMix
+            box = drawn.convert("L").crop((left, 45, left + 80, 145))
+            assert box.getextrema()[1] - box.getextrema()[0] > 100
+
+
 # ---- the course: a table that tools/course.py writes
 
 COURSE = dict(
     re.findall(
-        r"^\| \[[^\]]*\]\(([\w./]+)\.ipynb\) \| .* \| (.*?) \| \d+ \| (?:\d+|–) \| (?:\d+|–) \|$",
+        r"^\| \[[^\]]*\]\(([\w./]+)\.ipynb\) \| .* \| (.*?) \| (?:≈ \d+|\d+ \(\d+\)) \| (?:\d+|–) \| (?:\d+|–) \|$",
         INDEX,
         re.MULTILINE,
     )
@@ -329,6 +339,18 @@ def test_a_chapters_needs_are_what_it_imports(name):
     assert used <= serving(name) | EVERYWHERE, (
         f"imports from {sorted(used - serving(name) - EVERYWHERE)}, which the table does not name: run `make readme`"
     )
+
+
+def test_the_main_path_is_a_weekend_from_masks_to_the_study():
+    rows = re.findall(
+        r"^\| \[.*?\]\(([\w./]+)\.ipynb\) \| (\*\*main\*\*|variation) \| .* \| (.*) \| (.*) \| .* \|$", INDEX, re.M
+    )
+    assert [name for name, *_ in rows] == list(COURSE)
+    main = [row for row in rows if row[1] == "**main**"]
+    for needed in ("30_mixing.masks", "33_mixing.solver", "45_distillation.distill", "60_experiments.study"):
+        assert needed in [name for name, *_ in main]
+    minutes = sum(int(re.search(r"\d+", read)[0]) + int(do) for *_, read, do in main)
+    assert 8 * 60 < minutes <= 16 * 60
 
 
 def test_the_paths_name_chapters():

@@ -225,7 +225,7 @@ OUT_OF_RANGE = [
     (Training, dict(clip_grad=INF), "clip_grad above 0, or None, got inf"),
     (Training, dict(nesterov=True, momentum=0.0), "nesterov=True with .* a momentum above 0, got 'sgd' and 0.0"),
     (Training, dict(nesterov=True, optimizer="adamw"), "nesterov=True with optimizer='sgd'"),
-    (Mixing, dict(k=1), "k of 2 or more images a set, got 1"),
+    (Mixing, dict(k=1), "k of 2 or more images per set, got 1"),
     (Mixing, dict(mask_size=0), "mask_size of 1 or more"),
     (Mixing, dict(max_iter=0), "max_iter of 1 or more"),
     (Mixing, dict(sigma=-1.0), "sigma of 0 or more, got -1.0"),
@@ -265,7 +265,7 @@ OUT_OF_RANGE = [
     (Recipe, dict(mixed_pad=-1), "mixed_pad of 0 or more"),
     (Training, dict(views=0), "views of 1 or more, or None, got 0"),
     (Recipe, dict(size=0), "size of 1 or more, or None, got 0"),
-    (Variant, dict(k=1), "k of 2 or more images a set, or None, got 1"),
+    (Variant, dict(k=1), "k of 2 or more images per set, or None, got 1"),
     (Variant, dict(cutout=-1), "cutout of 0 or more"),
     (Variant, dict(label="lamb"), "Unknown label of mixed images 'lamb'. Did you mean 'lam'"),
 ]

@@ -252,7 +252,7 @@ def test_fsp_is_possible_within_families(teacher, student, places):
             lambda places: run_distillation(TINY, "kd", "supermx", **places),
             "Unknown mixer 'supermx'. Did you mean 'supermix'",
         ),
-        (lambda places: run_distillation(TINY, "authors", **places), "give a mixer"),
+        (lambda places: run_distillation(TINY, "authors", **places), "pass a mixer"),
         (
             lambda places: run_classification(TINY, "randaugmnt", **places),
             "Unknown policy 'randaugmnt'. Did you mean 'randaugment'",
@@ -476,7 +476,7 @@ def test_policies_of_one_name_do_not_share_a_result(tmp_path):
 
 def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
     save(create("resnet8", 10), tmp_path / "teacher.safetensors")
-    with pytest.raises(ValueError, match="holds a resnet8, and the .* is resnet14: say --teacher resnet8"):
+    with pytest.raises(ValueError, match="holds a resnet8, and the .* is resnet14: use --teacher resnet8"):
         _open_teacher(CIFAR100.at("smoke"), digits, tmp_path, tmp_path / "teacher.safetensors")
 
 
@@ -729,7 +729,7 @@ def test_a_result_of_other_images_is_not_taken(tmp_path):
 def test_a_teacher_of_other_images_is_not_taken(tmp_path):
     save(pretrained("fashion_mnist"), tmp_path / "fashion.safetensors")
     recipe = replace(TINY, data="digits", teacher="resnet20")
-    with pytest.raises(ValueError, match="learned from fashion_mnist, and is asked about digits"):
+    with pytest.raises(ValueError, match="was trained on fashion_mnist, and you use it for digits"):
         run_distillation(recipe, "kd", folder=tmp_path, results=tmp_path, teacher=tmp_path / "fashion.safetensors")
 
 

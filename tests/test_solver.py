@@ -951,7 +951,7 @@ def nets(logits):
 
 
 BAD = {
-    "k = 1": (lambda t, s, lam: SuperMix(t, k=1), "Expected k of 2 or more images a set, got 1"),
+    "k = 1": (lambda t, s, lam: SuperMix(t, k=1), "Expected k of 2 or more images per set, got 1"),
     "half an image": (lambda t, s, lam: SuperMix(t, k=2.5), "k.* got 2.5"),
     "no mask": (lambda t, s, lam: SuperMix(t, mask_size=0), "Expected mask_size of 1 or more, got 0"),
     "half a cell": (lambda t, s, lam: SuperMix(t, mask_size=7.5), "mask_size.* got 7.5"),

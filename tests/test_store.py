@@ -305,7 +305,7 @@ def test_total_variation():
 
 
 def test_a_folder_of_another_run(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"made otherwise \(recipe.seed: 0 there, 1 now\)"):
+    with pytest.raises(ValueError, match=r"with other settings \(recipe.seed: 0 there, 1 now\)"):
         generate(replace(RECIPE, seed=1), folder)
     assert Store(folder).manifest()["images"] == 300
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -467,7 +467,7 @@ def test_two_functions_are_two_teachers(wrap, teacher, digits, tmp_path):
         lambda x: teacher(x)[:, :9],
         teacher,
     ):
-        with pytest.raises(ValueError, match="made otherwise .*teacher"):
+        with pytest.raises(ValueError, match="with other settings .*teacher"):
             generate(recipe, store.folder, digits.train, other if other is teacher else wrap(other))
     assert {p.name: p.read_bytes() for p in store.folder.iterdir()} == before
 

@@ -24,6 +24,7 @@ from supermix.experiments.study import (
     _confidence_interval,
     _core_seconds,
     _core_trials,
+    _load_data_and_teacher,
     _measure_prices,
     _Place,
     _run_all,
@@ -34,6 +35,7 @@ from supermix.experiments.study import (
     study_table,
 )
 from supermix.recipes import METHODS, Mixing
+from supermix.zoo import create, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,16 +44,26 @@ def test_the_grid_is_the_studys():
     trials = all_trials()
     assert len({t.file for t in trials}) == len(trials)
     assert {t.seed for t in trials if t.group == "core"} == set(range(5)) and len(_core_trials()) == 13
-    seen = lambda t: t.updates * t.batch_size * (2 if t.mixer else 1)  # images that the student sees
+    both = lambda t: t.mixer and not METHODS[t.method].mixes  # natural and mixed images
+    seen = lambda t: t.updates * t.batch_size * (2 if both(t) else 1)  # images that the student sees
     same = [t for t in trials if "double" in t.name or t.name == "SuperMix + KD"]
-    assert len({(t.data == "cifar100", seen(t)) for t in same}) == 2
+    for hundred in {t.group for t in same if t.data == "cifar100"}:
+        assert len({seen(t) for t in same if t.group == hundred}) == 1 < len([t for t in same if t.group == hundred])
+    assert len({seen(t) for t in same if t.data != "cifar100"}) == 1
     assert {t.seed for t in trials if t.group == "ablation"} == {0, 1}
     for group in ("n=500", "n=5000", "WRN-16-1", "harder", "schedule", "further"):
         assert {t.seed for t in trials if t.group == group} == {0, 1, 2}
     assert {t.seed for t in trials if t.name.startswith("KD, rate")} == {0}
     assert {t.data for t in trials if t.group == "harder"} == {"cluttered"}
-    assert {t.data for t in trials if t.group == "cifar100"} == {"cifar100"}
-    assert {t.data for t in trials if t.group not in ("harder", "cifar100")} == {"fashion_mnist"}
+    assert {t.seed for t in trials if t.group == "cifar100"} == {0, 1, 2}
+    assert {t.data for t in trials if t.group.startswith("cifar100")} == {"cifar100"}
+    assert {t.data for t in trials if t.group != "harder" and "cifar100" not in t.group} == {"fashion_mnist"}
+    for t in trials:  # what a GPU is needed for
+        assert bool(t.teacher) == t.group.startswith("cifar100-") == t.bfloat16
+    lengths = {
+        group: {t.training.epochs for t in trials if t.group == group} for group in ("cifar100-30", "cifar100-120")
+    }
+    assert lengths == {"cifar100-30": {30, 60}, "cifar100-120": {120, 240}}
     for t in trials:
         assert t.method in METHODS and (t.mixer is None or t.mixer in MIXERS)
         assert t.training.epochs * ceil(t.images / t.batch_size) == t.updates
@@ -158,6 +170,22 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
 def test_an_unknown_group_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="Unknown group 'cor'. Did you mean 'core'"):
         study(tmp_path, groups=("cor",))
+
+
+def test_a_teacher_that_is_missing_is_an_error_with_its_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="supermix teacher --data digits --network wrn_16_1 --out .* --half"):
+        _load_data_and_teacher("digits", "wrn_16_1", tmp_path, tmp_path / "study")
+
+
+def test_a_trained_teacher_is_found(tmp_path):
+    network, folder = create("wrn_16_1", num_classes=10), tmp_path / "teachers"
+    network.info = load_data("digits").info
+    save(network, folder / "digits_wrn_16_1.safetensors", half=True)
+    (folder / "digits_wrn_16_1.json").write_text('{"sha256": "0123", "test_accuracy": 1.0}')
+    data, teacher = _load_data_and_teacher("digits", "wrn_16_1", tmp_path, tmp_path / "study")
+    x = data.test[:8][0]
+    assert teacher.card["sha256"] == "0123" and teacher.name == "wrn_16_1"
+    assert torch.allclose(teacher(x), network.eval()(x), atol=1e-2)
 
 
 # ---- several at a time

@@ -222,6 +222,23 @@ def test_a_network_comes_back_from_its_file(saved, digits, tmp_path):
     assert save(again, tmp_path / "twice", note="never trained", accuracy=9.5).read_bytes() == path.read_bytes()
 
 
+def test_a_network_in_16_bits_takes_half_the_room(saved, tmp_path):
+    network, path = saved
+    small = save(network, tmp_path / "half.safetensors", half=True)
+    again = load(small)
+    assert small.stat().st_size < 0.55 * path.stat().st_size
+    for name, t in again.state_dict().items():
+        whole = network.state_dict()[name]
+        assert t.dtype == whole.dtype and torch.equal(
+            t, whole.half().to(whole.dtype) if t.is_floating_point() else whole
+        )
+    with torch.no_grad():
+        next(network.parameters())[0] = 1e6  # more than 16 bits can hold
+    with pytest.raises(ValueError, match="expected finite weights"):
+        save(network, tmp_path / "half.safetensors", half=True)
+    assert torch.equal(load(small).state_dict()["stem.0.weight"], again.state_dict()["stem.0.weight"])
+
+
 def compiled(module):
     return torch.compile(module, backend="eager")  # needs no C++ compiler
 
@@ -344,7 +361,7 @@ def test_a_folder_gives_a_table(saved, photos, tmp_path):
     many = predict(network, tmp_path / "in")
     assert len(many.classes) == 124 and repr(many).endswith("… and 74 more")
     torch.testing.assert_close(many.probabilities[-1], said.probabilities[-1])
-    with pytest.raises(ValueError, match="b is a folder: give it alone"):
+    with pytest.raises(ValueError, match="b is a folder: pass it alone"):
         predict(network, [tmp_path / "in" / "b"])
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="Expected images in .*none, such as .jpg or .png files, found none"):
@@ -464,5 +481,5 @@ def test_the_teacher_of_a_hundred_classes_is_as_good_as_its_card_says():
 def test_a_network_that_learned_from_other_images(teacher, digits, tmp_path):
     path = save(teacher, tmp_path / "digits.safetensors")
     assert load(path, digits.info).info == digits.info
-    with pytest.raises(ValueError, match="learned from digits, and is asked about photos, whose classes and mean"):
+    with pytest.raises(ValueError, match="was trained on digits, and you use it for photos, whose classes and mean"):
         load(path, Info("photos", tuple("abcdefghij"), 32, (0.5,) * 3, digits.info.std))

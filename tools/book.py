@@ -1,5 +1,5 @@
-"""Makes the book (out/book): the notebooks with their kept outputs, their solutions, and the package's signatures as
-one static site.
+"""Makes the book (out/book): one static site with the notebooks and their saved outputs, their solutions, and the
+package's signatures.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def page_of(path, solved):
 
 
 def signature(node, lines):
-    "The lines of a definition above its body, comments and all; of a class its fields, too."
+    "The lines of a definition above its body, with comments; for a class also its fields."
     first, top = node.body[0], min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     if isinstance(node, ast.ClassDef):
         head = lines[top : first.lineno - 1] or [lines[top][: first.col_offset]]
@@ -122,7 +122,7 @@ def title_of(page):
 
 
 def tree_of(caption, entries):
-    "A part of the navigation, as a cell; none without entries."
+    "A part of the navigation as a cell, or None without entries."
     return (
         [text_cell("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(entries) + "\n```")]
         if entries
@@ -162,7 +162,7 @@ def sources():
 
 
 def fetched(site):
-    "What pages and styles would fetch from elsewhere."
+    "The files that pages and styles would load from other sites."
     return [
         f"{f.relative_to(site)}: {m[0][:120]}"
         for f in sorted(site.rglob("*"))
@@ -172,7 +172,7 @@ def fetched(site):
 
 
 class Links(HTMLParser):
-    "Where a page leads, and the anchors that others can lead to."
+    "The links of a page, and its anchors."
 
     def __init__(self, text):
         super().__init__()
@@ -186,7 +186,7 @@ class Links(HTMLParser):
 
 
 def dead(site):
-    "Links within the site that lead to no file of it, or to an anchor that its page does not have."
+    "Links within the site whose file or anchor does not exist."
     site = site.resolve()
     pages = {
         f: Links(f.read_text()) for f in sorted(site.rglob("*.html")) if f.relative_to(site).parts[0] != "_static"
@@ -207,8 +207,7 @@ def dead(site):
 
 
 def build(source, site):
-    """Render the pages, or exit with all that is wrong: Sphinx's warnings, what would be fetched, and links that lead
-    nowhere."""
+    """Render the pages, or exit with all faults: Sphinx's warnings, files from other sites, and broken links."""
     command = [
         sys.executable,
         "-m",
@@ -224,9 +223,9 @@ def build(source, site):
         source,
         site,
     ]
-    faults = ["Sphinx is not content: see above."] if subprocess.run(command).returncode else []
-    faults += [f"This is fetched from elsewhere: {fault}" for fault in fetched(site)] + [
-        f"This link leads nowhere: {fault}" for fault in dead(site)
+    faults = ["Sphinx found faults: see above."] if subprocess.run(command).returncode else []
+    faults += [f"This is loaded from another site: {fault}" for fault in fetched(site)] + [
+        f"This link is broken: {fault}" for fault in dead(site)
     ]
     if faults:
         sys.exit("\n".join(faults))
@@ -239,11 +238,11 @@ if __name__ == "__main__":
         nargs="?",
         type=Path,
         default=ROOT / "out" / "book",
-        help="where the book is written; a book that is there is replaced",
+        help="the folder for the book; an existing book is replaced",
     )
     site = parser.parse_args().folder
     if site.exists() and (not site.is_dir() or any(site.iterdir()) and not (site / ".buildinfo").is_file()):
-        parser.error(f"{site} is there and is no book: name another folder, or empty it.")
+        parser.error(f"{site} exists and is not a book: name another folder, or empty it.")
     shutil.rmtree(site, ignore_errors=True)
     sources()
     build(SOURCE, site)

@@ -1,4 +1,4 @@
-"""Sphinx's settings for `make book` (tools/book.py). Nothing of the site is fetched from elsewhere when it is read."""
+"""Sphinx's settings for `make book` (tools/book.py). The site loads nothing from other sites."""
 
 import re
 from configparser import ConfigParser
@@ -17,7 +17,7 @@ copyright = facts["DEFAULT"]["copyright"]
 
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # the outputs are those in the notebooks
-nb_ipywidgets_js = {}  # a widget needs a kernel; without one its scripts would only be fetched in vain
+nb_ipywidgets_js = {}  # a widget needs a kernel; without one its scripts would be useless
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "smartquotes"]
 myst_heading_anchors = 3
@@ -52,7 +52,7 @@ SUM = '<mo class="sum" largeop="false">&#x02211;</mo>'
 
 
 def mathml(node, display):
-    "LaTeX as MathML; what the converter does not know it would leave standing in the text, backslash and all."
+    "LaTeX as MathML; the converter would leave unknown commands in the text with their backslash."
     tex = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", node.astext())
     tex = re.sub(r"(\\[bB]igg?[lr]?)\s*(\\(?:\||[a-zA-Z]+))", lambda m: m[1] + FENCES.get(m[2], m[2]), tex)
     # TeX leaves a little space around a function's name
@@ -67,7 +67,7 @@ def mathml(node, display):
     if display == "block":
         result = result.replace("<mo>&#x02211;</mo>", SUM)
     if "\\" in result:
-        logger.warning("not to be read as LaTeX: %s", tex, location=node)
+        logger.warning("cannot be read as LaTeX: %s", tex, location=node)
     return result
 
 

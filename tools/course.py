@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from statistics import median
 
 PARTS = {
     0: "What we stand on",
@@ -12,10 +13,13 @@ PARTS = {
     40: "Learning from a teacher",
     50: "Use",
 }  # by the number of their first chapter
-EVERYWHERE = {"00", "01", "02", "19"}  # chapters that are not named as needs
+EVERYWHERE = {"00", "01", "02", "19"}  # chapters that every chapter needs; the table does not name them
+# from masks to a distilled student and to what the study found; all other chapters are variations
+MAIN = ("22", "30", "31", "32", "33", "34", "40", "45", "50", "60")
+HOURS = 16  # a weekend: what the main path may take, its exercises included
 BEGIN, END = "<!-- course: written by tools/course.py -->", "<!-- end of course -->"
-WORDS, LINES, MINUTES = 150, 12, 12  # words and lines of code a minute, minutes an exercise
-TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600)  # seconds, to which a chapter's are rounded up
+WORDS, LINES, MINUTES = 150, 12, 12  # words and lines of code per minute, minutes per exercise
+TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600)  # seconds; times are rounded up to one of these
 
 
 def number(name):
@@ -29,29 +33,41 @@ def order(name):
 
 
 class Chapter:
-    "What the table says of a notebook."
+    "The table's entry of a notebook."
 
     def __init__(self, path, name):
         cells = json.loads(path.read_text())["cells"]
         prose, code = (
-            "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
+            [source for cell in cells if cell["cell_type"] == kind and (source := "".join(cell["source"]))]
             for kind in ("markdown", "code")
         )
+        seen = [line for source in code if "#| hide" not in source for line in source.splitlines() if line.strip()]
+        prose, code = "\n\n".join(prose), "\n\n".join(code)
         self.name, self.number = name, number(name)
         self.title = re.search(r"^# (.+)$", prose, re.MULTILINE)[1]
         self.line = re.search(r"^> (.+)$", prose, re.MULTILINE)[1]
         self.modules = set(re.findall(r"^\s*from supermix\.([\w.]+) import", code, re.MULTILINE))
-        self.minutes = len(prose.split()) / WORDS + sum(bool(line.strip()) for line in code.splitlines()) / LINES
+        self.estimate = len(prose.split()) / WORDS + len(seen) / LINES  # minutes; nobody's time, but a length
         section = re.search(r"^## Exercises\n(.*?)(?=^## |\Z)", prose, re.MULTILINE | re.DOTALL)
         self.exercises = len(re.findall(r"^\d+\. ", section[1], re.MULTILINE)) if section else 0
 
     @property
-    def reading(self):
-        return max(5, 5 * round(self.minutes / 5))
+    def doing(self):
+        return MINUTES * self.exercises
+
+    def reading(self, reported):
+        "Minutes: the median of those that readers reported, or else the estimate."
+        return median(reported[self.name]) if reported.get(self.name) else self.estimate
+
+    def reading_cell(self, reported):
+        "As the table shows them: 80 (3) by three readers, ≈ 75 by the chapter's length."
+        if reported.get(self.name):
+            return f"{median(reported[self.name]):.0f} ({len(reported[self.name])})"
+        return f"≈ {max(5, 5 * round(self.estimate / 5))}"
 
 
 def needs(chapters):
-    "By number: the chapters from which a chapter imports, less those that one of them builds on."
+    "By number: the chapters from which a chapter imports, without those that another of them needs."
     by_module = {c.name.partition("_")[2]: c.number for c in chapters if "/" not in c.name}
     direct = {c.number: {by_module[m] for m in c.modules if m in by_module} - EVERYWHERE for c in chapters}
 
@@ -63,7 +79,7 @@ def needs(chapters):
 
 
 def ranges(numbers):
-    "Numbers as text, of which three or more that follow each other become one: 03, 11–18."
+    "Numbers as text; three or more consecutive ones become a range: 03, 11–18."
     groups = []
     for n in numbers:
         if groups and int(n) == int(groups[-1][-1]) + 1:
@@ -74,28 +90,76 @@ def ranges(numbers):
     return ", ".join(parts) or "–"
 
 
-def table(chapters, seconds):
-    "The table as Markdown; `seconds` are those that the notebooks took, by name."
-    chapters = sorted(chapters, key=lambda c: order(c.name))
+def check_reported(reported, names):
+    "Exit with an error unless what readers reported is a list of minutes for some of the chapters."
+    for name, minutes in reported.items():
+        if name not in names:
+            raise SystemExit(
+                f"Expected names of notebooks in nbs/reading.json, such as 33_mixing.solver, got {name!r}."
+            )
+        if not isinstance(minutes, list) or not all(isinstance(m, (int, float)) and m > 0 for m in minutes):
+            raise SystemExit(f"Expected a list of minutes for {name} in nbs/reading.json, got {minutes!r}.")
+
+
+def main_path(chapters, reported):
+    "The chapters of the main path, and the hours that they take for reading and for exercises."
+    path = [c for c in chapters if c.number in MAIN]
+    hours = sum(c.reading(reported) for c in path) / 60, sum(c.doing for c in path) / 60
+    if sum(hours) > HOURS:
+        raise SystemExit(
+            f"Expected a main path of {HOURS} hours at most, its exercises included, got {sum(hours):.1f}: "
+            "shorten its chapters, or take one out of MAIN in tools/course.py."
+        )
+    return path, hours
+
+
+def introduction(chapters, reported):
+    "What stands above the table: the main path and its hours, and where the reading times are from."
+    path, (read, do) = main_path(chapters, reported)
+    timed = sum(bool(reported.get(c.name)) for c in chapters)
+    known = (
+        f"Readers have reported their times for {timed} of {len(chapters)} notebooks"
+        if timed
+        else "No reader has reported a time yet, so all reading times are estimates"
+    )
+    return (
+        f"**The main path** is {ranges([c.number for c in path])}: from masks to a distilled student, and to what the "
+        f"study found. It fits into a weekend: about {read + do:.0f} hours, {read:.1f} for reading and {do:.1f} for "
+        "its exercises. It uses other chapters as tools; of these the first paragraph is enough. All other notebooks "
+        "are *variations*: further networks, mixers, losses and data, larger runs, and the tools themselves.\n\n"
+        f"{known}."
+    )
+
+
+def table(chapters, seconds, reported=None):
+    "The table as Markdown; `seconds` are those that the notebooks took, `reported` the minutes of readers, by name."
+    chapters, reported = sorted(chapters, key=lambda c: order(c.name)), reported or {}
+    check_reported(reported, {c.name for c in chapters})
     needed, parts = needs(chapters), dict(PARTS)
-    lines = ["| chapter | what it gives | needs | read (min) | do (min) | run (s) |", "|---|---|---|--:|--:|--:|"]
+    lines = [
+        introduction(chapters, reported),
+        "",
+        "| chapter | path | what it gives | needs | read (min) | do (min) | run (s) |",
+        "|---|---|---|---|--:|--:|--:|",
+    ]
     for c in chapters:
         for first in [n for n in parts if n <= int(order(c.name)[0])]:
-            lines.append(f"| **{parts.pop(first)}** | | | | | |")
+            lines.append(f"| **{parts.pop(first)}** | | | | | | |")
         run = next((t for t in TIMES if t >= seconds[c.name]), TIMES[-1]) if c.name in seconds else "–"
         label = f"{'run ' * ('/' in c.name)}{c.number.removeprefix('runs/')} {c.title}"
         lines.append(
-            f"| [{label}]({c.name}.ipynb) | {c.line.replace('|', chr(92) + '|')} | "
-            f"{ranges(needed[c.number])} | {c.reading} | {MINUTES * c.exercises or '–'} | {run} |"
+            f"| [{label}]({c.name}.ipynb) | {'**main**' if c.number in MAIN else 'variation'} | "
+            f"{c.line.replace('|', chr(92) + '|')} | {ranges(needed[c.number])} | {c.reading_cell(reported)} | "
+            f"{c.doing or '–'} | {run} |"
         )
-    hours = [
-        round(sum(values) / 60) for values in ((c.minutes for c in chapters), (MINUTES * c.exercises for c in chapters))
-    ]
-    return "\n".join([*lines, f"| **All together** | | | {hours[0]} hours | {hours[1]} hours | |"])
+    hours = sum(c.reading(reported) for c in chapters) / 60, sum(c.doing for c in chapters) / 60
+    for name, (read, do) in (("The main path", main_path(chapters, reported)[1]), ("All together", hours)):
+        lines.append(f"| **{name}** | | | | {read:.0f} hours | {do:.0f} hours | |")
+    return "\n".join(lines)
 
 
 def fill(cells, text):
-    "Put the table between its markers, in place; an error where they are not there."
+    "Put the table between its markers, in place; exits with an error if they are missing."
     for cell in cells:
         source = "".join(cell["source"])
         if BEGIN not in source:

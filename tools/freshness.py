@@ -15,12 +15,12 @@ from pathlib import Path
 
 
 def short_hash(text):
-    "Eight digits that tell one text from another."
+    "A hash of a text, of eight digits."
     return sha256(text.encode()).hexdigest()[:8]
 
 
 def docstrings(tree):
-    "Where the docstrings of a syntax tree begin: (line, column)."
+    "The starts of a syntax tree's docstrings: (line, column)."
     owners = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
     firsts = (node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and node.body)
     return {
@@ -31,8 +31,8 @@ def docstrings(tree):
 
 
 def tokens(source):
-    """The tokens of some code that its result depends on, as text. An f-string counts as one token: until 3.11 that is
-    how Python reads it."""
+    """The tokens of some code that its result depends on, as text. An f-string counts as one token, as in Python up to
+    3.11."""
     skip, lines = docstrings(ast.parse(source)), source.splitlines(keepends=True)
     begun, depth = None, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -55,7 +55,7 @@ def tokens(source):
 
 
 def bound_names(node):
-    "The names that a statement at the top of a module gives a meaning."
+    "The names that a top-level statement of a module defines."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = getattr(node, "targets", [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else [])
@@ -70,7 +70,7 @@ def is_guard(node):
 
 
 class Module:
-    "The definitions of a module, and what its names mean."
+    "The definitions of a module, and the meanings of its names."
 
     def __init__(self, name, source, is_package=False):
         self.name, self.source, self.lines = name, source, source.splitlines()
@@ -100,7 +100,7 @@ class Module:
                     self.imports[n.asname or n.name] = of, n.name
 
     def text(self, nodes):
-        "The code of some statements, without what does not count."
+        "The code of some statements, without the parts that do not count."
         parts = []
         for node in nodes:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
@@ -122,7 +122,7 @@ read_module = lru_cache(maxsize=None)(Module)  # most modules are the same when 
 
 
 def dotted(node):
-    "`a.b.c` as a list of its names, or nothing where it is no such chain."
+    "`a.b.c` as a list of its names; empty if it is not such a chain."
     names = []
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)
@@ -148,7 +148,7 @@ class House:
         return {(m.name, name): digest for m in self.modules.values() for name, digest in m.hashes.items()}
 
     def find(self, module, name):
-        "The definitions that `name` means in a module: usually one; none where it is nobody's of ours."
+        "The definitions that `name` means in a module: usually one; none if the name is not ours."
         m = self.modules.get(module)
         if m is None:
             return []
@@ -157,7 +157,7 @@ class House:
         if name in m.imports:
             of, origin = m.imports[name]
             return self.find(of, origin) if of and origin and (of, origin) != (module, name) else []
-        if "__getattr__" in m.definitions:  # names that come when they are asked for
+        if "__getattr__" in m.definitions:  # names that are created on demand
             return [(other.name, name) for other in self.modules.values() if name in other.definitions]
         return []
 
@@ -185,7 +185,7 @@ class House:
         }
 
     def local(self, module, name):
-        "The same for a name of a module that is not part of the house, as a notebook is."
+        "The definitions that `name` means in a module outside the package, such as a notebook."
         if name in module.definitions:
             return []
         of, origin = module.imports.get(name, (None, None))
@@ -245,7 +245,7 @@ def dependencies(house, path):
 
 
 def changes(kept, now):
-    "The names of what has changed between two such dictionaries. A teacher that has come since then changes nothing."
+    "The names of what has changed between two such dictionaries. A teacher that was added since then changes nothing."
     odd = [
         kept.get(digest) or now[digest]
         for digest in kept.keys() ^ now.keys()

@@ -1,12 +1,12 @@
 """Keeps notebooks, package and README in step.
 
-house.py check     export into a copy and compare: package and README must be what the notebooks say;
-                   stale outputs are reported, and with --strict they are an error
+house.py check     export into a copy and compare: package and README must agree with the notebooks;
+                   stale outputs are reported; with --strict they are an error
 house.py execute   run every notebook (or those named: 13, runs/01, solutions/) from a clean kernel and save its outputs
                    --stale: only those whose code has changed since;
-                   --workers N: that many at a time, of one thread each
-house.py readme    write the table of chapters into nbs/index.ipynb, and README.md from it: all cells but those that
-                   begin with <!-- not in the README -->
+                   --workers N: N notebooks at a time, with one thread each
+house.py readme    write the table of chapters into nbs/index.ipynb, and README.md from it: all cells except those
+                   that begin with <!-- not in the README -->
 """
 
 import argparse
@@ -28,11 +28,12 @@ from freshness import House, changes, dependencies
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STAMPS = ROOT / "nbs" / "executed.json"
+REPORTED = ROOT / "nbs" / "reading.json"
 INDEX_ONLY = "<!-- not in the README -->"  # the first line of such a cell of nbs/index.ipynb
 
 
 def name_of(path):
-    "What a notebook is called here and in the stamps: 01_data, runs/01_cifar100_distillation, solutions/01_data."
+    "The name of a notebook here and in the stamps: 01_data, runs/01_cifar100_distillation, solutions/01_data."
     return str(path.relative_to(ROOT).with_suffix("")).removeprefix("nbs/")
 
 
@@ -43,22 +44,28 @@ def notebooks(names=()):
     return [p for p in found if not names or name_of(p).startswith(tuple(names))]
 
 
+def reported():
+    "Minutes that readers took for a notebook, as they reported them: {name: [minutes, …]}."
+    return json.loads(REPORTED.read_text()) if REPORTED.is_file() else {}
+
+
 def index_with_course():
-    "nbs/index.ipynb as data, with the table of chapters as they are now."
+    "nbs/index.ipynb as data, with the current table of chapters."
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
     chapters = [
         course.Chapter(path, name_of(path))
         for path in notebooks()
         if path.name[:2].isdigit() and path.is_relative_to(ROOT / "nbs")
     ]
-    course.fill(index["cells"], course.table(chapters, {name: entry["seconds"] for name, entry in stamps().items()}))
+    seconds = {name: entry["seconds"] for name, entry in stamps().items()}
+    course.fill(index["cells"], course.table(chapters, seconds, reported()))
     return index
 
 
 def readme_text(index):
-    "An index as Markdown, without the cells that are for the index only; links are as seen from the repository's top."
+    "An index as Markdown, without the cells for the index only; links start at the repository's top."
     cells = [cell for cell in index["cells"] if not "".join(cell["source"]).startswith(INDEX_ONLY)]
-    metadata = index["metadata"] | {"language_info": {"name": "python"}}  # nbdev_clean takes it out; the fences name it
+    metadata = index["metadata"] | {"language_info": {"name": "python"}}  # nbdev_clean removes it; code fences need it
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdin", "--stdout"]
     notebook = json.dumps(index | {"cells": cells, "metadata": metadata})
     text = subprocess.run(command, input=notebook, check=True, capture_output=True, text=True).stdout
@@ -73,12 +80,12 @@ def write_readme():
 
 
 def check_readme():
-    "Exit with an error where the table of chapters or README.md is out of date."
+    "Exit with an error if the table of chapters or README.md is out of date."
     index = index_with_course()
     if index != json.loads((ROOT / "nbs" / "index.ipynb").read_text()):
-        sys.exit("The table of chapters in nbs/index.ipynb is not what the chapters say: run `make readme`.")
+        sys.exit("The table of chapters in nbs/index.ipynb is out of date: run `make readme`.")
     if (ROOT / "README.md").read_text() != readme_text(index):
-        sys.exit("README.md is not what nbs/index.ipynb says: run `make readme`.")
+        sys.exit("README.md is out of date with nbs/index.ipynb: run `make readme`.")
 
 
 def differing(a: dircmp, prefix=""):
@@ -88,7 +95,7 @@ def differing(a: dircmp, prefix=""):
 
 
 def stamps():
-    "Of each notebook: what its outputs were made with, {hash: name}, and the seconds that it took."
+    "For each notebook: the code that its outputs were made with, {hash: name}, and its seconds."
     if not STAMPS.is_file():
         return {}
     kept = json.loads(STAMPS.read_text())
@@ -100,7 +107,7 @@ def stamps():
 
 
 def write_stamps(kept):
-    "Stamps of the notebooks that there are, one a line; all or nothing. A definition's name is written once."
+    "Write the stamps of the existing notebooks, one per line, atomically. A definition's name is written once."
     here = {name: kept[name] for name in map(name_of, notebooks()) if name in kept}
     known = sorted({pair for entry in here.values() for pair in entry["uses"].items()}, key=lambda pair: pair[::-1])
     lines = [
@@ -115,8 +122,8 @@ def write_stamps(kept):
 
 
 def stale():
-    """Notebooks whose outputs are not of today's code, each with the names of what has changed; and stamps whose
-    notebook is gone."""
+    """Notebooks whose outputs are out of date, each with the names of what has changed; and stamps whose notebook is
+    gone."""
     kept, found, house = stamps(), {name_of(path): path for path in notebooks()}, House(ROOT)
     changed = {
         name: changes(kept[name]["uses"], dependencies(house, path)) if name in kept else ["never executed"]
@@ -126,17 +133,17 @@ def stale():
 
 
 def report_stale(strict):
-    "Say which outputs are stale, and why; with `strict` that is an error."
+    "Print which outputs are stale, and why; with `strict` this is an error."
     changed, gone = stale()
     lines = [
         f"  {name}: {', '.join(why[:4])}{f' and {len(why) - 4} more' if len(why) > 4 else ''}"
         for name, why in changed.items()
     ] + [f"  {name}: the notebook is gone" for name in gone]
     if not lines:
-        return print("All outputs are of today's code.")
+        return print("All outputs are up to date.")
     text = "\n".join(
         [
-            f"Outputs of {len(lines)} notebooks are older than the code that they show:",
+            f"Outputs of {len(lines)} notebooks are older than their code:",
             *lines,
             "Run `make stale` (tools/house.py execute --stale), and commit.",
         ]
@@ -147,13 +154,13 @@ def report_stale(strict):
 
 
 def check(strict):
-    """Exit with an error unless a fresh export and a fresh README change nothing. Stale outputs are reported; with
+    """Exit with an error unless a new export and a new README change nothing. Stale outputs are reported; with
     `strict` they are an error, too."""
     skip = ignore_patterns("__pycache__", "*.egg-info", ".venv", ".git", "out", "build")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         copytree(ROOT, copy, ignore=skip)
-        for module in copy.glob("supermix/**/*.py"):  # what no notebook exports any more must not survive
+        for module in copy.glob("supermix/**/*.py"):  # remove modules that no notebook exports any more
             if "AUTOGENERATED! DO NOT EDIT!" in module.read_text() and module.name != "_modidx.py":
                 module.unlink()
         subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
@@ -163,15 +170,15 @@ def check(strict):
         ignored = ["__pycache__", "out", ".ipynb_checkpoints"]
         other = [f"{f}/{n}" for f in folders for n in differing(dircmp(ROOT / f, copy / f, ignore=ignored))]
     if other:
-        sys.exit("Not what the notebooks say: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
+        sys.exit("Not as in the notebooks: " + ", ".join(other) + "\nRun nbdev_export and nbdev_clean, and commit.")
     check_readme()
-    print("The package and the README are what the notebooks say.")
+    print("The package and the README agree with the notebooks.")
     report_stale(strict)
 
 
 def run(path, env):
-    """Run one notebook from a clean kernel; it is replaced, cleaned, when all went well. Returns what it depends on and
-    its seconds."""
+    """Run one notebook from a clean kernel, and replace it by the cleaned result if nothing failed. Returns its
+    dependencies and its seconds."""
     uses, start = dependencies(House(ROOT), path), time.perf_counter()
     command = [BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--stdout", path]
     text = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout
@@ -187,14 +194,14 @@ def run(path, env):
 
 
 def execute(names, only_stale, workers):
-    """Run notebooks and save them with their outputs and stamps; one that fails keeps its old ones, and the others go
-    on."""
+    """Run notebooks and save them with their outputs and stamps. A notebook that fails keeps its old outputs, and the
+    others continue."""
     changed, _ = stale()
     unknown = [name for name in names if not notebooks([name])]
     if unknown:
         sys.exit(f"There is no notebook whose name starts with {' or '.join(unknown)}.")
     paths = [path for path in notebooks(names) if not only_stale or name_of(path) in changed]
-    # a progress bar is nothing to keep; this tree's package
+    # no progress bars in saved outputs; use this tree's package
     env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     if workers > 1:
         env["OMP_NUM_THREADS"] = "1"
@@ -205,13 +212,13 @@ def execute(names, only_stale, workers):
             try:
                 kept[jobs[job]] = job.result()
                 print(f"{jobs[job]}: {kept[jobs[job]]['seconds']} s", flush=True)
-                write_stamps(kept)  # now, so that whoever stops here loses nothing
+                write_stamps(kept)  # now, so that an interruption loses nothing
             except subprocess.CalledProcessError:
                 failed.append(jobs[job])
                 print(f"{jobs[job]}: FAILED", flush=True)
     write_stamps(kept)
     if failed:
-        sys.exit("Failed, and left as they were: " + ", ".join(sorted(failed)))
+        sys.exit("Failed, and not changed: " + ", ".join(sorted(failed)))
 
 
 if __name__ == "__main__":

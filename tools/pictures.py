@@ -1,10 +1,11 @@
 """Draws pictures into nbs/images: `pictures.py` draws the README's, `pictures.py charts` those of results/ only, and
-`pictures.py cifar100` the mixes that chapters 33, 34 and 37 show (where CIFAR-100 is found).
+`pictures.py cifar100` the mixes that chapters 33, 34, 37 and 72 show (where CIFAR-100 is found).
 
 Each PNG keeps the numbers that it shows in its field "Description"; tests/test_readme.py compares them with results/.
 """
 
 import argparse
+import io
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from supermix.data import Info, load_data
 from supermix.experiments.large import _LARGE, imagenet_classes, large_teacher
 from supermix.experiments.race import _read_report, _sparsity_and_kl
 from supermix.experiments.study import _confidence_interval, load_results
+from supermix.explore.widget import Session
 from supermix.mixing.engine import Engine, Sets, decode, draw_block, joined
 from supermix.mixing.masks import masks_from_theta, mix, show_mixes
 from supermix.mixing.solver import SuperMix, teacher_logits
@@ -132,6 +134,7 @@ def draw_cifar100(out: Path) -> None:
     "Mixes by the paper's search and by the engine's, and of the engine's those of lowest and of highest KL."
     data, teacher = load_data("cifar100"), pretrained("cifar100").requires_grad_(False)
     images, _ = data.test[:64]
+    draw_explorer(out / "cifar100_explorer.png", data.test, teacher, (26, 10))  # a tiger and a chair
     mixer = SuperMix(teacher)
     draw = mixer.draw(images, generator=torch.Generator().manual_seed(0))
     mixed = mixer.solve(images[draw.partners], draw.lam, draw=draw)
@@ -156,6 +159,16 @@ def draw_cifar100(out: Path) -> None:
             draw_sets(out / f"{name}.png", title, data.info, *parts, dpi=80 if k == 2 else 64)
 
 
+def draw_explorer(path: Path, images, teacher, pick: tuple[int, int]) -> None:
+    "The explorer's picture of two images at the update that solves them, without PuzzleMix and the curves."
+    session = Session(images, teacher, count=max(pick) + 1, search="fast", pick=pick)
+    session.change(pick=pick).wait()
+    with Image.open(io.BytesIO(session.board.frame(len(session.board) - 1))) as frame:
+        shown = frame.convert("RGB").crop((0, 0, 968, 532)).resize((800, 440), Image.Resampling.LANCZOS)
+    shown.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path)
+
+
 # ---- charts of results/
 
 ROWS = ("alone", "KD", "MixUp + KD", "CutMix + KD", "PuzzleMix + KD", "SuperMix + KD", "KD, double updates")
@@ -176,7 +189,7 @@ def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[flo
 
 
 def speeds(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
-    "By data set and number of sources k: solved images a second of baseline and engine, and how many times as many."
+    "By data set and number of sources k: solved images per second of baseline and engine, and their ratio."
     numbers = {}
     for name, file in RACES.items():
         if (results / file).is_file():
@@ -207,7 +220,7 @@ def draw_accuracy(path: Path, numbers: dict) -> None:
 
 
 def draw_speed(path: Path, numbers: dict) -> None:
-    "Solved images a second: the baseline's bar above the engine's, for each data set and number of sources."
+    "Solved images per second: the baseline's bar above the engine's, for each data set and number of sources."
     races = [(f"{name}, {k} sources", values) for name, of_k in numbers.items() for k, values in of_k.items()]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.75 * len(races)), layout="constrained")
     for y, (name, (baseline, engine, ratio)) in enumerate(races):

@@ -30,12 +30,12 @@ def nce_loss(similarity: torch.Tensor,    # (B, 1 + K): of unit vectors; column 
 
 # %% ../../nbs/43_distillation.contrast.ipynb #44968985
 def _draw_negatives(labels: torch.Tensor,   # int64 (B,): the class of each image
-                    classes: torch.Tensor,  # int64 (n,): the class of every training image, −1 where not known
+                    classes: torch.Tensor,  # int64 (n,): the class of every training image, −1 if not known
                     count: int,             # K, negatives for each image
                     generator: torch.Generator | None = None,
                     ) -> torch.Tensor:      # int64 (B, K): indices of training images, with replacement
     """Negatives of each image: uniform over all training images of other classes;
-    over all images where there is no other class."""
+    over all images if there is no other class."""
     ordered, order = classes.sort(stable=True)
     start = torch.searchsorted(ordered, labels)[:, None]
     own = torch.searchsorted(ordered, labels, right=True)[:, None] - start
@@ -53,7 +53,7 @@ def _update_memory(memory: torch.Tensor,      # (n, dim), rows of length one; ch
                    ) -> None:
     "Move rows of a memory towards new embeddings."
     ordered, order = indices.sort(stable=True)
-    first = order[torch.searchsorted(ordered, indices)]  # where each index occurs for the first time
+    first = order[torch.searchsorted(ordered, indices)]  # the first position of each index
     memory[indices] = F.normalize(momentum * memory[indices] + (1 - momentum) * embeddings[first])
 
 # %% ../../nbs/43_distillation.contrast.ipynb #3b91570b
@@ -77,7 +77,7 @@ def _estimate_log_z(similarity: torch.Tensor,   # (B, 1 + K): of unit vectors, p
 # %% ../../nbs/43_distillation.contrast.ipynb #b07933c3
 def _gather_ranks(x: torch.Tensor,    # (B, …), with a B of its own on each process
                   ) -> torch.Tensor:  # (all B together, …), the same on all processes, without gradient; x if only one
-    "Put together what all processes of torch.distributed hold, in the order of their ranks."
+    "Concatenate the tensors of all processes of torch.distributed, in the order of their ranks."
     x = x.detach()
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1: return x
     lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(distributed.get_world_size())]
@@ -92,10 +92,10 @@ def _gather_ranks(x: torch.Tensor,    # (B, …), with a B of its own on each pr
 # %% ../../nbs/43_distillation.contrast.ipynb #1c8972f4
 class CRD(Term):
     """Contrastive representation distillation (Tian et al. 2020): `nce_loss` of embeddings of the pooled vectors,
-    against memories of all training images. A ValueError where there is but one image."""
+    against memories of all training images. Raises a ValueError if there is only one image."""
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
-                 dim: int = 128,             # numbers of an embedding
-                 negatives: int = 16_384,    # K, at most; never more than there are other images
+                 dim: int = 128,             # length of an embedding
+                 negatives: int = 16_384,    # K, at most; never more than the number of other images
                  temperature: float = 0.07,  # T
                  momentum: float = 0.5,      # share of a memory's old row
                  ):
@@ -109,7 +109,7 @@ class CRD(Term):
         self.momentum = momentum
         for name in ("memory_student", "memory_teacher"):
             self.register_buffer(name, F.normalize(torch.randn(images, dim)))
-        self.register_buffer("classes", torch.full((images,), -1))            # −1: not met yet
+        self.register_buffer("classes", torch.full((images,), -1))            # −1: not seen yet
         self.register_buffer("log_z", torch.full((2,), -math.inf))            # −∞: not estimated yet
 
     @torch.compiler.disable  # compiled, the backward pass would read memories that have been overwritten

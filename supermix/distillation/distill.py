@@ -38,7 +38,7 @@ from ..training.loop import (Batch, History, Objective, check_begun, check_teach
 
 # %% ../../nbs/45_distillation.distill.ipynb #d2bedd17
 class Ensemble(nn.Module):
-    "Several teachers as one: the mean of their logits. A ValueError in `forward` where their classes differ."
+    "Several teachers as one: the mean of their logits. `forward` raises a ValueError if their classes differ."
     def __init__(self, teachers: Iterable[nn.Module]):  # images (B, 3, H, W) to logits (B, N) of the same classes
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
@@ -52,18 +52,18 @@ class Ensemble(nn.Module):
         return torch.stack(logits).mean(0)
 
 def _as_teacher(teacher: Callable | list[nn.Module] | None) -> Callable | None:
-    "One teacher: the mean of a list, without what `torch.compile` or DataParallel laid around each."
+    "One teacher: the mean of a list, without wrappers of `torch.compile` or DataParallel."
     if not isinstance(teacher, (list, tuple, nn.ModuleList)): return unwrapped(teacher)
     odd = [type(t).__name__ for t in teacher if not isinstance(t, nn.Module)]
     if odd or not len(teacher):
         raise ValueError(f"Expected networks in a list of teachers, got {', '.join(odd) or 'none'}: "
-                         "give one function that returns the mean of their logits.")
+                         "pass one function that returns the mean of their logits.")
     return Ensemble([unwrapped(t) for t in teacher])
 
 # %% ../../nbs/45_distillation.distill.ipynb #885b24f2
 def _stock_recipe(images: Images, count: int, mixing: Mixing, seed: int, mixed_pad: int | None) -> Generation:
-    """The recipe of a stock: a shard has about a quarter of its sets, 4,096 at most. All logits are kept where mixes
-    are used as they were made."""
+    """The recipe of a stock: a shard has about a quarter of its sets, at most 4,096. All logits are kept if mixes are
+    not moved."""
     shard = min(4096, 128 * ceil(count / 512)) if isinstance(count, int) and count > 0 else 128
     top = {"top": "all"} if mixed_pad is None else {}
     return Generation(images.info.name, "given", count, mixing, shard=shard, seed=seed, **top)
@@ -77,31 +77,31 @@ def _make_stock(teacher: Callable, images: Images, recipe: Generation, folder, m
         return MixedDataset(place, images, mixed_pad, check=folder is not None)
 
 def check_mixing(teacher: Callable, mixing: Mixing, images: Images) -> None:
-    "A ValueError unless masks for mixes of these images can be searched for so."
+    "Raise a ValueError unless the search works for these images, teacher and settings."
     x = images[:1][0]
     check_engine(teacher, x, mixing, slots=1)
     teacher_logits(teacher, to_device(x, teacher), mixing.k)
 
 def _check_stock_settings(mixed_pad: int | None, folder: str | Path | None) -> None:
-    "A ValueError unless mixes can be moved by this number of pixels, and a folder may be there."
+    "Raise a ValueError unless `mixed_pad` is valid and the folder can be created."
     if mixed_pad is not None and (not isinstance(mixed_pad, int) or isinstance(mixed_pad, bool) or mixed_pad < 0):
         raise ValueError(f"Expected mixed_pad of 0 or more pixels, or None, got {mixed_pad!r}.")
     place = None if folder is None else Path(folder) if isinstance(folder, (str, Path)) else False
     if place is False or place and place.exists() and not place.is_dir():
-        raise ValueError(f"Expected a folder, or a place where one can be made, got {folder!r}.")
+        raise ValueError(f"Expected a folder, or a path where one can be created, got {folder!r}.")
 
 # %% ../../nbs/45_distillation.distill.ipynb #885b24f4
-def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to logits (B, N); of a list the mean
-               images: Images | Data,                # the sources; of a data set its training images
-               count: int,                           # mixed images that are wanted; the last shard may bring more
-               mixing: Mixing = Mixing(**FAST),      # how they are searched for
+def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to logits (B, N); a list: their mean
+               images: Images | Data,                # the sources, or a data set with training images
+               count: int,                           # wanted number of mixed images; the last shard may add more
+               mixing: Mixing = Mixing(**FAST),      # settings of the search for masks
                seed: int = 0,                        # of all draws
-               folder: str | Path | None = None,     # of the store; one begun there goes on; None: in memory only
-               mixed_pad: int | None = 2,            # pixels that random crops of the mixes in training may be off;
-                                                     # None: mixes as they were made, with the teacher's logits
+               folder: str | Path | None = None,     # of the store; an unfinished one is resumed; None: in memory only
+               mixed_pad: int | None = 2,            # largest shift of random crops of mixes in training, in pixels;
+                                                     # None: mixes are not moved, and the teacher's logits are kept
                ) -> MixedDataset:
-    """Make SuperMix images from random views of `images`, for `distill(…, mixer=…)`. A ValueError where the settings do
-    not fit the teacher or the images, where the folder holds a store made otherwise, or where no mask is found."""
+    """Make SuperMix images from random views of `images`, for `distill(…, mixer=…)`. Raises a ValueError if the
+    settings do not fit teacher or images, if the folder holds another store, or if no set is solved."""
     if isinstance(images, Data): images = images.train
     _check_stock_settings(mixed_pad, folder)
     teacher, recipe = _as_teacher(teacher), _stock_recipe(images, count, mixing, seed, mixed_pad)
@@ -113,15 +113,17 @@ def make_mixes(teacher: Callable | list[nn.Module],  # images (B, 3, H, W) to lo
 MIXERS: dict[str, Callable[[Callable, Info], Mixer] | None] = {  # name: (teacher, info of the data) -> mixer
     "mixup": lambda teacher, info: MixUp(len(info.classes)),    # λ = ½, as in the paper's comparison
     "cutmix": lambda teacher, info: CutMix(len(info.classes)),  # λ = ½, too
-    "cutmix_authors": lambda teacher, info: CutMixInside(len(info.classes)),  # its box wholly inside (chapter 31)
+    "mixup_beta": lambda teacher, info: MixUp(len(info.classes), 1.0),   # λ ~ Beta(1, 1): uniform in 0 … 1
+    "cutmix_beta": lambda teacher, info: CutMix(len(info.classes), 1.0),
+    "cutmix_authors": lambda teacher, info: CutMixInside(len(info.classes)),  # box completely inside (chapter 31)
     "puzzlemix": lambda teacher, info: PuzzleMix(teacher, std=info.std),
-    "supermix": None,                                           # a stock that `make_mixes` makes
+    "supermix": None,                                           # a stock made by `make_mixes`
 }
 
 # %% ../../nbs/45_distillation.distill.ipynb #52fa2810
 @contextmanager
 def _global_draws_from(generator: torch.Generator) -> Iterator[None]:
-    "Within the block torch's (on processors) and NumPy's global draws follow `generator`; then they go on as before."
+    "Within the block, torch's (on CPUs) and NumPy's global generators depend on `generator`; then they are restored."
     seed, state = int(torch.randint(2 ** 31, (), generator=generator)), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -130,10 +132,10 @@ def _global_draws_from(generator: torch.Generator) -> Iterator[None]:
         finally: np.random.set_state(state)
 
 def _foreign_mixes(mixer: Callable, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-    "Images (B, 3, H, W) and soft labels (B, N) of another library's mixer; None where there is nothing to mix."
+    "Images (B, 3, H, W) and soft labels (B, N) of another library's mixer; None if there is nothing to mix."
     if isinstance(mixer, type):
         raise ValueError(f"Expected a mixer that makes mixed images and soft labels, got {mixer.__name__}, a class: "
-                         f"make one, as in {mixer.__name__}(num_classes={batch.labels.max().item() + 1}).")
+                         f"create an instance, as in {mixer.__name__}(num_classes={batch.labels.max().item() + 1}).")
     n = len(batch.images)
     if type(mixer).__module__.startswith("timm."): n -= n % 2
     if not n: return None
@@ -147,10 +149,10 @@ def _foreign_mixes(mixer: Callable, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 # %% ../../nbs/45_distillation.distill.ipynb #4b77d2fd
 class _OneOf:
-    "Mixers of which each batch gets one by chance, or none. A ValueError where the probabilities are none."
+    "Chooses a random mixer, or none, for each batch. Raises a ValueError if the probabilities are invalid."
     def __init__(self,
                  mixers: list,                                     # mixers, stocks, or names of `MIXERS`
-                 probability: float | list[float] | None = None,   # of each; a number: they share it evenly; None: 1
+                 probability: float | list[float] | None = None,   # of each mixer; a number: shared evenly; None: 1
                  ):
         n, p = len(mixers), 1.0 if probability is None else probability
         try: shares = [float(share) for share in (p if isinstance(p, (list, tuple)) else [p / n] * n)]
@@ -163,25 +165,25 @@ class _OneOf:
 
     @property
     def alone(self) -> object:
-        "The mixer itself, where there is but one and each batch gets it; else this object."
+        "The mixer itself, if there is only one and each batch gets it; otherwise this object."
         return self.mixers[0] if self.shares == [1.0] else self
 
     def uses_teacher(self, teacher: Callable) -> bool:
-        "Whether a mixer looks at images through this teacher."
+        "Whether a mixer uses this teacher."
         return any(m == "supermix" or getattr(m, "teacher", None) is teacher for m in self.mixers)
 
     def choose(self, generator: torch.Generator) -> object:
-        "One of the mixers, drawn by its probability; or None."
+        "Draw one of the mixers by its probability, or None."
         draw = torch.rand((), generator=generator).item()
         last = self.mixers[-1] if sum(self.shares) > 1 - 1e-9 else None
         return next((mixer for mixer, end in zip(self.mixers, accumulate(self.shares)) if draw < end), last)
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5ad
 class _Mixes(NamedTuple):
-    "Mixed images, and what is known of them."
+    "Mixed images with their labels or logits."
     images: torch.Tensor                 # (B, 3, H, W)
-    labels: torch.Tensor | None = None   # soft labels (B, N); None where the teacher labels a stock's images
-    logits: torch.Tensor | None = None   # the teacher's (B, N), where a stock keeps them; None: the teacher is asked
+    labels: torch.Tensor | None = None   # soft labels (B, N); None if the teacher labels a stock's images
+    logits: torch.Tensor | None = None   # the teacher's logits (B, N), if a stock keeps them; None: ask the teacher
 
 @torch.no_grad()
 def _show_picks(stock: MixedDataset, picks: Picks,
@@ -198,7 +200,7 @@ def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock 
                batch: Batch,   # B natural images, their labels, and the generator of all draws
                label: str,     # `Terms.label`: which soft labels a stock gives
                ) -> _Mixes | None:
-    "Mixed images from a stock, or mixed from this batch; None where there are none."
+    "Mixed images from a stock, or mixed from this batch; None if there are none."
     if isinstance(mixer, _OneOf): mixer = mixer.choose(batch.generator)
     if mixer is None: return None
     if isinstance(mixer, Mixer): return _Mixes(*mixer(batch.images, batch.labels, generator=batch.generator))
@@ -215,13 +217,13 @@ def _move_stocks(mixer: object, device: torch.device) -> object:
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5af
 def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, width)
-    "Soft labels with a 0 for each class that only the student has."
+    "Soft labels, padded with a 0 for each class that only the student has."
     if labels.shape[1] > width:
         raise ValueError(f"Expected a student of the {labels.shape[1]} classes of the mixes' labels, got {width}.")
     return F.pad(labels, (0, width - labels.shape[1]))
 
 def _keeps_logits(mixer: object) -> bool:
-    "Whether mixes come with the teacher's logits: from a stock of unmoved ones."
+    "Whether mixes come with the teacher's logits: from a stock of mixes that are not moved."
     return isinstance(mixer, MixedDataset) and mixer.pad is None
 
 def _is_on_gpu(mixer: object) -> bool:
@@ -229,12 +231,12 @@ def _is_on_gpu(mixer: object) -> bool:
     return isinstance(mixer, MixedDataset) and mixer.device.type == "cuda"
 
 def _asks_teacher(terms: Terms, mixers: list) -> bool:
-    "Whether the loss needs the teacher's passes, for natural images or for mixes without the logits of their stock."
+    "Whether the loss needs passes of the teacher, for natural images or for mixes without stored logits."
     of_mixes = terms.mixed_kd or (terms.mixed_ce and terms.label in ("teacher", "softmax"))
     return bool(terms.kd or terms.features or of_mixes and not (mixers and all(map(_keeps_logits, mixers))))
 
 def _mixer_identity(mixer: object) -> str:
-    "What tells a mixer from others: its numbers, or its store's hashes."
+    "The identity of a mixer: its numbers, or its store's hashes."
     if isinstance(mixer, MixedDataset): return f"MixedDataset {short_hash(mixer.manifest)} {mixer.pad}"
     if mixer is None: return "None"
     if isinstance(mixer, _OneOf): return f"OneOf {[_mixer_identity(m) for m in mixer.mixers]} {mixer.shares}"
@@ -246,7 +248,7 @@ def _mixer_identity(mixer: object) -> str:
 
 # %% ../../nbs/45_distillation.distill.ipynb #656259e0
 class _Staged(Objective):
-    "Terms on features, of which some have a first stage of training: its parameters, its optimiser, its learning rate."
+    "Terms on features; some have a first stage of training with its own parameters, optimiser and learning rate."
     def __init__(self,
                  features: dict[str, Term],  # terms by name
                  first_stage: int,           # epochs of the first stage
@@ -254,8 +256,8 @@ class _Staged(Objective):
         super().__init__()
         self.features = nn.ModuleDict(features)
         self.first_stage = first_stage
-        self.in_first_stage = False  # whether the epoch that is trained is one of them
-        self.learning = None         # the ids of the student's parameters that learn at all: some may be frozen
+        self.in_first_stage = False  # whether the current epoch is one of them
+        self.learning = None         # the ids of the student's parameters that learn (others are frozen)
 
     @property
     def first_terms(self) -> list[Term]:
@@ -263,7 +265,7 @@ class _Staged(Objective):
         return [term for term in self.features.values() if term.first]
 
     def begin_epoch(self, network: nn.Module, epoch: int) -> None:
-        "Let the parameters of the first stage learn, in its epochs; afterwards all the others."
+        "In the first stage only its parameters learn; afterwards all others do."
         if not self.first_terms: return
         self.in_first_stage = self._is_first(epoch)
         own = {id(p) for term in self.first_terms for p in term.first_parameters(unwrapped(network))}
@@ -291,7 +293,7 @@ class _Staged(Objective):
 
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c88
 def _method_identity(terms: Terms, teacher: Callable | None, images: Images | None) -> dict:
-    "What tells a method and its teacher from others: a network's weights, or a function's logits of some images."
+    "The identity of a method and its teacher: a network's weights, or a function's logits of some images."
     known = {} if teacher is None or images is None else teacher_identity(teacher, images)
     if isinstance(teacher, nn.Module) and images is None: known = {"weights": weights_hash(teacher)}
     return {**{f"terms.{name}": value for name, value in asdict(terms).items()},
@@ -301,13 +303,13 @@ def _method_identity(terms: Terms, teacher: Callable | None, images: Images | No
 class Distillation(_Staged):
     "An objective for `train`: the student's loss on a natural batch, and on a mixed one."
     def __init__(self,
-                 teacher: Callable | list[nn.Module] | None,  # images to logits; None where no term asks for it
+                 teacher: Callable | list[nn.Module] | None,  # images to logits; None if no term needs it
                  terms: Terms,                                # the weights of the loss's terms
-                 mixer: object = None,                        # of mixed images, if a term asks for them: mixer or stock
+                 mixer: object = None,                        # mixer or stock of mixed images, if a term needs them
                  student: nn.Module | None = None,            # for terms on features: the student,
-                 images: Images | None = None,                # and what it will learn from
+                 images: Images | None = None,                # and its training images
                  first_stage: int = 0,                        # epochs of the first stage, for terms that have one
-                 features: dict[str, Term] | None = None,     # what `make_terms` made; None: made here
+                 features: dict[str, Term] | None = None,     # from `make_terms`; None: created here
                  ):
         teacher = _as_teacher(teacher)
         if terms.teaches and getattr(teacher, "training", False):
@@ -316,7 +318,7 @@ class Distillation(_Staged):
         self.terms = terms
         self.mixer = mixer
         self.notes = {}   # numbers for each row of the log
-        self.known = None  # the teacher's logits of fixed views, where the recipe has them
+        self.known = None  # the teacher's logits of fixed views, if the recipe has them
         self._identity = _method_identity(terms, teacher, images) | {"mixer": _mixer_identity(mixer)}
         if isinstance(teacher, nn.Module) and images is not None and not terms.features:  # logits only
             teacher = fold_norms(teacher, to_device(images[:2][0], teacher)).to(memory_format=torch.channels_last)
@@ -324,7 +326,7 @@ class Distillation(_Staged):
 
     @property
     def teacher(self) -> Callable | None:
-        "What gives the teacher's logits."
+        "The function that gives the teacher's logits."
         return self._outside[0]
     def identity(self) -> dict:
         "Method, teacher and mixer."
@@ -333,12 +335,12 @@ class Distillation(_Staged):
         "The numbers in `notes`."
         return self.notes
     def begin_epoch(self, network: nn.Module, epoch: int) -> None:
-        "Choose what learns, and look up the teacher's logits of the views that this epoch shows."
+        "Choose what learns, and look up the teacher's logits of this epoch's views."
         super().begin_epoch(network, epoch)
         if self.known is not None: self.known.begin_epoch(epoch)
 
     def capturable(self, epoch: int) -> bool:
-        "True for terms on logits, of a teacher that is a network, with mixes from a stock or none."
+        "True for terms on logits with a network as the teacher, and with mixes from a stock or none."
         known = isinstance(self.teacher, nn.Module | None) and isinstance(self.mixer, MixedDataset | None)
         return known and not self.terms.features
 
@@ -346,7 +348,7 @@ class Distillation(_Staged):
         "True for a stock, whose images have to be mixed again."
         return isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self._is_first(epoch)
     def prepare(self, batch: Batch) -> _Mixes | Picks | None:
-        "Mixed images, and what the mixer knows of them; of a stock on a GPU, which ones `forward` is to make there."
+        "Mixed images with their labels or logits; for a stock on a GPU only which images `forward` will make there."
         if _is_on_gpu(self.mixer): return self.mixer.draw(len(batch.images), batch.generator)
         return _mix_batch(self.mixer, batch, self.terms.label)
 
@@ -361,9 +363,11 @@ class Distillation(_Staged):
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c8a
 def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mixes: _Mixes | None,
                   ) -> torch.Tensor:
-    "The weighted sum of a natural batch and of its mixes, where there are any."
-    terms, n = objective.terms, len(batch.images)
-    both, soft = batch.images, None
+    """The weighted sum of the losses of a natural batch and of its mixes, if there are any. Images that no term looks at
+    are not computed."""
+    terms, both, soft = objective.terms, batch.images, None
+    if mixes is not None and not (terms.ce or terms.kd or terms.features): both = both[:0]  # no term on natural images
+    n = len(both)
     later = [(term, weight) for name, weight in terms.features if (term := objective.features[name]).later]
     if mixes is None:
         if not (terms.ce or terms.kd or terms.features): return 0 * student(both).sum()  # nothing to learn from here
@@ -371,11 +375,11 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
     else: both, soft = to_device(torch.cat([both, mixes.images]), student), mixes.labels
     ours = outputs_of(unwrapped(student), both) if later else Outputs([], student(both))
     theirs = Outputs([], None)
-    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, mixes and mixes.logits)
+    if terms.teaches: theirs = _teacher_outputs(objective, terms, batch, both, n, mixes and mixes.logits)
     zs, zt = ours.logits.float(), theirs.logits
     if terms.mixed_ce and terms.label in ("lam", "area"): soft = _widen(soft, zs.shape[1])
     logits = (zt[:n], zs[n:], zt[n:]) if zt is not None else (None, zs[n:], None)
-    loss = student_loss(terms, zs[:n], batch.labels, *logits, soft, batch.label_smoothing)
+    loss = student_loss(terms, zs[:n], batch.labels[:n], *logits, soft, batch.label_smoothing)
     natural = Outputs([f[:n] for f in ours.features], zs[:n])
     for term, weight in later:
         loss = loss + weight * term(natural, theirs, batch.labels, batch.indices, batch.generator)
@@ -384,13 +388,13 @@ def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mix
 # %% ../../nbs/45_distillation.distill.ipynb #de679164
 @torch.no_grad()
 def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
-                     both: torch.Tensor,           # natural and then mixed images (B + B', 3, H, W)
+                     both: torch.Tensor,           # natural images, then mixed images (B + B', 3, H, W)
+                     n: int,                       # how many of them are natural: the whole batch, or none
                      stored: torch.Tensor | None,  # the teacher's logits of mixed ones (B', N), if a stock keeps them
                      ) -> Outputs:
     """Features of the natural images, and logits (B + B', N) of all, as far as the terms look at them; the other rows
     are 0. What is known already is not computed again."""
-    teacher, n = objective.teacher, len(batch.images)
-    features, natural = [], None
+    teacher, features, natural = objective.teacher, [], None
     if any(objective.features[name].later for name, _ in terms.features):  # one pass gives features and logits
         features, natural = outputs_of(teacher, both[:n])
     elif terms.kd and objective.known is not None: natural = objective.known[batch.indices].to(both.device)
@@ -406,7 +410,7 @@ def _teacher_outputs(objective: Distillation, terms: Terms, batch: Batch,
     return Outputs(features, logits)
 
 class _KnownLogits:
-    """The teacher's logits of fixed views (`Training.views`): computed in the first epoch that shows a view, kept in
+    """The teacher's logits of fixed views (`Training.views`): computed in the first epoch with a view, kept in
     16 bits (n, N), as log-probabilities."""
     def __init__(self, teacher: Callable, images: Images, recipe: Training):
         self.teacher = teacher
@@ -417,7 +421,7 @@ class _KnownLogits:
 
     @torch.no_grad()
     def begin_epoch(self, epoch: int) -> None:
-        "Compute what is missing for this epoch."
+        "Compute the missing logits for this epoch."
         view = epoch % self.recipe.views
         if view not in self.of_view:
             shown = fixed_views(self.images, self.recipe, epoch)
@@ -427,21 +431,21 @@ class _KnownLogits:
                 parts.append(self.teacher(to_device(x, self.teacher)).float().log_softmax(1).half())
             self.of_view[view] = torch.cat(parts)
         if self.now is None: self.now = self.of_view[view].clone()
-        else: self.now.copy_(self.of_view[view])  # in its place, for updates that are replayed
+        else: self.now.copy_(self.of_view[view])  # in place, for replayed updates
 
     def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:  # int64 (B,) -> float32 (B, N)
         return self.now[indices.to(self.now.device)].float()
 
 # %% ../../nbs/45_distillation.distill.ipynb #3a51fb0b
-def make_terms(terms: Terms,                         # of which the terms on features are made
-               student: nn.Module,                   # with `features`, where there are such terms
-               teacher: Callable | list[nn.Module],  # with `features`, where there are such terms
-               images: Images,                       # what the student will learn from
-               seed: int = 0,                        # of the weights that the terms begin with
+def make_terms(terms: Terms,                         # its terms on features are created
+               student: nn.Module,                   # with `features`, if there are such terms
+               teacher: Callable | list[nn.Module],  # with `features`, if there are such terms
+               images: Images,                       # the student's training images
+               seed: int = 0,                        # seed of the terms' initial weights
                ) -> dict[str, Term]:                 # by name
-    "The terms on features, made for these networks. A ValueError where they cannot be compared so."
+    "Create the terms on features for these networks. Raises a ValueError if they cannot be compared in this way."
     if not terms.features: return {}
-    from supermix.distillation.contrast import TERMS  # here: it loads the compiler, which is slow
+    from supermix.distillation.contrast import TERMS  # here, because it loads the compiler, which is slow
     student, teacher = unwrapped(student), _as_teacher(teacher)
     if isinstance(teacher, Ensemble):
         raise ValueError(f"Expected one teacher for {terms.features[0][0]!r}, which compares maps, "
@@ -463,19 +467,19 @@ def make_terms(terms: Terms,                         # of which the terms on fea
 
 # %% ../../nbs/45_distillation.distill.ipynb #19fdb848
 def _check_mixers(teacher: Callable | None, terms: Terms, mixers: list) -> None:
-    "A ValueError where a method has no mixer that it needs, or no teacher, or mixers without the labels that it needs."
+    "Raise a ValueError if a method lacks the mixer, the teacher or the labels of mixed images that it needs."
     if terms.mixes and not mixers:
         raise ValueError("This method has a term for mixed images: "
-                         "give a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
+                         "pass a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
     lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
     searches = any(isinstance(m, str) and m in ("supermix", "puzzlemix") for m in mixers)
     if teacher is None and any(map(_keeps_logits, mixers)) and (terms.kd or terms.features):
         raise ValueError("The stock keeps the teacher's logits of mixed images alone, and this method compares natural "
-                         "ones, too: give the teacher (with Training(views=8) it sees each natural image eight times "
-                         "at most), or a method without such a term, as in method=Terms(ce=1.0, mixed_kd=0.9).")
+                         "ones, too: pass the teacher (with Training(views=8) it sees each natural image at most "
+                         "eight times), or a method without such a term, as in method=Terms(ce=1.0, mixed_kd=0.9).")
     if teacher is None and (_asks_teacher(terms, mixers) or searches):
         stored = any(isinstance(m, MixedDataset) for m in mixers) and not (terms.kd or terms.features)
-        fix = (" A stock knows its teacher's logits where it keeps all of them and its images are not moved: "
+        fix = (" A stock has its teacher's logits if it keeps all of them and its images are not moved: "
                "MixedDataset(folder, images, pad=None), made by `supermix generate --top all` or with "
                "make_mixes(…, mixed_pad=None)." if stored else "")
         raise ValueError(f"This method or mixer needs a teacher, got None.{fix}")
@@ -483,10 +487,10 @@ def _check_mixers(teacher: Callable | None, terms: Terms, mixers: list) -> None:
         m.weights.__func__ is Mixer.weights)
     if terms.label == "area" and not all(map(by_area, mixers)):
         raise ValueError("Expected mixers that label by areas for label='area', or stocks of mixes; with label='lam' "
-                         "any mixer's own labels are taken.")
+                         "any mixer's own labels are used.")
 
 def _check_widths(widths: dict[str, int], terms: Terms, images: Images) -> None:
-    "A ValueError where a network has fewer classes than the images, or cannot be compared with the other."
+    "Raise a ValueError if a network has fewer classes than the images, or cannot be compared with the other."
     for name, width in widths.items():
         if width < len(images.info.classes):
             raise ValueError(f"Expected a {name} of at least the {len(images.info.classes)} classes "
@@ -495,20 +499,20 @@ def _check_widths(widths: dict[str, int], terms: Terms, images: Images) -> None:
     if compared and widths["student"] != widths["teacher"]:
         raise ValueError("Expected a student and a teacher of the same classes, "
                          f"got {widths['student']} and {widths['teacher']}: "
-                         f"give both a head for the {len(images.info.classes)} of {images.info.name}.")
+                         f"make both with a head for the {len(images.info.classes)} of {images.info.name}.")
 
 # %% ../../nbs/45_distillation.distill.ipynb #19fdb849
 def check_parts(teacher: Callable | None,  # images (B, 3, H, W) to logits (B, N)
                 terms: Terms,              # the weights of the loss
                 mixer: object,             # as `distill` takes it
-                images: Images,            # what the student will learn from
+                images: Images,            # the student's training images
                 student: nn.Module,        # images (B, 3, H, W) to logits (B, N')
                 ) -> int:                  # N', the student's classes
-    "The number of the student's classes. A ValueError where teacher, student, method and mixers do not fit together."
+    "The number of the student's classes; a ValueError if teacher, student, method and mixers do not fit together."
     _check_mixers(teacher, terms, _as_list(mixer))
     if getattr(student, "aux_logits", False):
         raise ValueError(f"Expected a student with one head, got {type(student).__name__} with auxiliary ones: "
-                         "make it with aux_logits=False.")
+                         "create it with aux_logits=False.")
     if terms.teaches and isinstance(teacher, nn.Module):
         here, there = (next(network.parameters(), torch.empty(0)).device for network in (student, teacher))
         if here != there:
@@ -526,20 +530,20 @@ def check_parts(teacher: Callable | None,  # images (B, 3, H, W) to logits (B, N
     return widths["student"]
 
 def check_first_stage(features: dict[str, Term], recipe: Training) -> None:
-    "A ValueError where terms on features need a first stage that the training has no room for."
+    "Raise a ValueError if the training is too short for the first stage that terms on features need."
     firsts = [name for name, term in features.items() if term.first]
     if firsts and not 1 <= recipe.first_stage < recipe.epochs:
         raise ValueError(f"Expected a first stage of {', '.join(firsts)} of at least one epoch, and shorter than the "
-                         f"{recipe.epochs} epochs that it is a part of, got first_stage {recipe.first_stage}.")
+                         f"{recipe.epochs} epochs of the training, got first_stage {recipe.first_stage}.")
 
 # %% ../../nbs/45_distillation.distill.ipynb #66f1285d
 def _as_list(mixer: object) -> list:
-    "The mixers in what may be none, one, or several."
+    "A list of the mixers in an argument that is None, one mixer or several."
     if isinstance(mixer, _OneOf): return list(mixer.mixers)
     return list(mixer) if isinstance(mixer, (list, tuple)) else [] if mixer is None or mixer == "" else [mixer]
 
 def _check_source(stock: MixedDataset, images: Images) -> None:
-    "A ValueError where a stock was made from other images than those that are learned from, or normalised otherwise."
+    "Raise a ValueError if a stock was made from other images than the student's, or with another normalisation."
     images = images.images if hasattr(images, "policy") else images
     if stock.source is images: return
     made, found = stock.manifest["data"]["fingerprint"], fingerprint(images)
@@ -549,25 +553,25 @@ def _check_source(stock: MixedDataset, images: Images) -> None:
                          "make_mixes(teacher, images, …), of which held_out leaves images.split(held_out)[1].")
 
 def _check_stock_teacher(stock: MixedDataset, teacher: Callable | None, images: Images) -> None:
-    "A ValueError where the logits that a stock gives are another teacher's than those of natural images."
+    "Raise a ValueError if a stock's logits come from another teacher than those of natural images."
     if teacher is None or not _keeps_logits(stock): return
     made, given = stock.manifest["teacher"], teacher_identity(teacher, images)
     if made["weights"] != given["weights"]:
         raise ValueError(f"The stock keeps the logits of another teacher ({made['name']}, {made['weights']}) than the "
-                         f"one that is given ({given['name']}, {given['weights']}): give that one, or make the stock "
-                         "with this one.")
+                         f"given one ({given['name']}, {given['weights']}): use the stock's teacher, or make the stock "
+                         "with this teacher.")
 
 def _try_mixer(mixer: Callable, images: Images, width: int | None) -> None:
-    "A ValueError unless a mixer takes such images and labels; its soft labels are of `width` classes at most."
+    "Raise a ValueError unless a mixer accepts these images and labels, with soft labels of at most `width` classes."
     if not callable(mixer):
         raise ValueError("Expected a mixer: a name, a `Mixer`, a stock of `make_mixes`, one of torchvision or timm, "
                          f"or a list of these, got {type(mixer).__name__}.")
     few = evenly(images.labels, min(4, len(images)))[:4]
-    few[0] = images.labels.argmax()  # a mixer of too few classes will not take it
+    few[0] = images.labels.argmax()  # a mixer of too few classes refuses it
     x, labels = images[few]
     batch = Batch(x, labels, few, torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a mixer may tell, once, what it does with few images
+        warnings.simplefilter("ignore")  # a mixer may warn once about few images
         try: made = _mix_batch(copy.copy(mixer), batch, "lam")
         except ValueError: raise
         except Exception as error:
@@ -576,7 +580,7 @@ def _try_mixer(mixer: Callable, images: Images, width: int | None) -> None:
     if made is not None and width is not None: _widen(made.labels, width)
 
 def _make_mixers(mixers: list, teacher: Callable | None, images: Images, width: int | None) -> list:
-    "Mixers by name are made, and all are tried; 'supermix' stays a name, for its stock takes long."
+    "Create mixers from their names and test them; 'supermix' stays a name, because its stock takes long to make."
     made = [make(teacher, images.info) if isinstance(mixer, str) and (make := lookup(MIXERS, mixer, "mixer")) else mixer
             for mixer in mixers]
     for mixer in made:
@@ -588,7 +592,7 @@ def _make_mixers(mixers: list, teacher: Callable | None, images: Images, width: 
 
 # %% ../../nbs/45_distillation.distill.ipynb #b06bdce4
 def _check_kinds(student, data, recipe, mixing, options: dict) -> None:
-    "A ValueError where an argument of `distill` is something else."
+    "Raise a ValueError if an argument of `distill` has another type."
     for what, value, kind in (("data of `load_data` or `load_folder`, or its images", data, Data | Images),
                               ("a student that is a network", student, nn.Module),
                               ("a recipe that is a `supermix.recipes.Training`", recipe, Training),
@@ -598,23 +602,23 @@ def _check_kinds(student, data, recipe, mixing, options: dict) -> None:
 
 def _terms_and_mixers(method: str | Terms, mixer: object, probability, mixes: int | None,
                       ) -> tuple[Terms, _OneOf | None]:
-    "The weights of the loss, and where mixed images come from, if from anywhere."
+    "The weights of the loss, and the source of mixed images, if there is one."
     mixers, terms = _as_list(mixer), method if isinstance(method, Terms) else method_terms(method)
     if mixers: return terms.mixed(), mixer if isinstance(mixer, _OneOf) else _OneOf(mixers, probability)
     if mixes is not None or probability is not None:
-        raise ValueError("Expected a mixer, such as mixer='supermix' where a number of mixes is given, got None.")
+        raise ValueError("Expected a mixer, such as mixer='supermix' with a number of mixes, got None.")
     return terms, None
 
 def _plan(teacher, student: nn.Module, images: Images, terms: Terms, mixers: _OneOf | None, recipe: Training,
           ) -> tuple[_OneOf | None, Images, dict[str, Term]]:
-    """Check that everything fits together: nothing is written, and nothing takes long. Returns where mixed images come
-    from ("supermix" is still to be made), the images that are learned from, and the terms on features."""
+    """Check quickly that everything fits together, without writing anything. Returns the source of mixed images
+    ("supermix" is not made yet), the training images, and the terms on features."""
     if any(unwrapped(student) is t for t in getattr(teacher, "teachers", [teacher])):
-        raise ValueError("Expected a student beside the teacher, got the teacher itself.")
+        raise ValueError("Expected a student other than the teacher, got the teacher itself.")
     check_training(recipe, len(images))
     width = check_parts(teacher, terms, mixers, images, student)
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
-    features = make_terms(terms, student, teacher, learned, recipe.seed)  # an impossible one ends here
+    features = make_terms(terms, student, teacher, learned, recipe.seed)  # an invalid one raises here
     check_first_stage(features, recipe)
     if mixers:
         soft = terms.mixed_ce and terms.label in ("lam", "area")
@@ -623,7 +627,7 @@ def _plan(teacher, student: nn.Module, images: Images, terms: Terms, mixers: _On
 
 def _plan_stock(teacher: Callable, images: Images, mixes: int | None, mixing: Mixing, seed: int, folder,
                 mixed_pad: int | None) -> Generation:
-    "The recipe of the SuperMix images that are to be made: ten for each natural image, if no number is given."
+    "The recipe of the SuperMix images: ten for each natural image, if no number is given."
     if world()[1] > 1 and folder is None:
         raise ValueError("Expected a folder in which several processes can share their mixes, got None.")
     stock = _stock_recipe(images, 10 * len(images) if mixes is None else mixes, mixing, seed, mixed_pad)
@@ -632,24 +636,24 @@ def _plan_stock(teacher: Callable, images: Images, mixes: int | None, mixing: Mi
 
 # %% ../../nbs/45_distillation.distill.ipynb #d627bb8c
 @interruptible()
-def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; of a list the mean; None: no teacher
-            student: nn.Module,                   # is trained in place; images (B, 3, H, W) to logits (B, N)
-            data: Data | Images,                  # with test images, on which accuracy is then measured; or without
+def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; a list: the mean; None: no teacher
+            student: nn.Module,                   # trained in place; images (B, 3, H, W) to logits (B, N)
+            data: Data | Images,                  # with test images (for a test accuracy) or without
             method: str | Terms = "kd",           # a name of `METHODS`, or weights of your own
             mixer: object = None,                 # a name of `MIXERS`; a mixer of ours, of torchvision or timm; a stock
                                                   # of `make_mixes`; a list of these; None: natural images only
             recipe: Training = Training(),        # the numbers of the training
-            mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": how masks are searched for
-            mixes: int | None = None,             # for mixer="supermix": how many are made; None: ten a natural image
-            mixed_pad: int | None = 2,            # for mixer="supermix": pixels that random crops of mixes may be off;
-                                                  # None: mixes as they were made, with the teacher's logits
-            folder: str | Path | None = None,     # for mixes, checkpoints and logs; what is found there goes on
-            probability: float | list[float] | None = None,  # of mixes beside a batch, or of each mixer; None: always
+            mixing: Mixing = Mixing(**FAST),      # for mixer="supermix": settings of the search
+            mixes: int | None = None,             # for mixer="supermix": number of mixes; None: ten per natural image
+            mixed_pad: int | None = 2,            # for mixer="supermix": largest shift of mixes' random crops, pixels;
+                                                  # None: mixes are not moved, and the teacher's logits are kept
+            folder: str | Path | None = None,     # for mixes, checkpoints and logs; an unfinished run is resumed
+            probability: float | list[float] | None = None,  # of mixes with a batch, or of each mixer; None: always
             **options: object,                    # of `train`: title, minutes, live
             ) -> History:
-    """Train a student with a teacher's help; afterwards it is in evaluation mode, and the teacher as it was.
-    The same seed, weights and number of threads give the same bits (chapter 22). A ValueError where teacher, student,
-    data, method and mixer do not fit together: then nothing was written."""
+    """Train a student with a teacher. Afterwards the student is in evaluation mode, and the teacher is unchanged.
+    The same seed, weights and number of threads give the same bits (chapter 22). If teacher, student, data, method and
+    mixer do not fit together, a ValueError is raised before anything is written."""
     _check_kinds(student, data, recipe, mixing, options)
     _check_stock_settings(mixed_pad, folder)
     teacher, (images, test) = _as_teacher(teacher), (data.train, data.test) if isinstance(data, Data) else (data, None)

@@ -25,12 +25,12 @@ def hint_loss(student: torch.Tensor,  # maps (B, c, h, w), already in the teache
     return F.mse_loss(student, teacher)
 
 # %% ../../nbs/41_distillation.hints.ipynb #f22526a3
-def _regressor(student: torch.Size,  # (B, c, h, w): what comes in
-               teacher: torch.Size,  # (B, C, H, W): what shall go out
-               act: bool = True,     # whether a ReLU stands at the end
+def _regressor(student: torch.Size,  # (B, c, h, w): the input
+               teacher: torch.Size,  # (B, C, H, W): the wanted output
+               act: bool = True,     # whether a ReLU follows
                ) -> nn.Sequential:   # maps (B, c, h, w) to (B, C, H, W)
-    """A convolution to the teacher's channels and size, and batch norm. A ValueError where the student's maps are
-    smaller, and not half as large."""
+    """A convolution to the teacher's channels and size, and batch norm. Raises a ValueError if the student's maps
+    are smaller and not half as large."""
     (_, c_in, *size), (_, c_out, *wanted) = student, teacher
     if size == [2 * n for n in wanted]: layer = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
     elif [2 * n for n in size] == wanted: layer = nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False)
@@ -43,7 +43,7 @@ def _regressor(student: torch.Size,  # (B, c, h, w): what comes in
 
 # %% ../../nbs/41_distillation.hints.ipynb #f465b538
 class FitNet(Term):
-    """`hint_loss` of the maps of one stage, the student's through a regressor (Romero et al. 2015). A ValueError where
+    """`hint_loss` of the maps of one stage, the student's through a regressor (Romero et al. 2015). A ValueError if
     a network has fewer stages, or the student's maps are too small."""
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
                  stage: int = 2,  # the hint: 1 is the first stage
@@ -70,7 +70,7 @@ def _same_size(a: torch.Tensor,  # maps (B, c, h, w)
 
 def _attention(maps: torch.Tensor,  # (B, c, h, w)
                ) -> torch.Tensor:   # (B, h·w), rows of length one
-    "Where maps are large: their mean square over channels, scaled to length one (Zagoruyko and Komodakis 2017)."
+    "Attention maps: the mean square over channels, scaled to length one (Zagoruyko and Komodakis 2017)."
     return F.normalize(maps.square().mean(1).flatten(1))
 
 def at_loss(student: torch.Tensor,  # maps (B, c, h, w)
@@ -83,13 +83,13 @@ def at_loss(student: torch.Tensor,  # maps (B, c, h, w)
 # %% ../../nbs/41_distillation.hints.ipynb #61713d36
 class _StageSum(Term):
     """A loss without parameters, summed over the stages. Derive a term from it and set `compare`, a static method:
-    maps of student (B, c, h, w) and teacher (B, C, H, W) of one stage to a number. A ValueError where the numbers of
+    maps of student (B, c, h, w) and teacher (B, C, H, W) of one stage to a number. A ValueError if the numbers of
     stages differ."""
     compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __init__(self, student: Outputs, teacher: Outputs, images: int):
         super().__init__(student, teacher, images)
-        stage_pairs(student, teacher)  # an error where the stages are not equally many
+        stage_pairs(student, teacher)  # raises if the numbers of stages differ
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor, indices: torch.Tensor,
                 generator: torch.Generator | None = None) -> torch.Tensor:
@@ -131,7 +131,7 @@ def fsp_loss(student_lower: torch.Tensor,  # maps (B, c, h, w)
 
 # %% ../../nbs/41_distillation.hints.ipynb #d95c0068
 class FSP(Term):
-    """`fsp_loss` of all neighbouring layers, from the stem on, as a first stage (Yim et al. 2017). A ValueError where
+    """`fsp_loss` of all neighbouring layers, from the stem on, as a first stage (Yim et al. 2017). A ValueError if
     the channels of student and teacher differ."""
     first, later = True, False
 
@@ -165,7 +165,7 @@ def ab_loss(student: torch.Tensor,  # maps before the ReLU (B, c, h, w), in the 
 # %% ../../nbs/41_distillation.hints.ipynb #ca9bcead
 class AB(Term):
     """Activation boundaries of all stages, as a first stage (Heo et al. 2019): 3/1000 of the sum of `ab_loss`, of which
-    the last stage counts fully and each one before it half as much. A ValueError where the numbers of stages differ."""
+    the last stage counts fully and each one before it half as much. Raises a ValueError if numbers of stages differ."""
     first, later = True, False
     held = True  # whether the student's neck (a WRN's last norm) stays as it is in the first stage (CRD benchmark)
 
@@ -230,7 +230,7 @@ class FT(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, labels: torch.Tensor, indices: torch.Tensor,
                 generator: torch.Generator | None = None) -> torch.Tensor:
-        with torch.no_grad(): factor = self.paraphrase(teacher.features[-2])  # learned in the first stage, and done
+        with torch.no_grad(): factor = self.paraphrase(teacher.features[-2])  # trained only in the first stage
         return ft_loss(self.translate(student.features[-2]), factor)
 
     def first_loss(self, student_network: nn.Module, teacher_network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def vid_loss(mean: torch.Tensor,      # the guess (B, c, h, w)
 # %% ../../nbs/41_distillation.hints.ipynb #0b6d82c4
 class VID(Term):
     """`vid_loss` of all stages: the teacher's maps are guessed from the student's, with one variance per channel
-    (Ahn et al. 2019). A ValueError where the numbers of stages differ."""
+    (Ahn et al. 2019). Raises a ValueError if the numbers of stages differ."""
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
                  variance: float = 5.0,  # of each channel at the start
                  eps: float = 1e-5,      # the smallest variance

@@ -61,7 +61,7 @@ def dkd_loss(student_logits: torch.Tensor,  # (B, N)
 def _correlation(a: torch.Tensor,  # (R, C)
                  b: torch.Tensor,  # (R, C)
                  ) -> torch.Tensor:  # (R,)
-    "Pearson's correlation of each row of `a` with the row of `b`; 0 where a row is constant."
+    "Pearson's correlation of each row of `a` with the row of `b`; 0 if a row is constant."
     a, b = (rows - rows.mean(1, keepdim=True) for rows in (a, b))
     constant = torch.minimum(a.norm(dim=1), b.norm(dim=1)) < 1e-6  # what is left is rounding
     return F.cosine_similarity(a, b, dim=1).masked_fill(constant, 0.0)
@@ -105,17 +105,18 @@ LOGIT_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 def student_loss(terms: Terms,                 # the weights of the terms
                  student_logits: torch.Tensor, # of the natural images (B, N)
                  labels: torch.Tensor,         # int64 (B,)
-                 teacher_logits: torch.Tensor | None = None,        # of the natural images, where `terms.kd` is not 0
-                 mixed_student_logits: torch.Tensor | None = None,  # of mixed images (B', N), where a mixed term is > 0
-                 mixed_teacher_logits: torch.Tensor | None = None,  # of mixed images, where a mixed term looks at them
+                 teacher_logits: torch.Tensor | None = None,        # of the natural images, if `terms.kd` is not 0
+                 mixed_student_logits: torch.Tensor | None = None,  # of mixed images (B', N), if a mixed term is > 0
+                 mixed_teacher_logits: torch.Tensor | None = None,  # of mixed images, if a mixed term needs them
                  mixed_labels: torch.Tensor | None = None,  # (B', N), rows that sum to 1: for `label` "lam", "area"
-                 label_smoothing: float = 0.0, # share of a natural image's label that goes to all classes evenly
+                 label_smoothing: float = 0.0, # share of a natural image's label that is spread evenly over all classes
                  ) -> torch.Tensor:            # a number: the mean over the batch
     """The weighted sum of cross-entropy and a loss on logits, on natural and on mixed images: equations (5) and (6) of
     the paper."""
     distil = lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
     if terms.logits == "dkd": distil = partial(distil, beta=terms.dkd_beta)
-    loss = terms.ce * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    loss = 0.0 * student_logits.sum()  # without natural images a term of weight 0 would be 0 / 0
+    if terms.ce: loss = terms.ce * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     if terms.kd: loss = loss + terms.kd * distil(student_logits, teacher_logits, labels, terms.tau)
     if terms.mixed_ce:
         if terms.label == "teacher": mixed_labels = mixed_teacher_logits.argmax(1)
@@ -128,9 +129,9 @@ def student_loss(terms: Terms,                 # the weights of the terms
 
 # %% ../../nbs/40_distillation.losses.ipynb #a98baae3
 class Outputs(NamedTuple):
-    "What a network computes for a batch: features and logits."
+    "The outputs of a network for a batch: features and logits."
     features: list[torch.Tensor]  # [stem (B, c0, h0, w0), stage 1 (B, c1, h1, w1), …, pooled vector (B, width)]
-    logits: torch.Tensor | None   # (B, N); None where only features are asked for
+    logits: torch.Tensor | None   # (B, N); None if only features are needed
 
     def in_float32(self) -> "Outputs":
         "These outputs with features of half precision converted to float32."
@@ -148,22 +149,22 @@ def outputs_of(network: nn.Module,    # with `features` and a `head`, or `parts(
 
 # %% ../../nbs/40_distillation.losses.ipynb #b77a9ded
 def full_precision(tensor: torch.Tensor) -> torch.autocast:
-    "A context without autocast on this tensor's device, so that what is computed in it stays in float32."
+    "A context without autocast on this tensor's device: computations in it stay in float32."
     device = tensor.device.type  # shapes alone (meta) know no autocast
     return torch.autocast(device if device != "meta" else "cpu", enabled=False)
 
 # %% ../../nbs/40_distillation.losses.ipynb #1447d484
 class Term(nn.Module):
     """A term of a student's loss that compares the features of teacher and student. To write your own, define
-    `forward`; where the term has a first stage of training, also `first_loss` and `first_parameters`. Raise a
-    ValueError in `__init__` where the two networks cannot be compared."""
+    `forward`; if the term has a first stage of training, also `first_loss` and `first_parameters`. Raise a
+    ValueError in `__init__` if the two networks cannot be compared."""
     first = False         # whether it has a first stage of training, before the student's own
-    first_lr = math.inf   # the highest learning rate that its first stage bears
+    first_lr = math.inf   # the largest learning rate for its first stage
     later = True          # whether it counts in the student's own training
 
     def __init__(self,
-                 student: Outputs,  # the student's for a probe batch, for the shapes
-                 teacher: Outputs,  # the teacher's for the same batch
+                 student: Outputs,  # the student's outputs for a probe batch, for the shapes
+                 teacher: Outputs,  # the teacher's outputs for the same batch
                  images: int,       # number of training images
                  ):
         super().__init__()
@@ -174,12 +175,12 @@ class Term(nn.Module):
             return super().__call__(student.in_float32(), teacher.in_float32(), *rest, **more)
 
     def forward(self,
-                student: Outputs,         # the student's for the batch
-                teacher: Outputs,         # the teacher's for the batch; gets no gradient
+                student: Outputs,         # the student's outputs for the batch
+                teacher: Outputs,         # the teacher's outputs for the batch; without gradient
                 labels: torch.Tensor,     # int64 (B,): classes
                 indices: torch.Tensor,    # int64 (B,): which of the training images these are
-                generator: torch.Generator | None = None,  # of a term's draws
-                ) -> torch.Tensor:        # a number, still without the term's weight
+                generator: torch.Generator | None = None,  # for a term's random draws
+                ) -> torch.Tensor:        # a number, without the term's weight
         "The loss of a batch of B natural images. Called by `distill` for each update after the first stage."
         raise NotImplementedError
 
@@ -197,8 +198,8 @@ class Term(nn.Module):
 
 # %% ../../nbs/40_distillation.losses.ipynb #db2f5f2c
 def stage_pairs(student: Outputs, teacher: Outputs,
-                ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # [(student's maps, teacher's maps), …], one a stage
-    """Both networks' maps, stage by stage; the teacher's get no gradient. A ValueError where the numbers of stages
+                ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # [(student's maps, teacher's maps), …], one per stage
+    """Both networks' maps, stage by stage; the teacher's have no gradient. Raises a ValueError if the numbers of stages
     differ."""
     ours, theirs = student.features[1:-1], teacher.features[1:-1]
     if not ours or len(ours) != len(theirs):
@@ -206,5 +207,5 @@ def stage_pairs(student: Outputs, teacher: Outputs,
     return [(s, t.detach()) for s, t in zip(ours, theirs)]
 
 def vector_pair(student: Outputs, teacher: Outputs) -> tuple[torch.Tensor, torch.Tensor]:  # (B, c), (B, C)
-    "Both networks' pooled vectors; the teacher's get no gradient."
+    "Both networks' pooled vectors; the teacher's have no gradient."
     return student.features[-1], teacher.features[-1].detach()

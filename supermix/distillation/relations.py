@@ -27,7 +27,7 @@ def sp_loss(student: torch.Tensor,  # maps or vectors (B, …)
 
 # %% ../../nbs/42_distillation.relations.ipynb #1c65d1d3
 class SP(Term):
-    """`sp_loss` of the last stage, or of all stages (Tung and Mori 2019). A ValueError where all are asked for,
+    """`sp_loss` of the last stage, or of all stages (Tung and Mori 2019). Raises a ValueError if all are used
     and their numbers differ."""
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
                  all_stages: bool = False,  # the sum over all stages, in place of the last one
@@ -53,7 +53,7 @@ def cc_loss(student: torch.Tensor,  # embeddings (B, d)
 class CC(Term):
     "`cc_loss` of linear embeddings of the pooled vectors (Peng et al. 2019, as in the CRD benchmark)."
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
-                 dim: int = 128,  # numbers of an embedding
+                 dim: int = 128,  # length of an embedding
                  ):
         super().__init__(student, teacher, images)
         ours, theirs = vector_pair(student, teacher)
@@ -68,7 +68,7 @@ class CC(Term):
 # %% ../../nbs/42_distillation.relations.ipynb #483262af
 def _distances_and_angles(vectors: torch.Tensor,  # (B, d)
                           ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shape of a set of points, which stays when it is moved, turned or scaled (Park et al. 2019): distances
+    """The shape of a set of points, unchanged by shifts, rotations and scaling (Park et al. 2019): distances
     (B, B), whose mean over different points is 1, and cosines of angles (B, B, B), the corner's index first."""
     apart = vectors[None] - vectors[:, None]
     distance = apart.norm(dim=2)
@@ -95,8 +95,8 @@ class RKD(Term):
 # %% ../../nbs/42_distillation.relations.ipynb #fdfe35c4
 def _pick_probabilities(vectors: torch.Tensor,  # (B, d)
                         eps: float = 1e-7,      # added to the vectors' lengths
-                        ) -> torch.Tensor:      # (B, B), rows summing to 1
-    "Probabilities with which each image picks each other by their cosine (Passalis and Tefas 2018)."
+                        ) -> torch.Tensor:      # (B, B); each row sums to 1
+    "The probability with which each image picks each other image, by their cosine (Passalis and Tefas 2018)."
     unit = vectors / (vectors.norm(dim=1, keepdim=True) + eps)
     kernel = (unit @ unit.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)

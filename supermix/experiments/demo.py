@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core import write_atomic
+from ..core import commit, write_atomic
 from ..data import Data, Images, load_data
 from ..distillation.distill import distill, make_mixes
 from ..mixing.masks import show_mixes
@@ -31,7 +31,7 @@ class DemoRow:
     "One student of the demo."
     name: str          # as in the table
     accuracy: float    # on the test images, in percent
-    speed: float       # natural images a second in its training; where there is a mixer, as many mixed ones beside them
+    speed: float       # natural images per second in its training; a mixer adds as many mixed images
 
 # %% ../../nbs/50_experiments.demo.ipynb #ac4817fe
 def _student_methods(mixes: MixedDataset) -> dict[str, tuple]:  # by name: a method and a mixer, as `distill` takes them
@@ -47,13 +47,13 @@ def _student_methods(mixes: MixedDataset) -> dict[str, tuple]:  # by name: a met
 
 # %% ../../nbs/50_experiments.demo.ipynb #8a085bfb
 def _demo_table(rows: list[DemoRow]) -> str:
-    "The rows as a Markdown table: test accuracies in percent, and natural images a second."
+    "The rows as a Markdown table: test accuracies in percent, and natural images per second."
     lines = [f"| {row.name:13s} | {row.accuracy:17.2f} | {row.speed:16,.0f} |" for row in rows]
     return "\n".join(["| method        | test accuracy (%) | natural images/s |",
                       "|---------------|------------------:|-----------------:|", *lines])
 
 # %% ../../nbs/50_experiments.demo.ipynb #05b1ec3b
-def _draw_mixes(mixer: SuperMix, images: Images, path: Path, rows: int = 5) -> Path:
+def _draw_mixes(mixer: SuperMix, images: Images, path: Path, rows: int = 4) -> Path:
     "Write a picture of some sets, solved ones first: sources, masks and mixed images. Returns its path."
     import matplotlib.pyplot as plt
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ def _draw_mixes(mixer: SuperMix, images: Images, path: Path, rows: int = 5) -> P
 
 # %% ../../nbs/50_experiments.demo.ipynb #ba28e6aa
 def _train_student(name: str, method: str, mixer, teacher: nn.Module, data: Data, recipe: Recipe, out: Path) -> DemoRow:
-    "Train a student on data's training images, save it in the folder `out`, and say what it reached."
+    "Train a student on the training images, save it in the folder `out`, and print its accuracy."
     torch.manual_seed(recipe.training.seed)
     student = create(recipe.student, num_classes=len(data.info.classes))
     history = distill(teacher, student, data.train, method, mixer, recipe.training, title=name)
@@ -82,11 +82,11 @@ def _train_student(name: str, method: str, mixer, teacher: nn.Module, data: Data
     return row
 
 def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo")) -> list[DemoRow]:
-    """Make SuperMix images with a small teacher, distil six students, print one table and write a picture of the mixes.
+    """Make SuperMix images with a small teacher, distil six students, print a table and write a picture of the mixes.
 
     Args:
-        scale: smoke: the same within seconds, on digits and with hardly any training
-        out: the folder for the picture, the numbers and the students
+        scale: smoke is a quick test: digits, hardly any training, a few seconds
+        out: the folder for the picture, the figures and the students
     """
     recipe = DEMO.at(scale)
     out = Path(out)
@@ -104,8 +104,9 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
             for name, (method, mixer) in _student_methods(mixes).items()]
     report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows],
               "seconds": round(time.perf_counter() - start, 1), "command": f"supermix demo --scale {scale}",
-              "torch": torch.__version__, "device": f"CPU, {torch.get_num_threads()} threads"}
+              "torch": torch.__version__, "commit": commit(),
+              "device": f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}
     write_atomic(out / "result.json", json.dumps(report, indent=1, default=str).encode())
     print(f"\n{_demo_table(rows)}\n\n{report['seconds']:.0f} seconds; "
-          f"picture {picture}, students and numbers beside it")
+          f"picture {picture}, students and figures in the same folder")
     return rows

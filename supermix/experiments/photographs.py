@@ -22,10 +22,10 @@ from ..zoo import predict as predict_images
 # %% ../../nbs/80_experiments.photographs.ipynb #80b00015
 def mixes_page(mixes: MixedDataset,  # of `make_mixes`, or opened from a store
                rows: int = 2,        # of the page
-               columns: int = 6,     # mixes a row
+               columns: int = 6,     # mixes per row
                seed: int = 0,        # of the choice
                ) -> plt.Figure:
-    "A page of some mixed images, each below its sources, with the wanted shares and the teacher's likeliest classes."
+    "A page of some mixed images below their sources, with the wanted shares and the teacher's most probable classes."
     n = min(rows * columns, len(mixes))
     batch = mixes.batch(torch.randperm(len(mixes), generator=torch.Generator().manual_seed(seed))[:n])
     sources, mixed = (mixes.info.denormalize(x).cpu() for x in (batch.sets, batch.images))
@@ -47,7 +47,7 @@ def mixes_page(mixes: MixedDataset,  # of `make_mixes`, or opened from a store
 
 # %% ../../nbs/80_experiments.photographs.ipynb #80a00004
 def _prediction_rows(prediction: Prediction, files: list[str], names: tuple[str, ...], top: int) -> list[dict]:
-    "What a network says about each file, likeliest class first."
+    "A network's predictions for each file, with the most probable class first."
     shares, classes = prediction.probabilities.topk(min(top, prediction.probabilities.shape[1]))
     said = [[{"class": c, "label": names[c] if c < len(names) else f"class {c}", "probability": round(p, 4)}
              for c, p in zip(*pair)] for pair in zip(classes.tolist(), shares.tolist())]
@@ -61,7 +61,7 @@ def _prediction_table(rows: list[dict]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 def _right(rows: list[dict], names: tuple[str, ...]) -> float | None:
-    "The share (%) of files in a folder named like a class that are predicted so; None where no folder is."
+    "The share (%) of correct predictions among files whose folder has the name of a class; None without such files."
     known = [(row["class"], names.index(Path(row["file"]).parent.name)) for row in rows
              if Path(row["file"]).parent.name in names]
     return compare_classes(*torch.tensor(known).T, who="network") if known else None
@@ -73,11 +73,11 @@ def predict_command(images: Path, weights: Path, pictures: Pictures = Pictures()
 
     Args:
         images: an image file, or a folder of images and folders of images.
-        weights: of the network: a file that supermix wrote, or a state dictionary (.pt, .pth, .safetensors).
-        pictures: how the images are seen.
-        size: height and width at which the network gets the images, in pixels; none: as it was trained.
+        weights: the network's weights: a file that supermix wrote, or a state dictionary (.pt, .pth, .safetensors).
+        pictures: how the images are read.
+        size: height and width of the images for the network, in pixels; none: as in its training.
         out: the JSON file that is written.
-        top: likeliest classes that are listed.
+        top: the number of most probable classes that are listed.
     """
     if top < 1: raise ValueError(f"Expected top of 1 or more classes, got {top}.")
     network = open_network(weights, pictures.network)

@@ -47,8 +47,8 @@ CRD            | 69.73  69.11  74.30  75.11  75.65  76.05
 # %% ../../nbs/61_experiments.published.ipynb #1df2a856
 def _parse_table(table: str,         # lines: the row's name, a bar, a number for each column
                  columns: Sequence,  # the columns' names
-                 ) -> dict:          # by column and row; what is not published is not in it
-    "A typed table as a dictionary; a ValueError where a line has more or fewer numbers than there are columns."
+                 ) -> dict:          # by column and row; unpublished values are missing
+    "A typed table as a dictionary; a ValueError if a line has more or fewer numbers than columns."
     found: dict = {column: {} for column in columns}
     for line in table.strip().splitlines():
         name, _, values = line.partition("|")
@@ -75,17 +75,17 @@ SuperMix + RandAugment |    –     –     –  21.8
 """, _NETWORKS)
 
 # %% ../../nbs/61_experiments.published.ipynb #15e8b3ed
-def published(teacher: str, student: str,  # networks of the zoo; of a classifier both are its own name
+def published(teacher: str, student: str,  # networks of the zoo; for a classifier both are its name
               row: str,                    # as chapter 2 names it, such as "KD"
               ) -> float | None:
-    "The published test accuracy (%) of a run, or None where there is none."
+    "The published test accuracy (%) of a run, or None if there is none."
     if teacher == student:
         return round(100 - _CLASSIFICATION[student][row], 2) if row in _CLASSIFICATION.get(student, {}) else None
     return _DISTILLATION.get((teacher, student), {}).get(row)
 
 # %% ../../nbs/61_experiments.published.ipynb #ca869e16
 def published_source(teacher: str, student: str, row: str) -> str | None:
-    "Who published the accuracy that `published` gives for the same arguments, or None where there is none."
+    "The source of the accuracy that `published` returns for the same arguments, or None if there is none."
     if published(teacher, student, row) is None: return None
     if teacher == student:
         return {"PBA": "the PBA repository",

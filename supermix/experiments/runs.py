@@ -28,7 +28,7 @@ from ..distillation.distill import (MIXERS, Distillation, check_first_stage, che
 from .published import published, published_source
 from ..mixing.folding import fold_norms
 from ..mixing.generate import claimed, patiently
-from ..mixing.mixers import CutMix, MixUp, Mixer
+from ..mixing.mixers import Mixer
 from ..mixing.store import MixedDataset
 from ..recipes import (Family, Mixing, Pictures, Recipe, Terms, Training, Variant, as_named, is_folder,
                               method_terms)
@@ -42,7 +42,7 @@ def _write_cifar100(folder: str | Path,  # the folder cifar-100-python is made i
                     train: tuple,        # uint8 (n, 3, 32, 32), and n labels
                     test: tuple,         # the same of the test images
                     ) -> Path:           # the folder cifar-100-python
-    "Write images in the format of the python version of CIFAR-100 (Krizhevsky)."
+    "Write images in the format of the Python version of CIFAR-100 (Krizhevsky)."
     place = Path(folder) / "cifar-100-python"
     contents = {"meta": {"fine_label_names": list(names), "coarse_label_names": ["all"]}}
     for split, (pixels, labels) in {"train": train, "test": test}.items():
@@ -78,8 +78,8 @@ def _photo_patches() -> dict:  # by split and class: Pillow images of 96×96
     return images
 
 def _make_miniature(name: str,           # cifar100 or imagenet; a ValueError for another
-                    folder: str | Path,  # where it is written; a miniature that is there is kept
-                    ) -> Path:           # the same folder: what `load_data` calls `root`
+                    folder: str | Path,  # where it is written; an existing miniature is kept
+                    ) -> Path:           # the same folder: `root` of `load_data`
     "Write a miniature of a data set in the real one's format."
     folder = Path(folder)
     if name == "cifar100" and not (folder / "cifar-100-python" / "test").exists():
@@ -89,30 +89,30 @@ def _make_miniature(name: str,           # cifar100 or imagenet; a ValueError fo
                                         for part in (digits.train.subset(320), digits.test.subset(100))))
     elif name == "imagenet" and not (folder / "imagenet" / "val").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # it appears as a whole
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # it appears complete
             made = _write_imagenet(Path(place) / "imagenet", _photo_patches())
-            with suppress(OSError): made.rename(folder / "imagenet")  # another process was sooner
+            with suppress(OSError): made.rename(folder / "imagenet")  # another process was faster
     return lookup({"cifar100": folder, "imagenet": folder}, name, "data set with a miniature")
 
 # %% ../../nbs/62_experiments.runs.ipynb #7a95c706
 @dataclass(frozen=True)
 class Places:
-    "Where a run finds and writes things, and on which device."
+    "The files and the device of a run."
     folder: str | Path = "out/runs"       # for teachers, mixes, checkpoints and students
     results: str | Path = "results/runs"  # for the results' files
-    root: str | Path | None = None        # a folder in which to look for the data first; None: as chapter 1 does
+    root: str | Path | None = None        # the folder that is searched first for the data; None: as in chapter 1
     teacher: str | Path | None = None     # the teacher's file; None: trained here, or torchvision's
-    pictures: Pictures = Pictures()       # how the photographs of a folder are seen
-    policies: str | Path = "."            # the folder that the names of policy files start from
-    device: str | None = None             # such as cpu or cuda:1; None: a GPU where there is one
+    pictures: Pictures = Pictures()       # how a folder's photographs are read
+    policies: str | Path = "."            # the folder that contains the policy files
+    device: str | None = None             # such as cpu or cuda:1; None: a GPU if there is one
     minutes: float = 10.0                 # between checkpoints within an epoch
 
 # %% ../../nbs/62_experiments.runs.ipynb #bbc8738b
 def _open_data(recipe: Recipe,
-               root: str | Path | None = None,  # a folder in which to look for the data first
-               places: Places = Places(),       # of a folder of photographs: the teacher's file, and how they are seen
+               root: str | Path | None = None,  # the folder that is searched first for the data
+               places: Places = Places(),       # for a folder of photographs: the teacher's file, and how they are read
                ) -> Data:
-    "The recipe's data, at the image size that it asks for; a ValueError where the data have another, fixed size."
+    "The recipe's data at its image size; a ValueError if the data have another, fixed size."
     if is_folder(recipe.data):
         network = recipe.teacher or recipe.student
         seen_by = open_network(places.teacher, network) if places.teacher else create(network)
@@ -127,13 +127,13 @@ def _open_data(recipe: Recipe,
                 data.source)
 
 def _training_images(recipe: Recipe, data: Data) -> Images:
-    "As many training images as the recipe has; a ValueError where its training does not fit them."
+    "The recipe's number of training images; a ValueError if its training does not fit them."
     check_training(recipe.training, min(len(data.train), recipe.train_images or len(data.train)))
     return data.train if recipe.train_images is None else data.train.subset(recipe.train_images)
 
 # %% ../../nbs/62_experiments.runs.ipynb #d04acacc
 def _row_terms(variant: Variant) -> Terms:
-    "The weights of the loss's terms for a row; a ValueError where its method is not known."
+    "The weights of the loss's terms for a row; a ValueError if its method is unknown."
     terms = method_terms(variant.method)
     if variant.mixer: terms = terms.mixed()
     return replace(terms, label=variant.label) if variant.label else terms
@@ -146,14 +146,14 @@ class _Impossible(ValueError):
     "These networks cannot be trained by this row."
 
 def _check_row(recipe: Recipe, variant: Variant, images: Images,
-               teacher: nn.Module | None = None,  # None: a fresh one of the recipe's, where the row needs one
+               teacher: nn.Module | None = None,  # None: a new one by the recipe, if the row needs one
                ) -> None:
-    """Raise `_Impossible` where these networks cannot be trained by this row, and a ValueError where masks cannot be
-    searched for, or where the last batch is too small."""
+    """Raise `_Impossible` if these networks cannot be trained by this row, and a ValueError if the search for masks is
+    impossible or the last batch is too small."""
     terms, classes = _row_terms(variant), len(images.info.classes)
     if teacher is None and _needs_teacher(variant): teacher = create(recipe.teacher, classes)
     student = create(recipe.student, classes)
-    images[:2]  # an image that cannot be read is no row's fault
+    images[:2]  # an unreadable image is not the row's fault
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
         if terms.features: check_first_stage(make_terms(terms, student, teacher, images), recipe.training)
@@ -168,7 +168,7 @@ def _row_mixing(recipe: Recipe, variant: Variant) -> Mixing:
     return replace(recipe.mixing, k=variant.k) if variant.k else recipe.mixing
 
 def _check_last_batch(student: nn.Module, recipe: Training, images: Images) -> None:
-    "A ValueError where an epoch ends with a single image, and the student's batch norm cannot learn from one."
+    "Raise a ValueError if an epoch ends with a single image, and the student has batch norm."
     if (len(images) - recipe.held_out) % recipe.batch_size != 1: return
     try: student.train()(images[:1][0])
     except ValueError as error:
@@ -176,25 +176,24 @@ def _check_last_batch(student: nn.Module, recipe: Training, images: Images) -> N
                          f"learn: choose another batch_size than {recipe.batch_size}.") from error
 
 # %% ../../nbs/62_experiments.runs.ipynb #f2c0f74a
-_ROW_MIXERS = {"": None, **MIXERS, "mixup_beta": lambda teacher, info: MixUp(len(info.classes), 1.0),
-              "cutmix_beta": lambda teacher, info: CutMix(len(info.classes), 1.0)}
+_ROW_MIXERS = {"": None, **MIXERS}
 
 # %% ../../nbs/62_experiments.runs.ipynb #8a96d729
 def _wait_for_all() -> None:
-    "Wait until all processes of a run have come here."
+    "Wait until all processes of a run are here."
     if world()[1] > 1: dist.barrier()
 
 def _value_of_first(value):
-    "The first process's value, for all processes: each alone could find a file a moment earlier or later."
+    "The first process's value, for all processes, because each may find a file earlier or later than the others."
     box = [value]
     if world()[1] > 1: dist.broadcast_object_list(box, 0)
     return box[0]
 
 @contextmanager
 def _claim_for_all(path: Path):
-    "Work on a file that no other run works on, of one process or many; a ValueError where another one does."
+    "Within the block, this run alone works on a file; a ValueError if another run does. For one process or many."
     with claimed(path) if world()[0] == 0 else nullcontext(True) as mine:
-        if not _value_of_first(mine): raise ValueError(f"Another process is at {path}.")
+        if not _value_of_first(mine): raise ValueError(f"Another process is working on {path}.")
         yield
 
 # %% ../../nbs/62_experiments.runs.ipynb #f9fddb17
@@ -202,7 +201,7 @@ def _claim_for_all(path: Path):
 _TEACHER_WEIGHTS = "IMAGENET1K_V1"
 
 def _names_in_file(recipe: Recipe) -> tuple[str, str]:
-    "What a file's name says of data and teacher, and of the student."
+    "The parts of a file's name for data and teacher, and for the student."
     data, teacher, student = (Path(recipe.data).expanduser().resolve().name,
                               *(name.replace("/", ".") for name in (recipe.teacher, recipe.student)))
     return f"{data}-{teacher}", student
@@ -212,7 +211,7 @@ def _is_fetched(recipe: Recipe, classes: int) -> bool:
     return recipe.teacher.startswith("imagenet") and classes == 1000
 
 def _load_teacher(recipe: Recipe, data: Data, file: str | Path) -> nn.Module:
-    "The recipe's teacher from a file; a ValueError where it holds another network or learned from other data."
+    "The recipe's teacher from a file; a ValueError if it is another network or was trained on other data."
     path = Path(file).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"There is no teacher's file {path}.")
     if is_folder(recipe.data): return check_head(open_network(path, recipe.teacher), data, path)
@@ -220,11 +219,11 @@ def _load_teacher(recipe: Recipe, data: Data, file: str | Path) -> nn.Module:
     teacher = load(path, data.info)
     if teacher.card["network"] != recipe.teacher:
         raise ValueError(f"{path} holds a {teacher.card['network']}, and the recipe's teacher is {recipe.teacher}: "
-                         f"say --teacher {teacher.card['network']}, or give another file.")
+                         f"use --teacher {teacher.card['network']}, or another file.")
     return teacher
 
 def _open_teacher(recipe: Recipe, data: Data,
-                  folder: str | Path,              # teachers that are trained here are kept in it
+                  folder: str | Path,              # the folder for teachers that are trained here
                   file: str | Path | None = None,  # the teacher's weights; None: torchvision's, or trained here
                   device: torch.device | str = "cpu",
                   ) -> nn.Module:
@@ -248,11 +247,11 @@ def _open_teacher(recipe: Recipe, data: Data,
 
 # %% ../../nbs/62_experiments.runs.ipynb #b7a21e0a
 def _open_mixer(recipe: Recipe, variant: Variant,
-                teacher: nn.Module | None,  # None where the row's mixer needs none
+                teacher: nn.Module | None,  # None if the row's mixer needs none
                 images: Images,             # sources of the mixes
-                folder: str | Path,         # stores of mixes are kept in it
+                folder: str | Path,         # the folder for stores of mixes
                 ) -> Mixer | MixedDataset | None:
-    "What makes the row's mixed images: a mixer, a store of SuperMix images (made here where it is missing), or None."
+    "The source of the row's mixed images: a mixer, a store of SuperMix images (made here if missing), or None."
     if variant.mixer != "supermix":
         return _ROW_MIXERS[variant.mixer](teacher, images.info) if variant.mixer else None
     mixing = _row_mixing(recipe, variant)
@@ -262,15 +261,15 @@ def _open_mixer(recipe: Recipe, variant: Variant,
     return make_mixes(teacher, sources, recipe.mixes, mixing, recipe.training.seed,
                       Path(folder) / "mixes" / f"{_names_in_file(recipe)[0]}-{what}", recipe.mixed_pad)
 
-def _find_policy(variant: Variant, policies: str | Path):  # Policy, or None where the row has none
+def _find_policy(variant: Variant, policies: str | Path):  # Policy, or None if the row has none
     "The row's policy, by its name or from its file in the folder `policies`; an error says how to make the file."
     if variant.policy == "none" and not variant.cutout: return None
-    from supermix.policies.policies import load_policy  # here, since torchvision takes longer to import than torch
+    from supermix.policies.policies import load_policy  # here, because torchvision imports slowly
     file = Path(policies) / variant.policy if variant.policy.endswith(".json") else None
     if file and not file.is_file():
         raise FileNotFoundError(
-            f"There is no policy file {file}. Put one there: as `save_policy` writes it (chapter 3), or as "
-            "`make_density` or `make_population` of supermix.policies.search finds it (chapter 47).")
+            f"There is no policy file {file}. Create it with `save_policy` (chapter 3), or with "
+            "`_make_density` or `_make_population` of supermix.policies.search (chapter 47).")
     return load_policy(file or variant.policy, variant.cutout)
 
 def _augment(images: Images, variant: Variant, epochs: int, policies: str | Path) -> Images:
@@ -282,19 +281,19 @@ def _augment(images: Images, variant: Variant, epochs: int, policies: str | Path
 
 # %% ../../nbs/62_experiments.runs.ipynb #dc1030b3
 def _check_names(recipe: Recipe, variant: Variant,
-                 policies: str | Path = ".",  # the folder that the names of policy files start from
+                 policies: str | Path = ".",  # the folder that contains the policy files
                  ) -> None:
-    "A ValueError where a name is not known or a policy file is not whole; a FileNotFoundError where there is none."
+    "Raise a ValueError for an unknown name or a damaged policy file, and a FileNotFoundError for a missing file."
     _row_terms(variant)
     lookup(_ROW_MIXERS, variant.mixer or "", "mixer")
     if _needs_teacher(variant) and not recipe.teacher:
         raise ValueError(f"Expected a teacher of the classes in {recipe.data}: --teacher FILE --network NAME, with a "
-                         "file of its weights; or --teacher NAME, and it is trained here first.")
+                         "file of its weights; or --teacher NAME, to train it here first.")
     for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): full_name(name)
     _find_policy(variant, policies)
 
-def _open_device(name: str | None) -> torch.device:  # name: None: a GPU where there is one
-    "The device to work on, after joining the other processes under torchrun; a ValueError where there is no such."
+def _open_device(name: str | None) -> torch.device:  # name: None: a GPU if there is one
+    "The device of this run, after joining the other processes under torchrun; a ValueError if it does not exist."
     try: return torch.empty(0, device=join(name)).device
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
@@ -307,40 +306,40 @@ def _device_name(device: torch.device) -> str:
 
 # %% ../../nbs/62_experiments.runs.ipynb #0aee5d75
 def _result_path(recipe: Recipe, variant: Variant, results: str | Path) -> Path:
-    """The file of a run's result in the folder `results`. Its name has a hash of all numbers of the recipe but the
-    seed, which stands at its end, and of a policy file's place."""
+    """The file of a run's result in the folder `results`. Its name has a hash of the recipe's numbers and the policy
+    file's path, and ends with the seed."""
     what = json.loads(json.dumps({name: value for name, value in as_named(recipe).items() if name != "scales"}))
     seed = what["training"].pop("seed")
     policy = [variant.policy] if variant.policy.endswith(".json") else []
     return Path(results) / f"{'-'.join(_names_in_file(recipe))}-{variant.name}-{short_hash(what, *policy)}-{seed}.json"
 
 def find_result(recipe: Recipe, variant: Variant, results: str | Path) -> dict | None:
-    "The result of a run from its file in the folder `results`, or None where there is none."
+    "The result of a run from its file in the folder `results`, or None if there is none."
     path = _result_path(recipe, variant, results)
     return json.loads(path.read_text()) if path.is_file() else None
 
 def _policy_hash(variant: Variant, policies: str | Path) -> str | None:
-    "What tells a policy file's policy from others; None where the row has none, or the file is gone."
+    "The identity of a policy file's policy; None if the row has none or the file is missing."
     file = Path(policies) / variant.policy
     if not variant.policy.endswith(".json") or not file.is_file(): return None
     from supermix.policies.policies import load_policy
     return short_hash({**asdict(load_policy(file, variant.cutout)), "about": None})
 
 def _check_result_policy(found: dict, variant: Variant, policies: str | Path, path: Path) -> None:
-    "A ValueError where a result is of the policy that its file held before."
+    "Raise a ValueError if a result belongs to an earlier policy of its file."
     now = _policy_hash(variant, policies)
     if now is not None and found.get("policy") != now:
-        raise ValueError(f"{path} is the result of another policy than {variant.policy} holds now. "
-                         "Move it away, or give the new policy a file of its own.")
+        raise ValueError(f"{path} is the result of another policy than {variant.policy} contains now. "
+                         "Move it away, or save the new policy in another file.")
 
 def _check_result(found: dict, recipe: Recipe, variant: Variant, places: Places, device: torch.device) -> None:
-    "A ValueError where a result is of another policy, of other images, or of another teacher than those given."
+    "Raise a ValueError if a result belongs to another policy, other images or another teacher than those given."
     path = _result_path(recipe, variant, places.results)
     _check_result_policy(found, variant, places.policies, path)
     if not places.teacher and places.root is None and not is_folder(recipe.data): return
     data = _open_data(recipe, places.root, places)
     images = fingerprint(data.train)
-    if found.get("images", images) != images:  # a result of an earlier version does not say
+    if found.get("images", images) != images:  # results of earlier versions do not say
         raise ValueError(f"{path} is the result of other images than {data}. Choose another folder, or move it away.")
     if not places.teacher or not _needs_teacher(variant): return
     teacher = _open_teacher(recipe, data, places.folder, places.teacher, device)
@@ -349,11 +348,11 @@ def _check_result(found: dict, recipe: Recipe, variant: Variant, places: Places,
 
 # %% ../../nbs/62_experiments.runs.ipynb #7f950fd1
 def _recipe_record(recipe: Recipe) -> dict:
-    "A recipe as JSON has it, without its scales."
+    "A recipe as JSON, without its scales."
     return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name != "scales"}))
 
 def _teacher_record(teacher: nn.Module | None) -> dict | None:
-    "A teacher's name, the hash of its weights and its test accuracy (%), where it is known."
+    "A teacher's name, the hash of its weights and its test accuracy (%), if it is known."
     if teacher is None: return None
     card = getattr(teacher, "card", None) or {}
     return {"name": getattr(teacher, "name", None), "weights": weights_hash(teacher), "accuracy": card.get("accuracy")}
@@ -368,7 +367,7 @@ def _history_record(history: History) -> dict:
 # %% ../../nbs/62_experiments.runs.ipynb #d14d924c
 def _train_student(recipe: Recipe, variant: Variant, places: Places, data: Data, teacher: nn.Module | None,
                    device: torch.device) -> tuple[nn.Module, History]:
-    "Train the student of a row on the recipe's images, or go on with it."
+    "Train the student of a row on the recipe's images, or resume its training."
     images, stem = _training_images(recipe, data), _result_path(recipe, variant, places.results).stem
     mixer = _open_mixer(recipe, variant, teacher, images, places.folder)
     natural = _augment(images, variant, recipe.training.epochs, places.policies)
@@ -385,11 +384,11 @@ def _student_path(recipe: Recipe, variant: Variant, places: Places) -> Path:
     return Path(places.folder) / "students" / f"{stem}.safetensors"
 
 def run(recipe: Recipe,
-        variant: Variant,            # the row: what the student learns from
+        variant: Variant,            # the row: method, mixer and policy
         places: Places = Places(),
-        ) -> dict:                   # the result: what its file holds
-    """Train the student of a row, or go on with it, and write its result to a file; where the file exists, return that.
-    A ValueError where a setting does not fit or a result is of other parts, `_Impossible` where networks do not fit."""
+        ) -> dict:                   # the result: the content of its file
+    """Train the student of a row, or resume its training, and write its result to a file. If this exists, return it.
+    Raises a ValueError if a setting or an old result does not fit, and `_Impossible` if networks do not fit."""
     device, path = _open_device(places.device), _result_path(recipe, variant, places.results)
     found = _value_of_first(find_result(recipe, variant, places.results))
     if found:
@@ -440,9 +439,9 @@ _SIZES = {"cifar100": (50_000, 100, 32, 0.19), "imagenet": (1_281_167, 1000, 224
 
 @dataclass(frozen=True)
 class Cost:
-    "What a run costs on this machine."
+    "The cost of a run on this machine."
     training: float   # hours, the student
-    teacher: float    # hours, the teacher's own training; 0 where its weights are given
+    teacher: float    # hours, the teacher's own training; 0 if its weights are given
     mixing: float     # hours, for all SuperMix images, if each took all its updates and was solved
     data: float       # gigabytes, on disk
     mixes: float      # gigabytes
@@ -484,14 +483,14 @@ def _training_step(network: nn.Module, objective: Callable, x: torch.Tensor, lab
     return step
 
 def _search_step(teacher: nn.Module, x: torch.Tensor) -> Callable:
-    "A function that does what an update of SuperMix costs, for images x (B, C, H, W)."
+    "A function that costs as much as an update of SuperMix, for images x (B, C, H, W)."
     fast = fold_norms(teacher, x[:2]).to(memory_format=torch.channels_last)
     mixed = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     return lambda: torch.autograd.grad(fast(mixed).logsumexp(1).sum(), mixed)
 
 # %% ../../nbs/62_experiments.runs.ipynb #8c1753a2
 def _bytes_per_mix(mixing: Mixing) -> int:
-    "Roughly the bytes of a stored mix."
+    "The approximate bytes of a stored mix."
     return 2 * (mixing.k - (mixing.hold is not None)) * mixing.mask_size ** 2 + 15 * mixing.k + 35
 
 # %% ../../nbs/62_experiments.runs.ipynb #5d0e91b7
@@ -514,12 +513,12 @@ def _noise_objective(variant: Variant, student: nn.Module, teacher: nn.Module | 
 
 def estimate_cost(recipe: Recipe, variant: Variant = Variant("kd"),
                   data: Data | None = None,  # None: of the real sets' sizes
-                  probe: int = 16,           # images a step that is timed on a processor; on a GPU the recipe's batch
-                  steps: int = 2,            # that are timed
+                  probe: int = 16,           # images per timed step on a processor; on a GPU the recipe's batch
+                  steps: int = 2,            # number of timed steps
                   device: str | None = None,
                   given: bool = False,       # whether the teacher's weights are given as a file
                   ) -> Cost:
-    "What a run costs here, from a few steps of its networks on noise; a ValueError where a setting does not fit."
+    "Estimate the cost of a run on this machine from a few steps on noise; a ValueError if a setting does not fit."
     _check_names(recipe, variant)
     device, processes = _open_device(device), world()[1]
     n, classes, size, gigabytes = _data_size(recipe, data)
@@ -573,7 +572,7 @@ def _format_cell(values: list[float],   # measured, one per seed
 def family_table(family: Family, results: str | Path,
                  pairs: Sequence[tuple[str, str]] | None = None,  # some of the family's; None: all
                  ) -> str:
-    "The family's results beside the published ones, test accuracy (%), as a Markdown table with its sources."
+    "The family's results with the published ones, test accuracy (%), as a Markdown table with its sources."
     pairs = pairs or family.pairs
     heads = [teacher if teacher == student else f"{teacher} → {student}" for teacher, student in pairs]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(pairs)]
@@ -599,8 +598,8 @@ def _report_left_out(recipe: Recipe, name: str, line: str, error: Exception) -> 
 def run_family(family: Family,
                **places,         # fields of `Places`
                ) -> list[dict]:  # the results, in the order of the runs
-    """Make every run of a family that has no result yet, and print a line for each. A run that its networks, a missing
-    policy file or a loss that is no number make impossible is left out."""
+    """Run each run of a family that has no result yet, and print a line for each. A run is left out if its networks, a
+    missing policy file or a loss that is not finite make it impossible."""
     done = []
     for recipe, name, variant in family.runs():
         start, line = time.perf_counter(), f"{recipe.teacher} → {recipe.student:12s} {name:26s}"
@@ -629,7 +628,7 @@ def _notebook_places(recipe: Recipe, scale: str, top: str | Path = "../..") -> d
 
 # %% ../../nbs/62_experiments.runs.ipynb #24958a34
 def _print_cost(recipe: Recipe, variant: Variant, scale: str, places: Places) -> None:
-    "Print what a run costs here: of the real data's size, but where a folder or the scale says which data."
+    "Print the cost of a run on this machine, for the real data's size unless a folder or the scale names other data."
     known = scale != "smoke" and recipe.data in _SIZES and places.root is None
     data = None if known else _open_data(recipe, places.root, places)
     estimate = estimate_cost(recipe, variant, data, device=places.device, given=places.teacher is not None)
@@ -638,9 +637,9 @@ def _print_cost(recipe: Recipe, variant: Variant, scale: str, places: Places) ->
 def run_command(recipe: Recipe, variant: Variant,
                 places: Places = Places(),
                 scale: str = "paper",     # smoke: on miniature data
-                only_cost: bool = False,  # print what it costs, and stop
+                only_cost: bool = False,  # only print the cost
                 ) -> None:
-    "Print what a run will cost, run it, and print its accuracy (%) and its file; errors as `run` raises them."
+    "Print the cost of a run, run it, and print its accuracy (%) and its file; raises the errors of `run`."
     _check_names(recipe, variant)
     if not places.minutes >= 0:
         raise ValueError(f"Expected 0 or more minutes between checkpoints, got {places.minutes}.")

@@ -53,34 +53,37 @@ class Trial:
     name: str                         # row of its table
     method: str = "kd"                # a name of `METHODS`
     mixer: str | None = None          # a name of `MIXERS`
-    mixing: Mixing = Mixing(**FAST_0_1)  # for SuperMix: how masks are searched for
-    mixes: int = 10                   # for SuperMix: mixed images made, for each natural one (main)
-    label: str = "teacher"            # of mixed images, where the method does not compare logits
+    mixing: Mixing = Mixing(**FAST_0_1)  # for SuperMix: settings of the search
+    mixes: int = 10                   # for SuperMix: mixed images per natural image (main)
+    label: str = "teacher"            # of mixed images, if the method does not compare logits
     student: str = "resnet8"          # a network of the zoo
     data: str = "fashion_mnist"       # or "cluttered": its items on photographs
     images: int = 1000                # natural images
-    batch_size: int = 128             # of them in an update
+    batch_size: int = 128             # natural images per update
     updates: int = 1000               # of the weights
     lr: float = 0.1                   # initial learning rate (S 1.1)
     drops: tuple = (0.6, 0.85)        # shares of the epochs after which the learning rate drops to a tenth (ours)
     tau: float | None = None          # temperature of the loss on logits; None: the method's
+    teacher: str = ""                 # a network that `supermix teacher` trained; none: the shipped teacher
+    bfloat16: bool = False            # autocast to bfloat16
     seed: int = 0
 
     @property
     def training(self) -> Training:
-        "As many epochs as make the updates."
+        "The number of epochs for these updates."
         epochs = round(self.updates / ceil(self.images / self.batch_size))
         drops = tuple(round(share * epochs) for share in self.drops)
-        return Training(epochs=epochs, batch_size=self.batch_size, lr=self.lr, milestones=drops, seed=self.seed)
+        return Training(epochs=epochs, batch_size=self.batch_size, lr=self.lr, milestones=drops,
+                        bfloat16=self.bfloat16, seed=self.seed)
 
     @property
     def file(self) -> str:
-        "The file of its result, in the folder of the results."
+        "The file of its result, in the results' folder."
         return f"{self.group}/{self.name.replace(' ', '_').replace('/', '-')}-{self.seed}.json"
 
 # %% ../../nbs/60_experiments.study.ipynb #608efb98
 def _make_once(receipt: Path, make: Callable[[], dict]) -> dict:
-    "What `make` returns, from the file `receipt`; where that is missing, `make` is called here or in another process."
+    "The value that `make` returns, from the file `receipt`; if it is missing, this or another process calls `make`."
     receipt.parent.mkdir(parents=True, exist_ok=True)
     with patiently(receipt):
         if not receipt.exists(): write_atomic(receipt, json.dumps(make()).encode())
@@ -88,13 +91,13 @@ def _make_once(receipt: Path, make: Callable[[], dict]) -> dict:
 
 def _make_trial_mixes(trial: Trial, teacher: nn.Module, images: Images, home: Path,
                       ) -> tuple[MixedDataset, float | None]:
-    "The SuperMix images of a trial, from `home` or made there; and their core seconds, None where a GPU made them."
+    "The SuperMix images of a trial, from `home` or made there; and their core seconds, None if a GPU made them."
     mixing, count = trial.mixing, trial.mixes * trial.images
-    parts = [trial.data, *(f"{key}{value}" for key, value in asdict(mixing).items())]
+    parts = [trial.data, *filter(None, [trial.teacher]), *(f"{key}{value}" for key, value in asdict(mixing).items())]
     folder = home / "-".join([*parts, f"{count}-of-{trial.images}", str(trial.seed)])
 
     def make():
-        rmtree(folder, ignore_errors=True)  # begun by a run that was stopped: its time is not known
+        rmtree(folder, ignore_errors=True)  # left by a stopped run, so its time is unknown
         before = time.process_time()
         make_mixes(teacher, images, count, mixing, trial.seed, folder)
         return {"core_seconds": time.process_time() - before if images.labels.device.type == "cpu" else None}
@@ -104,11 +107,11 @@ def _make_trial_mixes(trial: Trial, teacher: nn.Module, images: Images, home: Pa
 
 # %% ../../nbs/60_experiments.study.ipynb #608efb99
 def _run_trial(trial: Trial, data: Data, teacher: nn.Module,
-               home: Path | None,     # the folder of SuperMix images; None where the trial has none
+               home: Path | None,     # the folder of SuperMix images; None if the trial has none
                device: str = "cpu",
-               ) -> dict:             # what its file holds
-    """Train the student of a trial: test accuracy (%), loss, and what it took. Core seconds are a processor's only, and
-    None on a GPU."""
+               ) -> dict:             # the content of its file
+    """Train the student of a trial; returns test accuracy (%), loss and costs. Core seconds are a processor's;
+    on a GPU they are None."""
     device = torch.device(device)
     terms = replace(METHODS[trial.method], label=trial.label)
     if trial.tau is not None: terms = replace(terms, tau=trial.tau)
@@ -181,7 +184,7 @@ def _shares_left(masks: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:  # (
     return (masks * cover).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
 
 def _compare_masks(teacher: nn.Module, images: ArrayImages, cover: torch.Tensor, shown: int = 10) -> dict:
-    "What CutMix and SuperMix leave of the items of the same pairs, and a picture (PNG, base64) of some."
+    "The visible share of the items in CutMix's and SuperMix's mixes of the same pairs, and a picture (PNG, base64)."
     chance = torch.Generator().manual_seed(0)
     x, labels = images[:]
     cutmix, supermix = CutMix(len(images.info.classes)), SuperMix(teacher, **FAST_0_1)
@@ -202,11 +205,23 @@ def _compare_masks(teacher: nn.Module, images: ArrayImages, cover: torch.Tensor,
     return result | {"solved": int(solved.solved.sum()), "picture": base64.b64encode(file.getvalue()).decode()}
 
 # %% ../../nbs/60_experiments.study.ipynb #60bb0009
-def _load_data_and_teacher(name: str,  # fashion_mnist, cifar100 or cluttered
-                           home: Path,  # the folder of the teacher that is trained here
-                           out: Path,   # the folder of the results, for its card
+def _load_teacher(data: Data, network: str, folder: Path) -> nn.Module:
+    "A teacher that `supermix teacher` trained, with its card. A FileNotFoundError says how it is made."
+    path = folder / f"{data.info.name}_{network}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"These students need the teacher {path}. Train it on a GPU: supermix teacher --data "
+                                f"{data.info.name} --network {network} --out {folder} --half")
+    teacher = load(path, data.info)
+    teacher.card = json.loads(path.with_suffix(".json").read_text())
+    return teacher
+
+def _load_data_and_teacher(name: str,     # fashion_mnist, cifar100 or cluttered
+                           network: str,  # of a teacher in the folder "teachers" beside `out`; "": the shipped teacher
+                           home: Path,    # the folder of the teacher that is trained here
+                           out: Path,     # the folder of the results, for its card
                            ) -> tuple[Data, nn.Module]:
-    "The images of trials, and their teacher: the shipped one, or for cluttered images one that is trained here once."
+    "The images of trials, and their teacher: this package's, or for cluttered images one that is trained here once."
+    if network: return (data := load_data(name)), _load_teacher(data, network, out.parent / "teachers")
     if name != "cluttered": return load_data(name), pretrained(name)
     plain = load_data("fashion_mnist")
     data = _clutter_data(plain)
@@ -232,7 +247,7 @@ _MAIN_ROWS = {"alone": ("alone", None), "KD": ("kd", None), "MixUp + KD": ("kd",
              "CutMix + KD": ("kd", "cutmix"), "SuperMix + KD": ("kd", "supermix")}
 
 def _core_trials() -> list[Trial]:
-    "The rows of the core, for seed 0: each way to mix, alone and beside KD."
+    "The rows of the core, for seed 0: each mixer, alone and with KD."
     rows = [Trial("core", "alone", "alone"), Trial("core", "KD"), Trial("core", "CRD + KD", "crd_kd")]
     mixers = {name: (name.lower(), Mixing(**FAST_0_1)) for name in ("MixUp", "CutMix", "PuzzleMix", "SuperMix")}
     for name, (mixer, mixing) in (mixers | {"SuperMix k=3": ("supermix", Mixing(**FAST_0_1, k=3))}).items():
@@ -240,12 +255,12 @@ def _core_trials() -> list[Trial]:
     return rows
 
 def _double_trials(names: tuple[str, ...], what: str, group: str = "budget", **options) -> list[Trial]:
-    "Rows that see natural images only, with a double batch or double updates: as many images as where half are mixes."
+    "Rows with natural images only and twice the batch or updates: as many images as rows in which half are mixes."
     change = {"batch": {"batch_size": 256}, "updates": {"updates": 2 * options.get("updates", 1000)}}[what]
     return [Trial(group, f"{name}, double {what}", *_MAIN_ROWS[name], **options | change) for name in names]
 
 def _half_batch_trials() -> list[Trial]:
-    "Mixing at KD's price: 64 natural and 64 mixed images an update, for seed 0."
+    "Mixing at KD's price: 64 natural and 64 mixed images per update, for seed 0."
     names = ("MixUp + KD", "CutMix + KD", "SuperMix + KD")
     return [Trial("budget", f"{name}, half batch", *_MAIN_ROWS[name], batch_size=64, updates=992) for name in names]
 
@@ -278,12 +293,12 @@ def _probe_trials() -> list[Trial]:
     return [Trial("schedule", f"KD, {name}", **change) for name, change in changes.items()]
 
 def _schedule_trials() -> list[Trial]:
-    "The learning rate drops later, for seed 0: of the recipes that were tried, the one that KD liked best."
+    "The learning rate drops later, for seed 0: of the recipes that were tried, the best for KD."
     late = (0.85, 0.95)
     return _main_trials("schedule", drops=late)[1:] + _double_trials(("KD",), "updates", "schedule", drops=late)
 
 def _further_trials() -> list[Trial]:
-    "What might put SuperMix further ahead, for seed 0: what the ablations' first seed liked best."
+    "Settings that may improve SuperMix, for seed 0: the best of the ablations' first seed."
     return [Trial("further", "k=3, α=10", "kd", "supermix", Mixing(**FAST_0_1, k=3, alpha=10.0))]
 
 # %% ../../nbs/60_experiments.study.ipynb #22a17de7
@@ -293,21 +308,42 @@ def _repeat_trials() -> list[Trial]:
             *_double_trials(("KD",), "updates", "seeds")]
 
 def _fresh_trial(group: str) -> Trial:
-    "128 mixes an image, as many as a thousand updates of 128 show; for seed 0."
+    "128 mixes per image, as many as a thousand updates of 128 use; for seed 0."
     return Trial(group, "mixes x128", "kd", "supermix", mixes=128)
 
 def _harder_trials() -> list[Trial]:
     "Harder images: small items on photographs, for seed 0."
     return _main_trials("harder", data="cluttered") + _double_trials(("KD",), "updates", "harder", data="cluttered")
 
-def _hundred_class_trials() -> list[Trial]:
-    "The main rows on 10,000 images of CIFAR-100, twenty epochs, for seed 0."
-    options = dict(data="cifar100", images=10_000, updates=1580, mixes=1, mixing=Mixing(**FAST))
-    return [*_main_trials("cifar100", **options), *_double_trials(("KD",), "updates", "cifar100", **options),
-            Trial("cifar100", "SuperMix k=3 + KD", "kd", "supermix", **options | {"mixing": Mixing(**FAST, k=3)})]
+_HUNDRED_CLASSES = dict(data="cifar100", images=10_000, updates=1580, mixes=1, mixing=Mixing(**FAST))  # 20 epochs
+
+def _hundred_class_trials(group: str, **options) -> list[Trial]:
+    "The main rows, KD with double updates and three sources, for seed 0."
+    return [*_main_trials(group, **options), *_double_trials(("KD",), "updates", group, **options),
+            Trial(group, "SuperMix k=3 + KD", "kd", "supermix", **options | {"mixing": Mixing(**FAST, k=3)})]
+
+def _rival_trials(group: str, **options) -> list[Trial]:
+    "What people would pick instead, for seed 0. Function matching (Beyer et al. 2022) sees mixed images only."
+    rivals = {"PuzzleMix + KD": ("kd", "puzzlemix"), "DKD": ("dkd", None), "CRD + KD": ("crd_kd", None)}
+    double = options | {"updates": 2 * options["updates"]}
+    return [*(Trial(group, name, *what, **options) for name, what in rivals.items()),
+            Trial(group, "function matching, double updates", "function_matching", "mixup_beta", **double)]
+
+def _gpu_trials() -> list[tuple[list[Trial], range]]:
+    "The paper's comparison on CIFAR-100 at its own size, which needs a GPU: rows for seed 0, and their seeds."
+    wrn = _HUNDRED_CLASSES | dict(teacher="wrn_40_2", student="wrn_16_2", images=50_000, bfloat16=True)
+    parts = []
+    for epochs in (30, 120):
+        group, options = f"cifar100-{epochs}", wrn | {"updates": 391 * epochs, "mixes": epochs // 30}
+        parts.append((_hundred_class_trials(group, **options) + _rival_trials(group, **options), range(5)))
+    few = wrn | {"images": 5000, "mixes": 10, "updates": 40 * 120}
+    other = wrn | {"teacher": "resnet32x4", "student": "resnet8x4", "updates": 391 * 30}
+    for group, options in (("cifar100-5000", few), ("cifar100-resnet8x4", other)):
+        parts.append((_hundred_class_trials(group, **options), range(3)))
+    return parts
 
 def all_trials() -> list[Trial]:
-    "All trials, in the order in which they are run: seed by seed, so that there is something to see early."
+    "All trials in the order of their runs: seed by seed, so that first results come early."
     others = [*_main_trials("n=500", images=500), *_main_trials("WRN-16-1", student="wrn_16_1"),
               *_main_trials("n=5000", images=5000)]
     main = _core_trials() + _budget_trials()
@@ -316,7 +352,8 @@ def all_trials() -> list[Trial]:
              (_harder_trials(), range(3)), (_probe_trials(), range(1)), (_schedule_trials(), range(3)),
              (_further_trials(), range(3)), (_repeat_trials(), range(7)),
              ([_fresh_trial("further")], range(1, 3)), ([_fresh_trial("seeds")], range(3)),
-             (_hundred_class_trials(), range(3))]
+             *((make("cifar100", **_HUNDRED_CLASSES), range(3)) for make in (_hundred_class_trials, _rival_trials)),
+             *_gpu_trials()]
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f15
@@ -326,16 +363,17 @@ class _Place(NamedTuple):
     home: Path    # the folder of the mixed images
     device: str   # cpu or cuda
 
-_OPENED: dict[str, tuple[Data, nn.Module]] = {}  # data and teachers by name: a process opens each once
+_OPENED: dict[tuple[str, str], tuple[Data, nn.Module]] = {}  # by data and teacher: a process opens each pair once
 
 def _run_missing(trial: Trial, place: _Place) -> str:
-    "Run a trial, write its file and say so in a line; an empty text where it is there, or another process is at it."
+    "Run a trial, write its file and return a line about it; an empty text if another process runs or has run it."
     path = place.out / trial.file
     path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path) as mine:
         if not mine or path.exists(): return ""
-        if trial.data not in _OPENED: _OPENED[trial.data] = _load_data_and_teacher(trial.data, place.home, place.out)
-        result = _run_trial(trial, *_OPENED[trial.data], place.home, place.device)
+        needs = trial.data, trial.teacher
+        if needs not in _OPENED: _OPENED[needs] = _load_data_and_teacher(*needs, place.home, place.out)
+        result = _run_trial(trial, *_OPENED[needs], place.home, place.device)
         write_atomic(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     return (f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
             f"{result['wall_seconds']:.0f} s to train")
@@ -403,39 +441,40 @@ def _share_out(queue: Iterator[Trial], place: _Place, together: int, told: Calla
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f17
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
           seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu", together: int = 1) -> None:
-    """Run what is missing of the study (chapter 60), some minutes a run; on a processor with --together CORES.
+    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial.
 
     Args:
-        out: the folder of the results, one file a run.
+        out: the folder of the results, one file per trial.
         home: the folder of the mixed images, and of the teacher for harder images.
         groups: parts of the study: core, budget, n=500, n=5000, WRN-16-1, ablation, harder, schedule, further, seeds
-            (for a GPU), cifar100 (where it is found), prices (a processor's; measured last, and best with nothing
-            else at work); none: all.
-        seeds: none: all.
-        minutes: after which no further run is begun.
-        device: cpu, or cuda, where runs take seconds and no core seconds are measured.
-        together: runs at the same time, each in a process with one thread: the number of cores, or a few that share a
-            GPU.
+            (for a GPU), cifar100 (if it is found), prices (timings of a processor; run them last, with nothing
+            else at work); none: all of these. By name only, for a GPU: cifar100-30 and cifar100-120 (epochs),
+            cifar100-5000 (images), cifar100-resnet8x4 (the student).
+        seeds: the seeds to run; none: all.
+        minutes: the time after which no further trial starts.
+        device: cpu or cuda; on cuda a trial takes seconds, and no core seconds are measured.
+        together: the number of trials that run at the same time, each in a process with one thread: one per core, or a
+            few that share a GPU.
     """
     if together < 1: raise ValueError(f"Expected 1 run or more together, got {together}.")
     torch.set_num_threads(1)
     trials = all_trials()
     for name in groups: lookup(dict.fromkeys([*(t.group for t in trials), "prices"]), name, "group")
     deadline = time.perf_counter() + 60 * minutes
-    missing = [t for t in trials if (not groups or t.group in groups) and (not seeds or t.seed in seeds)
+    missing = [t for t in trials if (t.group in groups if groups else not t.teacher) and (not seeds or t.seed in seeds)
                and not (out / t.file).exists()]
     _run_all(missing, _Place(out, home, device), together, deadline)
     if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() < deadline:
         rows = _core_trials() + _budget_trials() + _half_batch_trials()
         _make_once(out / "prices.json",
-                   lambda: _measure_prices(rows, *_load_data_and_teacher(_core_trials()[0].data, home, out)))
+                   lambda: _measure_prices(rows, *_load_data_and_teacher(_core_trials()[0].data, "", home, out)))
 
 # %% ../../nbs/60_experiments.study.ipynb #60dd0003
 def _measure_prices(rows: list[Trial], data: Data, teacher: nn.Module,
                     rounds: int = 5,
-                    updates: int = 16,  # that are timed, of each row in each round
+                    updates: int = 16,  # timed updates of each row in each round
                     ) -> dict:          # "rows": by name, for training and mixing, a list with one value for each round
-    "Core seconds that a whole run of each row takes, from some updates of all rows in turn."
+    "The core seconds of a whole run of each row, estimated from some updates of all rows in turn."
     few, taken = replace(data, test=data.test.subset(100)), {}
     for seed in progress(range(rounds), "prices", unit="round"):
         with TemporaryDirectory() as home:
@@ -451,7 +490,7 @@ def _measure_prices(rows: list[Trial], data: Data, teacher: nn.Module,
 def _charge_prices(rows: dict[str, dict[int, dict]],  # results by row and seed
                    prices: dict[str, dict],           # "rows" of `_measure_prices`
                    ) -> dict[str, dict[int, dict]]:
-    "The results with the core seconds of their row's fastest round in place of their own."
+    "The results, with their core seconds replaced by those of their row's fastest round."
     charge = {name: {part: min(took) for part, took in parts.items()} for name, parts in prices.items()}
     return {name: {seed: result | {"core_seconds": charge[name]} for seed, result in seeds.items()}
             for name, seeds in rows.items()}
@@ -461,7 +500,7 @@ _T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 
                         2.145, 2.131, 2.120, 2.110, 2.101, 2.093), 1))  # Student's t, 97.5 %, by degrees of freedom
 
 def _confidence_interval(values: list[float]) -> tuple[float, float]:
-    "Mean, and half the width of its 95 % interval (Student's t); the half is infinite for a single value."
+    "The mean and half the width of its 95 % interval (Student's t), which is infinite for a single value."
     n = len(values)
     mean = sum(values) / n
     if n < 2: return mean, float("inf")
@@ -478,12 +517,12 @@ def load_results(folder: str | Path = "results/study") -> dict[str, dict[str, di
 
 # %% ../../nbs/60_experiments.study.ipynb #069d8176
 def _core_seconds(seeds: dict[int, dict], part: str = "training") -> float | None:
-    "Core seconds of a row for training or mixing, the median of its seeds that a processor ran; None without any."
+    "Core seconds of a row for training or mixing: the median over seeds that a processor ran, or None."
     known = [result["core_seconds"][part] for result in seeds.values() if result["core_seconds"]]
     return median(known) if known else None
 
 def study_table(rows: dict[str, dict[int, dict]],      # by row and seed
-          against: dict[int, dict] | None = None,  # by seed: the row that the others are compared with
+          against: dict[int, dict] | None = None,  # by seed: the results of the row for comparison
           ) -> str:
     "The rows of a group as a Markdown table."
     lines = ["| | test accuracy (%) | against KD, same seeds | seeds | core seconds: mixes + training |",
@@ -526,7 +565,7 @@ def _plot_costs(rows: dict[str, dict[int, dict]], title: str = "") -> plt.Figure
 
 # %% ../../nbs/60_experiments.study.ipynb #60aa0002
 def compare_rows(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-    "The mean difference of two rows' accuracies (points), seed by seed, with its 95 % interval, and in a word."
+    "The mean difference of two rows' accuracies (points) over seeds, its 95 % interval, and a verdict."
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2: return f"{len(seeds)} common seed{'' if len(seeds) == 1 else 's'}: too few to say"
     mean, half = _confidence_interval([ours[s]["accuracy"] - theirs[s]["accuracy"] for s in seeds])

@@ -45,8 +45,8 @@ class _Pictures(Dataset):
 
 def _plain_loop(network: nn.Module, images: Images,
                 recipe: Training,  # batch_size, lr, momentum and weight_decay are used
-                ) -> float:        # images a second, without the start of the workers
-    "Train a network for an epoch as tutorials write it, on the network's device."
+                ) -> float:        # images per second, without the start of the workers
+    "Train a network for an epoch with the plain PyTorch loop, on the network's device."
     optimiser = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
     device = next(network.parameters()).device
@@ -58,7 +58,7 @@ def _plain_loop(network: nn.Module, images: Images,
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    loss.item()  # a GPU may still be at it
+    loss.item()  # wait for a GPU
     return len(images) / (time.perf_counter() - start)
 
 # %% ../../nbs/23_experiments.throughput.ipynb #edf414fb
@@ -68,11 +68,11 @@ _WAYS = {"ours": {}, "ours, compiled": {"compile": True}, "ours, bfloat16": {"bf
 def _measure_throughput(images: ArrayImages,
                         network: str = "resnet20",           # of the zoo
                         batch_size: int = 128,
-                        rounds: int = 3,                     # in each, every way trains once
+                        rounds: int = 3,                     # in each round, every loop trains once
                         ways: Sequence[str] = tuple(_WAYS),   # names of `_WAYS`
                         device: str = "cpu",                 # on cuda our loop's images are there, too
                         ) -> dict[str, dict]:    # by way: "images/s", "ratio" to the plain loop, how "updates" were made
-    "Time the plain loop and ours in turn: the medians of images a second and of their ratios."
+    "Time the plain loop and ours in turn: the medians of images per second and of their ratios."
     recipe = Training(epochs=2, batch_size=batch_size, milestones=())
     speeds, how = {"plain": [], **{way: [] for way in ways}}, {}
     for _ in progress(range(rounds), "rounds"):
@@ -89,9 +89,9 @@ def _measure_throughput(images: ArrayImages,
 # %% ../../nbs/23_experiments.throughput.ipynb #662ff13e
 def matmul_speed(dtype: torch.dtype = torch.float32,
                   n: int = 2048,     # rows and columns
-                  rounds: int = 6,   # of which the fastest counts
+                  rounds: int = 6,   # the fastest round counts
                   device: str = "cpu",
-                  ) -> float:        # multiplications a second
+                  ) -> float:        # multiplications per second
     "The speed of a product of two square matrices."
     a = torch.randn(n, n, device=device).to(dtype)
     times = []
@@ -104,15 +104,15 @@ def matmul_speed(dtype: torch.dtype = torch.float32,
 def _speed_bound(network: str,           # of the zoo
                  info: Info,             # of the images: classes and size
                  multiplications: float,  # a second
-                 ) -> float:             # images a second
-    "How many images could be trained if only the network's multiplications took time."
+                 ) -> float:             # images per second
+    "The number of images per second if only the network's multiplications took time."
     with torch.device("meta"):
         net = create(network, num_classes=len(info.classes)).eval()
         return multiplications / (3 * multiply_adds(net, torch.empty(1, 3, info.size, info.size)))
 
 # %% ../../nbs/23_experiments.throughput.ipynb #f80f5503
 def _processor_name() -> str:
-    "What the processor calls itself (on Linux)."
+    "The processor's name (on Linux)."
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
@@ -142,13 +142,13 @@ def best_device(device: str | None = None) -> str:  # None: a GPU where there is
 # %% ../../nbs/23_experiments.throughput.ipynb #f80f5505
 def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
                device: str | None = None, network: str = "resnet20") -> None:
-    """Our training loop against the loop of tutorials, images a second (chapter 23); some minutes.
+    """Time our training loop against the plain PyTorch loop, in images per second (chapter 23); a few minutes.
 
     Args:
         out: the file that is written; none: results/throughput.json, or for a GPU results/throughput_gpu.json.
         data: a data set with small images.
-        images: an epoch.
-        rounds: how often each way is timed.
+        images: the number of images per epoch.
+        rounds: how many times each loop is timed.
         device: cpu or cuda; none: a GPU where there is one.
         network: a network of the zoo.
     """

@@ -47,7 +47,7 @@ def _cividis() -> np.ndarray:  # (256, 3), in 0 … 1
 def as_tile(picture: np.ndarray,  # (H, W, 3), in 0 … 1
             side: int = _TILE,     # pixels of the tile
             ) -> Image.Image:
-    "A picture as a square tile: small ones with their pixels visible, large ones smoothed."
+    "A picture as a square tile; small pictures show their pixels, large ones are smoothed."
     image = Image.fromarray((255 * np.clip(picture, 0, 1) + 0.5).astype(np.uint8))
     return image.resize((side, side), Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS)
 
@@ -95,8 +95,8 @@ def _draw_bars(canvas: ImageDraw.ImageDraw, at: tuple[int, int],
 # %% ../../nbs/71_explore.draw.ipynb #ca612649
 def _draw_curves(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int],
                  curves,            # (name, values, colour, shape of the points) each
-                 n: int,            # the iteration that is looked at
-                 solved_at: int):   # the first that is solved, -1 for none
+                 n: int,            # the iteration that is shown
+                 solved_at: int):   # the first solved iteration, -1 for none
     "Curves over the iterations, the vertical axis logarithmic."
     left, top, right, bottom = box
     count, values = max(1, max(len(v) for _, v, _, _ in curves) - 1), [max(1e-3, a) for _, v, _, _ in curves for a in v]
@@ -133,7 +133,7 @@ class Scene:
     move: Callable         # θ (1, k, w, w) -> (1, k, w, w): chapter 70's next step
 
 def _puzzled(teacher: Callable, sets: torch.Tensor, lam: torch.Tensor, classes: torch.Tensor):  # one pair of images
-    "PuzzleMix's sources and masks of a pair; None where its graph cut is missing or no blocks divide the images."
+    "PuzzleMix's sources and masks of a pair; None if its graph cut is missing or no blocks divide the images."
     blocks = next((n for n in (8, 7, 4, 2) if not any(side % n for side in sets.shape[-2:])), None)
     try: mixer = PuzzleMix(teacher, blocks=(blocks,), std=1.0) if blocks and sets.shape[1] == 2 else None
     except ImportError: return None
@@ -144,13 +144,13 @@ def _puzzled(teacher: Callable, sets: torch.Tensor, lam: torch.Tensor, classes: 
     return mixer.move(sets, masks, draw), masks
 
 def make_scene(setting: Setting,
-               images: torch.Tensor,  # all that can be picked (n, C, H, W)
+               images: torch.Tensor,  # all images that you can pick (n, C, H, W)
                teacher: Callable,     # images (B, C, H, W) -> logits (B, N)
                names: Callable,       # the number of a class -> text
                picture: Callable,     # images (B, 3, H, W) -> numpy (B, H, W, 3), in 0 … 1
                seed: int = 0,         # of CutMix's boxes
                ) -> Scene:
-    "The teacher's classes of the sources, and what it says of the rivals' mixes of the same set."
+    "The teacher's classes of the sources, and its answers for the other mixers' mixes of the same set."
     sets, lam = images[list(setting.pick)][None], torch.tensor([setting.lam], device=images.device)
     classes, N = classes_of(teacher, sets)
     target, rivals = soft_labels(classes, lam, N), []
@@ -171,12 +171,12 @@ _TOP = 48      # of the first row of tiles, below two lines of text
 _HEIGHT = 740
 
 def _source_places(k: int) -> tuple[list[int], int]:  # the left edges of k tiles, and their side
-    "Where the columns of the sources are."
+    "The positions of the columns of the sources."
     side = 140 if k < 4 else {4: 128, 5: 112}[k]
     return [_MARGIN + i * (side + _GAP) for i in range(k)], side
 
 def _mix_places(scene: Scene) -> list[int]:
-    "The left edges of the columns of the mixes; behind the last is the picture's right margin."
+    "The left edges of the columns of the mixes, and of the right margin."
     places, side = _source_places(len(scene.pictures))
     return [places[-1] + side + 28 + i * (_TILE + _GAP) for i in range(len(scene.rivals) + 2)]
 
@@ -185,7 +185,7 @@ def _rows(side: int) -> list[int]:
     return [_TOP + i * (side + 26) - (14 if i == 3 else 0) for i in range(4)]
 
 def _strip(k: int) -> int:
-    "Where the strip with the loss begins: below the keys to the colours, and below those to the bars."
+    "The upper edge of the strip with the loss, below the keys to the colours and bars."
     return max(_rows(_source_places(k)[1])[3] + 48, 534)
 
 def _ramp(colours: np.ndarray, width: int = 110) -> Image.Image:  # (256, 3)
@@ -196,14 +196,14 @@ def _ramp(colours: np.ndarray, width: int = 110) -> Image.Image:  # (256, 3)
 # %% ../../nbs/71_explore.draw.ipynb #f9d58b40
 def _draw_texts(canvas: ImageDraw.ImageDraw, x: int, title: str, p: torch.Tensor, classes: list[int], kl: float,
                 s: float) -> None:
-    "What stands above and below a mix: whether the sources' classes are the highest, KL, m(1−m)."
+    "The text above and below a mix: whether the sources' classes rank highest, KL, m(1−m)."
     seen = sorted(p.topk(len(classes)).indices.tolist()) == sorted(classes)
     canvas.text((x, 8), title, _INK, _font())
     canvas.text((x, 26), "sees all classes" if seen else "misses a class", _INK, _font(13))
     canvas.text((x, _TOP + _TILE + 4), f"KL {kl:.2f}   m(1−m) {s:.3f}", _INK, _font(13))
 
 def _draw_keys(canvas: ImageDraw.ImageDraw, x: int) -> None:
-    "What the bars mean."
+    "Draw the key to the bars."
     canvas.rectangle((x, 484, x + 26, 494), BLUE)
     canvas.text((x + 34, 480), "the teacher's p(x̂); the line at the right is 100 %", _INK, _font(13))
     canvas.rectangle((x, 506, x + 26, 516), outline=ORANGE, width=2)
@@ -211,7 +211,7 @@ def _draw_keys(canvas: ImageDraw.ImageDraw, x: int) -> None:
 
 # %% ../../nbs/71_explore.draw.ipynb #9b20c886
 def draw_backdrop(scene: Scene) -> Image.Image:
-    "All that does not change from iteration to iteration."
+    "Draw everything that stays the same over the iterations."
     (places, side), columns = _source_places(len(scene.pictures)), _mix_places(scene)
     image = Image.new("RGB", (columns[-1] - _GAP + _MARGIN, _HEIGHT), "white")
     canvas, below = ImageDraw.Draw(image), _rows(side)[3]

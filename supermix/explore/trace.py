@@ -26,7 +26,7 @@ class Step:
     theta: torch.Tensor     # (B, k, w, w)
     masks: torch.Tensor     # (B, k, H, W)
     images: torch.Tensor    # (B, C, H, W): the mixed images
-    logits: torch.Tensor    # (B, N): the teacher's
+    logits: torch.Tensor    # (B, N): the teacher's logits
     kl: torch.Tensor        # (B,): KL(ŷ ‖ p(x̂)), in nats
     sparsity: torch.Tensor  # (B,): m(1 − m), without its weight
     solved: torch.Tensor    # bool (B,)
@@ -38,9 +38,9 @@ class Step:
 # %% ../../nbs/70_explore.trace.ipynb #193fc292
 def steps(mixer: SuperMix,     # the solver whose settings are used
           sets: torch.Tensor,  # (B, k, C, H, W), normalised floats
-          lam: torch.Tensor,   # (B, k): the wanted shares, rows summing to 1
-          theta: torch.Tensor | None = None,  # (B, k, w, w) to start from; None: where the settings say
-          stop: bool = True,   # whether a set that is solved stops
+          lam: torch.Tensor,   # (B, k): the wanted shares; each row sums to 1
+          theta: torch.Tensor | None = None,  # (B, k, w, w): the start; None: by the settings
+          stop: bool = True,   # whether a solved set stops
           ):                   # yields a `Step` for 0, 1, … updates
     "The iterations of `mixer.solve(sets, lam, theta)`, one by one."
     with torch.inference_mode(False), evaluating(mixer.teacher):
@@ -63,7 +63,7 @@ def steps(mixer: SuperMix,     # the solver whose settings are used
 # %% ../../nbs/70_explore.trace.ipynb #9da02946
 @dataclass(eq=False)
 class Trace:
-    "The solver's iterations, from the start to where it stopped."
+    "The solver's iterations, from the start to the end of the search."
     steps: list[Step] = field(default_factory=list)
 
     def __len__(self): return len(self.steps)
@@ -79,7 +79,7 @@ class Trace:
         return torch.stack([s.sparsity for s in self.steps])
 
     @property
-    def solved_at(self) -> torch.Tensor:  # int64 (B,): the first state that is solved; -1: none
+    def solved_at(self) -> torch.Tensor:  # int64 (B,): the first solved state; -1: none
         solved = torch.stack([s.solved for s in self.steps])
         return torch.where(solved.any(0), solved.int().argmax(0), -1)
 
@@ -94,8 +94,8 @@ def next_move(mixer: SuperMix,      # the solver whose settings are used
               problem: Problem,     # B sets, their classes and shares
               theta: torch.Tensor,  # (B, k, w, w): a state of the search
               n: int = 0,           # the updates before it
-              ) -> torch.Tensor:    # (B, k, w, w): positive where the mask of a source is to grow
-    "The update that the loss asks for at θ: the smoothed gradient with its sign turned, times Newton's length."
+              ) -> torch.Tensor:    # (B, k, w, w): positive where a source's mask should grow
+    "The update at θ that reduces the loss: the negative smoothed gradient times Newton's length."
     held = mixer.hold is not None
     mixing = replace(mixer.mixing, hold=None, start="flat", lambda_s=0.0 if held else mixer.lambda_s)
     with torch.inference_mode(False), evaluating(mixer.teacher):
@@ -104,7 +104,7 @@ def next_move(mixer: SuperMix,      # the solver whose settings are used
         return search_step(mixer.teacher, problem, state, mixing, stop=False).state.theta - theta
 
 # %% ../../nbs/70_explore.trace.ipynb #f23e77a9
-def boxes_in_turn(lam: torch.Tensor,      # (B, k), rows summing to 1
+def boxes_in_turn(lam: torch.Tensor,      # (B, k); each row sums to 1
                   size: tuple[int, int],  # height and width
                   generator: torch.Generator,
                   ) -> torch.Tensor:      # (B, k, H, W), of zeros and ones
@@ -120,12 +120,12 @@ def boxes_in_turn(lam: torch.Tensor,      # (B, k), rows summing to 1
 # %% ../../nbs/70_explore.trace.ipynb #b15c0f44
 @dataclass(frozen=True)
 class Setting(Mixing):
-    "What is mixed, and how it is searched for: the settings of `Mixing`, and these."
+    "The settings of the explorer: those of `Mixing`, and what is mixed."
     max_iter: int = 30              # updates after which a set is given up
-    pick: tuple[int, ...] = (0, 1)  # numbers of the images, two to five of them; k is how many
-    lam: tuple[float, ...] = ()     # the wanted shares, summing to 1; empty: equal ones
-    search: str = "paper"           # as the other settings say, or "fast": with chapter 34's options
-    stop: bool = True               # whether the search stops where the set is solved
+    pick: tuple[int, ...] = (0, 1)  # numbers of the two to five images; k is their count
+    lam: tuple[float, ...] = ()     # the wanted shares, with the sum 1; empty: equal shares
+    search: str = "paper"           # the paper's search, or "fast": chapter 34's
+    stop: bool = True               # whether the search stops when the set is solved
 
     def __post_init__(self):
         set_now = lambda name, value: object.__setattr__(self, name, value)  # the only way in a frozen record
@@ -135,7 +135,7 @@ class Setting(Mixing):
         set_now("k", len(self.pick))
         super().__post_init__()
 
-    def checked(self, available: int) -> "Setting":  # available: images that there are
+    def checked(self, available: int) -> "Setting":  # available: number of images
         "This setting with its shares filled in; a ValueError unless it can be solved."
         pick, lam = self.pick, self.lam
         if len(set(pick)) < len(pick): raise ValueError(f"Expected different images, got {pick}.")
@@ -154,10 +154,10 @@ class Setting(Mixing):
 
 # %% ../../nbs/70_explore.trace.ipynb #0b7fc718
 def share_out(lam: tuple,    # shares that sum to 1
-              which: int,    # the one that is set
-              value: float,  # to this
+              which: int,    # the share to set
+              value: float,  # its new value
               ) -> tuple:    # shares that sum to 1
-    "Set one share; the others keep their proportions."
+    "Set one share; the other shares keep their proportions."
     rest = sum(lam) - lam[which]
     other = lambda l: (1 - value) * (l / rest if rest > 1e-9 else 1 / (len(lam) - 1))
     return tuple(value if i == which else other(l) for i, l in enumerate(lam))

@@ -50,7 +50,7 @@ from ..mixing.solver import SuperMix, classes_of, first_theta, objective, teache
 _WORKERS = weakref.WeakSet()
 
 class _Newest:
-    "Runs the newest job in a thread; an older one learns that it is cancelled."
+    "Runs the newest job in a thread; older jobs are cancelled."
     def __init__(self, failed=lambda error: None):  # called with an exception of the newest job
         self.lock = threading.Lock()
         self.number = 0
@@ -61,8 +61,8 @@ class _Newest:
         self.failed = failed
         _WORKERS.add(self)
 
-    def submit(self, job):  # job(cancelled), where cancelled() says whether to stop
-        "Start `job`, in place of whatever runs."
+    def submit(self, job):  # job(cancelled); cancelled() says whether to stop
+        "Start `job` in place of the running one."
         with self.lock:
             self.number = self.number + 1
             self.job = job
@@ -82,26 +82,26 @@ class _Newest:
             except Exception as error:
                 if self.number == number:
                     self.error = error  # kept for `wait`
-                    with suppress(Exception): self.failed(error)  # the page may be gone
+                    with suppress(Exception): self.failed(error)  # the page may be closed
             with self.lock: self.done = number
 
     def cancel(self):
-        "Stop whatever runs."
+        "Stop the running job."
         self.submit(lambda cancelled: None)
 
     def wait(self, timeout: float | None = 60.0):  # seconds
-        "Until nothing runs; an error of the last job is raised here."
+        "Wait until no job runs; raises the last job's error."
         thread = self.thread
         if thread is not None: thread.join(timeout)
-        if self.thread is not None: raise TimeoutError(f"The solve is not finished after {timeout} s.")
+        if self.thread is not None: raise TimeoutError(f"The search is not finished after {timeout} s.")
         if self.error is not None: raise self.error
 
 # %% ../../nbs/72_explore.widget.ipynb #6a2f4d7a
 @atexit.register
 def _stop_all():
-    "At the program's end: a thread that still computes while Python goes down would abort it."
+    "At exit: stop the threads, because a thread that computes while Python shuts down would abort it."
     for worker in list(_WORKERS):
-        if worker.thread is None: continue  # nothing runs, and no new thread can be started any more
+        if worker.thread is None: continue  # no job runs, and no new thread can start any more
         with suppress(Exception):
             worker.cancel()
             worker.wait(10)
@@ -109,9 +109,9 @@ def _stop_all():
 # %% ../../nbs/72_explore.widget.ipynb #8fb94873
 def _take_images(images: Images | Data | torch.Tensor,  # a tensor (n, 3, H, W) is normalised
                  info: Info | None,                     # of a tensor, if it has one
-                 count: int,                            # how many of a data set
+                 count: int,                            # number of images to take from a data set
                  ):                                     # images (n, 3, H, W), info or None
-    "The images that can be picked; of a data set as many classes as it goes, of `Data` the test images."
+    "The images that you can pick: of a data set from as many classes as possible, of `Data` the test images."
     if isinstance(images, Data): images = images.test
     if isinstance(images, Images):
         info, images = images.info, images[evenly(images.labels, min(count, len(images)))[:count]][0]
@@ -134,8 +134,8 @@ _CIFAR = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)     # as the CRD ben
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # as torchvision's have them
 
 def open_teacher(file: str | Path | None = None,  # weights: of `zoo.save`, the CRD benchmark, or timm; None: published
-                 network: str | None = None,      # whose weights they are, of the zoo or timm; None: as the file says
-                 ) -> nn.Module:                  # in evaluation mode; its `info` says which images it takes
+                 network: str | None = None,      # the network of the weights, of the zoo or timm; None: as in the file
+                 ) -> nn.Module:                  # in evaluation mode; its `info` describes its images
     "A teacher from a file of weights."
     if file is not None and not Path(file).expanduser().is_file(): raise FileNotFoundError(f"There is no file {file}.")
     if network is None and file is None: raise ValueError("Expected a teacher's file, a network's name, or both.")
@@ -143,7 +143,7 @@ def open_teacher(file: str | Path | None = None,  # weights: of `zoo.save`, the 
     if path is not None and (network is None or path.suffix == ".safetensors" and network in zoo.names()):
         teacher = zoo.load(path)
         if network not in (None, teacher.name):
-            raise ValueError(f"{path} holds a {teacher.name}, and --network says {network}.")
+            raise ValueError(f"{path} holds a {teacher.name}, but --network is {network}.")
         return teacher
     if network not in zoo.names(): return _timm_teacher(path, network)
     published = network.startswith("imagenet_")
@@ -156,7 +156,7 @@ def open_teacher(file: str | Path | None = None,  # weights: of `zoo.save`, the 
     return teacher.eval().requires_grad_(False)
 
 def _classes_in(path: Path) -> int:
-    "How many classes a file of weights tells apart: the rows of its last matrix."
+    "The number of classes in a file of weights: the rows of its last matrix."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: raise ValueError(f"{path} is not a file of weights that can be read: {error}") from error
     state = state.get("model", state) if isinstance(state, dict) else {}
@@ -165,7 +165,7 @@ def _classes_in(path: Path) -> int:
     return rows[-1]
 
 def _imagenet_names(classes: int) -> tuple[str, ...]:
-    "The names of ImageNet's classes, where there are as many."
+    "The names of ImageNet's classes, if the number of classes fits."
     if classes != 1000: return ()
     from torchvision.models import ResNet34_Weights
     return tuple(ResNet34_Weights.DEFAULT.meta["categories"])
@@ -187,14 +187,14 @@ def _timm_teacher(path: Path | None, network: str) -> nn.Module:
     return teacher
 
 # %% ../../nbs/72_explore.widget.ipynb #6ea8492b
-def _named_data(name: str | None) -> Data:  # None: CIFAR-100 where it is found, else Fashion-MNIST or digits
+def _named_data(name: str | None) -> Data:  # None: CIFAR-100 if it is found, else Fashion-MNIST or digits
     "A data set by its name."
     if name is not None: return load_data(name)
     try: return load_data("cifar100", download=False)
     except FileNotFoundError: return load_data("auto", download=False)
 
 def _read_folder(folder: Path, info: Info) -> Images:
-    "The images of a folder and of those inside, as the teacher takes them."
+    "The images of a folder and its subfolders, prepared for the teacher."
     files = [folder / name for name in zoo._image_files(folder)]
     places = sorted({file.parent for file in files})
     return FolderImages(info, files, torch.tensor([places.index(file.parent) for file in files]))
@@ -216,8 +216,8 @@ def _resolve(images, teacher, info: Info | None) -> tuple:  # as for `explore`; 
         teacher = zoo.load(teacher, of) if of is not None else open_teacher(teacher)
     if folder is not None:
         info = info if info is not None else getattr(unwrapped(teacher), "info", None)
-        if info is None: raise ValueError("The teacher does not say which images it takes: give info=Info(name, "
-                                          "classes, size, mean, std), or name its network with open_teacher.")
+        if info is None: raise ValueError("The teacher does not say which images it expects: pass info=Info(name, "
+                                          "classes, size, mean, std), or use open_teacher with a network's name.")
         images = _read_folder(folder, info)
     return images, teacher, info
 
@@ -239,7 +239,7 @@ class _Board:
         if n not in self.frames: self.frames[n] = as_png(draw_frame(self.scene, self.backdrop, self.trace, n))
         return self.frames[n]
 
-    def gif(self, ms: int = 250) -> bytes:  # milliseconds a frame
+    def gif(self, ms: int = 250) -> bytes:  # milliseconds per frame
         "All iterations, animated."
         frames = [Image.open(io.BytesIO(self.frame(n))).convert("P", palette=Image.Palette.ADAPTIVE)
                   for n in range(len(self))]
@@ -249,18 +249,18 @@ class _Board:
 
 # %% ../../nbs/72_explore.widget.ipynb #d20099e1
 def _alone(teacher, images: torch.Tensor) -> tuple:  # teacher, images on its device
-    "A network's copy, for the solving thread: it shares modes and hooks with nobody."
+    "A copy of a network for the search's thread, which shares no modes or hooks with the original."
     if not isinstance(teacher, torch.nn.Module): return teacher, images
     teacher = deepcopy(teacher).eval().requires_grad_(False)
     return teacher, images.to(next(teacher.parameters(), images).device)
 
 def _drawn(session) -> _Board:
     "What a session has solved so far."
-    if session.board is None: raise ValueError("Expected something to save, and nothing is solved yet: wait().")
+    if session.board is None: raise ValueError("Expected a finished search to save, got none yet: call wait() first.")
     return session.board
 
 def _solve_job(setting, images, teacher, names, picture, seed, publish, cancelled, pause=1 / 8):
-    "Solve a setting, and `publish` a `_Board` every `pause` seconds and at the end, unless `cancelled`."
+    "Search for a setting's masks, and `publish` a `_Board` every `pause` seconds and at the end, unless `cancelled`."
     scene = make_scene(setting, images, teacher, names, picture, seed)
     mixer = setting.mixer(teacher)
     sets = images[list(setting.pick)][None]
@@ -268,7 +268,7 @@ def _solve_job(setting, images, teacher, names, picture, seed, publish, cancelle
     theta = mixer.first_theta(lam, sets.shape[-2:], seeded(seed, setting.pick))
     way = Trace()
     backdrop = draw_backdrop(scene)
-    shown, cost = 0.0, 0.0  # when a frame was last drawn, and how long that took
+    shown, cost = 0.0, 0.0  # the time of the last frame, and how long it took
     for step in steps(mixer, sets, lam, theta, setting.stop):
         if cancelled(): return
         way.steps.append(step)
@@ -281,7 +281,7 @@ def _solve_job(setting, images, teacher, names, picture, seed, publish, cancelle
 
 # %% ../../nbs/72_explore.widget.ipynb #2c64483b
 class Session:
-    "An explorer's state: set from Python, solved in a thread, drawn when asked."
+    "An explorer's state: set from Python, searched in a thread, drawn on demand."
     def __init__(self, images: Images | Data | torch.Tensor | str | Path | None = None,
                  teacher: Callable | str | Path | None = None, info: Info | None = None,
                  names: list[str] | tuple[str, ...] | None = None, count: int = 16, seed: int = 0, **setting):
@@ -307,7 +307,7 @@ class Session:
         return setting
 
     def change(self, **changes) -> "Session":
-        "Set fields of the setting, and solve anew; equal shares where the set changes and none are given."
+        "Set fields of the setting and search again; shares become equal if the set changes and none are given."
         if "pick" in changes: changes = {"lam": (), **changes}
         self.setting = self.check(replace(self.setting, **changes))
         self.worker.submit(partial(_solve_job, self.setting, self.images, self.teacher, self.names, self.picture,
@@ -315,7 +315,7 @@ class Session:
         return self
 
     def wait(self, timeout: float | None = 60.0) -> "Session":
-        "Until the newest setting is solved."
+        "Wait until the newest search has ended."
         self.worker.wait(timeout)
         return self
 
@@ -324,14 +324,14 @@ class Session:
         self.show(len(board) - 1)
 
     def show(self, n: int) -> None: self.n = n
-    def failed(self, error: Exception) -> None: "What a solve raised, which `wait` raises again."
+    def failed(self, error: Exception) -> None: "The error of a search; `wait` raises it again."
 
     def save_png(self, path: str | Path) -> Path: return write_atomic(path, _drawn(self).frame(self.n))
     def save_gif(self, path: str | Path, ms: int = 250) -> Path: return write_atomic(path, _drawn(self).gif(ms))
 
 # %% ../../nbs/72_explore.widget.ipynb #b418621d
 def _widgets():
-    "The ipywidgets package, or an error that says how to get it."
+    "The ipywidgets package; if it is missing, the error says how to install it."
     try: import ipywidgets
     except ImportError as error: raise ImportError("The explorers need ipywidgets: pip install ipywidgets") from error
     return ipywidgets
@@ -381,7 +381,7 @@ def _make_controls(setting: Setting, size: int) -> dict:  # size: the smaller si
                            value=setting.max_iter),
         "search": w.ToggleButtons(options=[("the paper's", "paper"), ("fast", "fast")], description="search",
                                   value=setting.search, style=style | {"button_width": "100px"}),
-        "stop": w.Checkbox(description="stop where it is solved", value=setting.stop, style=style,
+        "stop": w.Checkbox(description="stop when it is solved", value=setting.stop, style=style,
                            layout=w.Layout(**wide)),
         "n": slider(w.IntSlider, "show iteration", "scrub through the iterations", min=0, max=0),
         "play": w.Play(min=0, max=0, interval=250, tooltip="play the iterations"),
@@ -412,11 +412,11 @@ def _arrange(c: dict, gallery):  # the controls, and the box of thumbnails -> a 
 
 # %% ../../nbs/72_explore.widget.ipynb #a453e3d2
 class _Quiet(threading.local):
-    "Whether a thread's own writing into controls is going on, which is no change by the user."
+    "Whether a thread is writing into controls, which is not a change by the user."
     on = False
 
 def _show_value(control, value) -> None:
-    "Let a control show a value, and make room for it where its range ends before."
+    "Set a control's value, and extend its range if necessary."
     if getattr(control, "max", value) < value: control.max = value
     sizes = getattr(control, "options", ())
     if sizes and isinstance(sizes[0], int) and value not in sizes: control.options = sorted((*sizes, value))
@@ -433,7 +433,7 @@ class _Mirror(Session):
         for i, slider in enumerate(self.controls["lam"]):
             slider.layout.display = "flex" if i < len(s.lam) else "none"
             if i < len(s.lam):
-                # on the slider's grid: a page rounds what is not, and would send that back
+                # on the slider's grid: a page would round other values and send them back
                 slider.value = round(s.lam[i], 2)
         for name in ("lambda_s", "sigma", "mask_size", "max_iter", "search", "stop"):
             _show_value(self.controls[name], getattr(s, name))
@@ -485,7 +485,7 @@ class _Panel(_Mirror):
 
     def failed(self, error):
         self.controls["progress"].description = "failed"
-        self.say(f"<b>The solve failed.</b> {escape(f'{type(error).__name__}: {error}')}")
+        self.say(f"<b>The search failed.</b> {escape(f'{type(error).__name__}: {error}')}")
 
     def close(self):
         "Stop the solve and take the widget from the page."
@@ -539,22 +539,22 @@ class Explorer(_Panel):
         if not self.quiet.on: self.change(**{name: event["new"]})
 
     def _on_save(self, name, save):
-        self.say(f"Saving {name} …")  # a film of many frames takes its time
+        self.say(f"Saving {name} …")  # many frames take a while
         try: self.say(f"Saved {save(Path(self.controls['folder'].value) / name)}.")
         except (OSError, ValueError, AttributeError) as error: self.say(f"Not saved: {error}")
 
 # %% ../../nbs/72_explore.widget.ipynb #fcf870ea
 def explore(images: Images | Data | torch.Tensor | str | Path | None = None,  # a folder; a data set or its name; a
-                                 # normalised tensor (n, 3, H, W); None: CIFAR-100 where it is found
+                                 # normalised tensor (n, 3, H, W); None: CIFAR-100 if it is found
             teacher: Callable | str | Path | None = None,  # images (B, 3, H, W) -> logits (B, N), or its file; None:
-                                 # the one that is shipped for the data set
-            info: Info | None = None,# of a tensor, or of how a folder's files are read; None: as the teacher says
-            names: list[str] | tuple[str, ...] | None = None,  # of the teacher's classes, where `info` has others
-            count: int = 16,         # thumbnails, of a data set or a folder
+                                 # this package's teacher for the data set
+            info: Info | None = None,# of a tensor, or for reading a folder's files; None: the teacher's
+            names: list[str] | tuple[str, ...] | None = None,  # names of the teacher's classes, if `info` has others
+            count: int = 16,         # number of thumbnails of a data set or a folder
             seed: int = 0,           # of CutMix's boxes and of the fast search's first partition
             **setting,               # first values of the fields of `Setting`: pick, lam, lambda_s, sigma, …
             ) -> Explorer:
-    "A widget to pick images, turn the solver's knobs, and scrub through its iterations."
+    "A widget to pick images, change the search's settings and step through its iterations."
     return Explorer(images, teacher, info, names, count, seed, **setting)
 
 # %% ../../nbs/72_explore.widget.ipynb #f48535e4
@@ -573,13 +573,13 @@ def write_notebook(path: Path, images: str | None, teacher: str | None, network:
     return write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 def open_explorer(data: Path | str | None, teacher: Path | None, network: str | None, out: Path, browser: bool) -> None:
-    "Check images and teacher, write a notebook, and show it in JupyterLab until Ctrl-C."
+    "Check images and teacher, write a notebook and show it in JupyterLab until Ctrl-C."
     if find_spec("jupyterlab") is None or find_spec("ipywidgets") is None:
         raise ImportError("The explorer's page needs JupyterLab and ipywidgets: pip install 'supermix[explore]'")
     named = data is None or str(data) in DATA_SETS
     images = (None if data is None else str(data)) if named else str(Path(data).expanduser().resolve())
     file = None if teacher is None else str(Path(teacher).expanduser().resolve())
-    Session(images, open_teacher(file, network) if network else file)  # errors here rather than on the page
+    Session(images, open_teacher(file, network) if network else file)  # raise errors here, not on the page
     notebook = write_notebook(out / "explore.ipynb", images, file, network)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -592,10 +592,10 @@ def open_explorer(data: Path | str | None, teacher: Path | None, network: str | 
     _serve(command + ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0), {"JUPYTER_TOKEN": token})
 
 def _serve(command: list[str], variables: dict[str, str]) -> None:
-    "Run a server until it ends or this process is asked to end; then it ends, too, with its kernels."
+    "Run a server until it ends or this process is stopped; then end it with its kernels."
     def end(*_): raise SystemExit(143)
     before = signal.signal(signal.SIGTERM, end)
-    server = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)  # Ctrl-C is ours
+    server = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)  # Ctrl-C is for this process
     try:
         if server.wait(): raise OSError(f"JupyterLab ended with code {server.returncode}.")
     finally:
@@ -605,7 +605,7 @@ def _serve(command: list[str], variables: dict[str, str]) -> None:
 
 # %% ../../nbs/72_explore.widget.ipynb #df822f32
 def _draw_sigma(gradient: torch.Tensor, sigma: float):  # (h, w) -> a figure
-    "A gradient map, smoothed, and the taps that did it."
+    "A gradient map before and after smoothing, and the filter's taps."
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
     smoothed, taps = smooth(gradient, sigma), gaussian_kernel(sigma)
     for ax, m, title in zip(axes, (gradient, smoothed), ("∂L/∂θ₁", f"smoothed, σ = {sigma:g} cells")):
@@ -638,7 +638,7 @@ def explore_tau(logits: torch.Tensor, names: list[str] | None = None) -> Callabl
 
 # %% ../../nbs/72_explore.widget.ipynb #80356da4
 def _descend(mixer: SuperMix, sets, lam, rate: float) -> list[float]:
-    "The losses of the first set under gradient descent along the smoothed gradient, `mixer.max_iter` updates."
+    "The losses of the first set in `mixer.max_iter` updates of gradient descent along the smoothed gradient."
     theta, losses = first_theta(mixer.mixing, lam.to(sets), sets.shape[-2:]), []
     classes, N = classes_of(mixer.teacher, sets)
     target = soft_labels(classes, lam.to(theta), N)

@@ -20,7 +20,7 @@ def _conv_before_norm(network: nn.Module, x: torch.Tensor) -> dict[str, str]:
     calls = {}
 
     def note_output(name, output):
-        outputs[id(output)] = (name, output)  # the tensor is held, or its id could be another's later
+        outputs[id(output)] = (name, output)  # keep the tensor, so that its id stays unique
         calls[name] = calls.get(name, 0) + 1
 
     def note_input(name, value):
@@ -51,21 +51,21 @@ def _fold_pairs(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
 
 # %% ../../nbs/29_mixing.folding.ipynb #34cc0002
 def _try_fold(network: nn.Module, pairs: dict[str, str], x: torch.Tensor) -> nn.Module | None:
-    "A copy with these pairs folded, or None where its output for `x` is not the network's."
+    "A copy with these pairs folded, or None if its output for `x` differs from the network's."
     try:
         candidate = _fold_pairs(network, pairs)
         with torch.no_grad():
             expected = network(x)
             found = candidate(x)
-    except (AttributeError, KeyError, TypeError): return None  # as where a spectral norm makes the weights
+    except (AttributeError, KeyError, TypeError): return None  # for example, if a spectral norm computes the weights
     tolerance = 1e-3 * expected.abs().max().item()
     return candidate if torch.allclose(found, expected, rtol=1e-3, atol=tolerance) else None
 
-def fold_norms(network: nn.Module,  # any network; it is left as it is
+def fold_norms(network: nn.Module,  # any network; it is not changed
                x: torch.Tensor,     # a few images (B, C, H, W), on which the copy must agree with the network
                ) -> nn.Module:      # in evaluation mode, without gradients for its parameters
-    """A copy of a network whose batch norms are folded into the convolutions in front of them, where that changes
-    nothing. A `torch.jit.ScriptModule` is copied as it is."""
+    """A copy of a network with its batch norms folded into the convolutions before them, if the output stays the same.
+    A `torch.jit.ScriptModule` is copied without changes."""
     result = copy.deepcopy(network).eval()
     if isinstance(result, torch.jit.ScriptModule): return result
     result.requires_grad_(False)

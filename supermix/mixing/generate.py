@@ -32,38 +32,38 @@ from ..zoo import create, load, names, open_pictures, pretrained
 # %% ../../nbs/36_mixing.generate.ipynb #d662df43
 @contextmanager
 def claimed(path: Path):
-    "Within the block: True where this process alone may write `path`, False where another one is at it."
-    from fcntl import LOCK_EX, LOCK_NB, flock  # not there on Windows
+    "Within the block: True if this process may write `path`, False if another process is writing it."
+    from fcntl import LOCK_EX, LOCK_NB, flock  # does not exist on Windows
     lock = path.with_name(f".{path.name}.lock")
     with open(lock, "w") as file:
         try: flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError: mine = False
-        else: mine = _same_file(file, lock)  # not one that another process let go of just now
+        else: mine = _same_file(file, lock)  # not a file that another process has just deleted
         if not mine:
             yield False
             return
-        for begun in path.parent.glob(f".{path.name}.*"):  # by processes that were killed as they wrote
+        for begun in path.parent.glob(f".{path.name}.*"):  # left by processes that were killed while writing
             if begun != lock: begun.unlink()
         try: yield True
         finally: lock.unlink(missing_ok=True)
 
 def _same_file(file, path: Path) -> bool:
-    "Whether an open file is the one that is at `path` now."
+    "Whether an open file is still the file at `path`."
     try: return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError: return False
 
 # %% ../../nbs/36_mixing.generate.ipynb #f56fc726
-def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of the shards that are there
-                    count: int,                          # images that are wanted
-                    shard: int,                          # sets a shard
-                    ) -> list[int]:                      # none when there are enough
-    "The shards that are still to be made, as far as one can tell."
+def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of the existing shards
+                    count: int,                          # wanted number of images
+                    shard: int,                          # sets per shard
+                    ) -> list[int]:                      # empty if there are enough images
+    "The numbers of the shards that are probably still needed."
     images, sets = (sum(c[i] for c in counts.values()) for i in range(2))
     expected = shard * (images / sets if images else 1.0)
     total = 0.0
     number = 0
     missing = []
-    while total < count and len(missing) < 1000:  # nobody needs to know more of them at a time
+    while total < count and len(missing) < 1000:  # more are not needed at a time
         if number not in counts: missing.append(number)
         total += counts[number][0] if number in counts else expected
         number += 1
@@ -72,7 +72,7 @@ def _missing_shards(counts: dict[int, tuple[int, int]],  # images and sets of th
 # %% ../../nbs/36_mixing.generate.ipynb #5f85450e
 def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int,
                 report_progress=lambda solved, tried: None):
-    "Solve the sets of a shard: what was found, and how many sets were begun."
+    "Solve the sets of a shard; returns the solved sets and the number of sets that were tried."
     begun = engine.tried
     blocks = recipe.shard // BLOCK
     solved = 0
@@ -85,10 +85,10 @@ def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int,
             yield found
     return joined(parts(), empty=True), engine.tried - begun
 
-_EMPTY = (3, 4096)  # as many shards in a row, and as many sets in them, without a solved one end a run (ours)
+_EMPTY = (3, 4096)  # a run ends after this many shards and sets in a row without a solved set (ours)
 
-def _check_solved(counts: dict[int, tuple[int, int]]) -> None:  # images and sets of the shards that are there
-    "A ValueError where many shards in a row are empty."
+def _check_solved(counts: dict[int, tuple[int, int]]) -> None:  # images and sets of the existing shards
+    "Raise a ValueError if many shards in a row are empty."
     row = []
     for shard in sorted(counts):
         row = [*row, shard] if not counts[shard][0] and (not row or row[-1] == shard - 1) else []
@@ -99,13 +99,13 @@ def _check_solved(counts: dict[int, tuple[int, int]]) -> None:  # images and set
 
 # %% ../../nbs/36_mixing.generate.ipynb #36aa0010
 def _check_recipe(recipe: Generation) -> None:
-    "A ValueError unless this is a recipe of a store, which has checked itself (chapter 2)."
+    "Raise a ValueError unless this is a recipe of a store; the recipe checks its own values (chapter 2)."
     if not isinstance(recipe, Generation):
         raise ValueError(f"Expected a recipe that is a `supermix.recipes.Generation`, got {type(recipe).__name__}.")
 
 # %% ../../nbs/36_mixing.generate.ipynb #36aa0011
 def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generation, title: str) -> None:
-    "Make what is missing, until there are enough images."
+    "Make the missing shards until there are enough images."
     there = min(recipe.count, sum(n for n, _ in store.counts().values()))
     first = os.environ.get("RANK", "0") == "0"
     with progress(title=title, total=recipe.count, initial=there, unit="image",
@@ -127,10 +127,10 @@ def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generatio
         _update_bar(bar, store.counts(), recipe.count)
 
 # %% ../../nbs/36_mixing.generate.ipynb #727ed571
-_BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64 pixels a side, and for larger ones
+_BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64×64 pixels, and for larger images
 
 def settle(recipe: Generation, images: Images, teacher: nn.Module | Callable) -> Generation:
-    "The recipe with what suits the teacher's device where it names nothing: slots, sets a shard, and bfloat16."
+    "The recipe with defaults for the teacher's device: slots, sets per shard and bfloat16."
     on_gpu = isinstance(teacher, nn.Module) and any(p.device.type == "cuda" for p in teacher.parameters())
     small = max(images[:1][0].shape[-2:]) <= 64
     chosen = {"slots": _BY_DEVICE["cuda" if on_gpu else "cpu"][0 if small else 1],
@@ -142,11 +142,11 @@ def settle(recipe: Generation, images: Images, teacher: nn.Module | Callable) ->
 @interruptible()
 def generate(recipe: Generation = Generation(),
              out: str | Path = "out/mixes",       # the folder of the store
-             images: Images | Data | None = None, # sources; of a data set the training images; None: the recipe's
-             teacher: nn.Module | None = None,    # or any callable, images to logits; None: the recipe's
-             title: str = "mixing",               # what the progress bar is called
+             images: Images | Data | None = None, # the sources, or a data set with training images; None: the recipe's
+             teacher: nn.Module | None = None,    # or any callable from images to logits; None: the recipe's
+             title: str = "mixing",               # title of the progress bar
              ) -> Store:                          # finished
-    "Make a store of mixed images, or go on with one that was begun."
+    "Make a store of mixed images, or resume an unfinished one."
     _check_recipe(recipe)
     images = _sources_of(recipe) if images is None else images_of(images)
     teacher = teacher if teacher is not None else _teacher_of(recipe, images)
@@ -171,13 +171,13 @@ def _in_use(path: Path) -> bool:
     return False
 
 def _sweep(store: Store) -> None:
-    "Take away what killed processes left of shards that nobody needs."
+    "Delete files of unneeded shards that killed processes left."
     for begun in store.folder.glob(".[0-9]*.safetensors.*"):
         with claimed(store.folder / begun.name[1:].rpartition(".")[0]): pass
 
 @contextmanager
 def _at_work(store: Store, recipe: Generation, images: Images, teacher):
-    "Within the block the store is begun, and held; a command that fails in it before its first image leaves nothing."
+    "Create and lock the store for the block; if the block fails before the first image, nothing is left."
     from fcntl import LOCK_SH, flock
     new = [folder for folder in (store.folder, *store.folder.parents) if not folder.exists()]
     try:
@@ -189,11 +189,11 @@ def _at_work(store: Store, recipe: Generation, images: Images, teacher):
     except BaseException:
         with suppress(OSError, ValueError):
             if store.run is not None: _leave_nothing(store)
-            for folder in new: folder.rmdir()  # where it is empty
+            for folder in new: folder.rmdir()  # only if it is empty
         raise
 
 def _leave_nothing(store: Store) -> None:
-    "Take away the manifest and empty shards of a store without an image, unless another process is at work there."
+    "Delete the manifest and empty shards of a store without images, unless another process works on it."
     with claimed(store.manifest_path) as mine:
         if not mine or _in_use(store.manifest_path) or not holds_nothing(store): return
         _sweep(store)
@@ -201,16 +201,16 @@ def _leave_nothing(store: Store) -> None:
 
 # %% ../../nbs/36_mixing.generate.ipynb #51a79e96
 def _update_bar(bar, counts, count, solved=0, tried=0):
-    "Bring the progress bar up to date: by the shards that are there, and what is solved and was tried of another one."
+    "Update the progress bar, from the existing shards and the sets solved and tried in the current one."
     images, sets = solved + sum(c[0] for c in counts.values()), tried + sum(c[1] for c in counts.values())
     if counts or tried >= 4 * BLOCK: bar.set_postfix(solved=f"{images / sets:.0%}", shards=len(counts), refresh=False)
     bar.update(max(0, min(count, images) - bar.n))
 
 @contextmanager
 def patiently(path: Path):
-    "Within the block this process holds the lock; it waits for it."
+    "Within the block this process holds the lock; it waits until it gets it."
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # again, if a process that failed has just taken it away
+        path.parent.mkdir(parents=True, exist_ok=True)  # again, if a failed process has just deleted it
         with claimed(path) as mine:
             if mine:
                 yield
@@ -219,24 +219,24 @@ def patiently(path: Path):
 
 @contextmanager
 def _room_on_disk(store: Store):
-    "Within the block a full disk is an error that says what is kept."
+    "Within the block, a full disk raises an error that says what is kept."
     try: yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise OSError(error.errno, f"The disk of {store.folder} is full. {_kept(store):,} images are kept; "
-                                   "make room, and run the same command again to go on") from error
+                                   "make room, and run the same command again to resume it") from error
 
 @contextmanager
 def _room_in_memory(engine: Engine):
-    "Within the block an allocator that has nothing left is an error that says what to do."
+    "Within the block, a failed allocation raises an error that says what to do."
     try: yield
     except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error): raise
-        raise ValueError(f"The memory of {engine.device} does not suffice for {engine.slots:,} slots: "
+        raise ValueError(f"The memory of {engine.device} is too small for {engine.slots:,} slots: "
                          "take fewer, in another folder.") from error
 
 def _kept(store: Store) -> int:
-    "Images that a store has, as far as they can be counted."
+    "The number of images in a store, as far as they can be counted."
     with suppress(ValueError, OSError): return sum(images for images, _ in store.counts().values())
     return 0
 
@@ -247,12 +247,12 @@ def _sources_of(recipe: Generation) -> Images:
     return images if recipe.train_images is None else images.subset(recipe.train_images)
 
 def _on_gpu(teacher: nn.Module) -> nn.Module:
-    "The teacher on a GPU, where there is one; processes may share it."
+    "The teacher on a GPU, if there is one; processes may share it."
     if not torch.cuda.is_available(): return teacher
     return teacher.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
 
 def _teacher_of(recipe: Generation, images: Images) -> nn.Module:
-    "The recipe's teacher: shipped, from a file, or torchvision's for ImageNet."
+    "The recipe's teacher: from this package, from a file, or torchvision's for ImageNet."
     name = recipe.teacher
     if name == "auto": teacher = pretrained(images.info.name)
     elif name in names(): teacher = create(name, weights="DEFAULT").eval()
@@ -264,9 +264,9 @@ def _teacher_of(recipe: Generation, images: Images) -> nn.Module:
 
 # %% ../../nbs/36_mixing.generate.ipynb #acf2e676
 def _open_folder(recipe: Generation, pictures: Pictures, size: int | None) -> tuple[Generation, Images, nn.Module]:
-    "The recipe for a folder of photographs, its images and its teacher; a warning where the teacher is near chance."
+    "The recipe for a folder of photographs, its images and its teacher; warns if the teacher is near chance."
     if recipe.teacher == "auto":
-        raise ValueError(f"Expected a teacher of the classes in {recipe.data}: say --teacher FILE --network NAME, "
+        raise ValueError(f"Expected a teacher of the classes in {recipe.data}: use --teacher FILE --network NAME, "
                          "with a file of its weights.")
     data, teacher = open_pictures(recipe.data, recipe.teacher, pictures, size)
     images, teacher = data.train, _on_gpu(teacher)
@@ -277,25 +277,25 @@ def _open_folder(recipe: Generation, pictures: Pictures, size: int | None) -> tu
     right = compare_classes(torch.cat(seen), some.labels)
     if os.environ.get("RANK", "0") == "0":
         print(f"{data}\n{teacher.name} is right in {right:.0f} % of {len(some):,} training images", flush=True)
-    shard = min(recipe.shard or 4096, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images in each
+    shard = min(recipe.shard or 4096, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images each
     return replace(recipe, data=images.info.name, teacher="given", shard=shard), images, teacher
 
 def _check_no_pictures(pictures: Pictures, size: int | None) -> None:
-    "A ValueError where options for a folder's photographs are given without a folder."
+    "Raise a ValueError if options for a folder's photographs are given without a folder."
     given = [f"--{name}" for name, value in {**vars(pictures), "size": size}.items() if value not in (None, ())]
     if given:
-        raise ValueError(f"Expected --data FOLDER beside {', '.join(given)}: a data set by name has all of that.")
+        raise ValueError(f"Expected --data FOLDER with {', '.join(given)}: a named data set already has them.")
 
 def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation(),
             pictures: Annotated[Pictures, tyro.conf.arg(name="")] = Pictures(), size: int | None = None,
             out: Path = Path("out/mixes")) -> None:
-    """Make a store of mixed images, or go on with one that was begun: run the same command again.
-    From your own photographs: --data FOLDER --teacher FILE --network NAME (chapter 80).
+    """Make a store of mixed images. If it was stopped, run the same command again to resume it.
+    For your own photographs: --data FOLDER --teacher FILE --network NAME (chapter 80).
 
     Args:
-        recipe: what is mixed, how, and how many.
-        pictures: how a folder of photographs is seen.
-        size: height and width at which the network gets a folder's photographs, in pixels; none: as it was trained.
+        recipe: what is mixed, how, and how many images are made.
+        pictures: how a folder of photographs is read.
+        size: height and width of a folder's photographs for the network, in pixels; none: as in its training.
         out: the folder of the store.
     """
     start = time.perf_counter()
@@ -305,13 +305,13 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
     try: store = generate(recipe, out, images, teacher)
     except KeyboardInterrupt:
         sys.exit(f"Stopped: {_kept(Store(out)):,} of {recipe.count:,} images are kept in {out}. "
-                 "Run the same command again to go on.")
+                 "Run the same command again to resume it.")
     if os.environ.get("RANK", "0") == "0":
         made = store.manifest()
         stored = sum((store.folder / entry["file"]).stat().st_size for entry in made["shards"])
         print(f"{made['images']:,} mixed images in {out}: {stored / made['images']:.0f} bytes each, "
               f"made in {time.perf_counter() - start:.0f} s")
-        print(f"{made['recipe']['slots']:,} slots, {made['recipe']['shard']:,} sets a shard, the teacher in "
+        print(f"{made['recipe']['slots']:,} slots, {made['recipe']['shard']:,} sets per shard, the teacher in "
               f"{'bfloat16' if made['recipe']['bfloat16'] else 'float32'}")
 
 # %% ../../nbs/36_mixing.generate.ipynb #1e93fb05

@@ -21,7 +21,7 @@ from .solver import check_gradient, teacher_logits
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #87051514
 def _graph_cuts():  # the module `gco`
-    "The graph cut library; an error that names the fix where it is missing."
+    "The graph cut library; if it is missing, the error says how to install it."
     try:
         import gco
     except (ImportError, AttributeError, OSError) as error:  # missing, or built for another NumPy or machine
@@ -49,7 +49,7 @@ def _saliency(teacher,               # any differentiable callable from images t
 def _block_shares(maps: torch.Tensor,     # saliency (..., H, W)
                   grid: tuple[int, int],  # blocks down and across; they divide H and W
                   ) -> torch.Tensor:      # (..., h, w), summing to 1 over the blocks
-    "The share of an image's saliency that each block holds."
+    "The share of an image's saliency in each block."
     (H, W), (h, w) = maps.shape[-2:], grid
     if H % h or W % w: raise ValueError(f"Expected numbers of blocks that divide the maps, got {h}×{w} for {H}×{W}.")
     sums = maps.double().reshape(*maps.shape[:-2], h, H // h, w, W // w).sum((-3, -1))
@@ -61,7 +61,7 @@ def _gaps_below(sets: torch.Tensor,     # (B, 2, C, H, W), pixels that span at m
                 grid: tuple[int, int],  # blocks down and across
                 cell: tuple[int, int],  # pixels that are averaged, down and across; they divide the block
                 ) -> torch.Tensor:      # float64 (B, 2, 2, h − 1, w), [a, b]: the block shows source a, the one below b
-    "How much the pixels differ across the lower border of each block, for each choice of sources."
+    "The difference of the pixels across each block's lower border, for each choice of sources."
     cells = F.avg_pool2d(sets.flatten(0, 1).double(), cell).unflatten(0, sets.shape[:2])
     step = cells.shape[-2] // grid[0]                        # rows of cells a block
     above, below = cells[..., step - 1:-1:step, :], cells[..., step::step, :]
@@ -69,7 +69,7 @@ def _gaps_below(sets: torch.Tensor,     # (B, 2, C, H, W), pixels that span at m
     return gaps.unflatten(-1, (grid[1], -1)).mean(-1)
 
 def _border_gaps(sets, grid, border: int = 4):  # border: pixels of a cell -> (B, 2, 2, h − 1, w), (B, 2, 2, h, w − 1)
-    "The same for the lower and for the right border."
+    "The differences of the pixels across the lower and the right borders, as `_gaps_below` defines them."
     cell = tuple(math.gcd(border, length // n) for length, n in zip(sets.shape[-2:], grid))
     return _gaps_below(sets, grid, cell), _gaps_below(sets.mT, grid[::-1], cell[::-1]).mT
 
@@ -85,7 +85,7 @@ class _Energy(NamedTuple):
 def _binomial_prior(lam: torch.Tensor,    # (B,): λ of the first source
                     labels: int,          # L = m + 1
                     weight: torch.Tensor, # (B,): η / n²
-                    limit: torch.Tensor,  # (B,): cost of what cannot be, for each step
+                    limit: torch.Tensor,  # (B,): cost of an impossible label
                     ) -> torch.Tensor:    # float64 (B, L)
     "−η/n² · log of the binomial probability of each label; log 0 costs `limit`."
     m, u = labels - 1, torch.arange(labels, dtype=torch.float64, device=lam.device)
@@ -139,7 +139,7 @@ def _min_cut(first: np.ndarray,    # int (E,): one end of each edge; no two edge
             graph.set_data_cost(np.stack([np.maximum(-costs, 0), np.maximum(costs, 0)], 1))
             if len(first): graph.set_all_neighbors(first, second, weights)
             graph.set_smooth_cost(1 - np.eye(2, dtype=np.int64))
-            graph.expansion_on_alpha(1)                      # from all bits 0: which of them shall be 1? One cut
+            graph.expansion_on_alpha(1)                      # start at 0; one cut decides which bits become 1
             return graph.get_labels()
         finally:
             graph.destroy_graph()
@@ -170,7 +170,7 @@ def _puzzle_masks(sets: torch.Tensor,      # (B, 2, C, H, W), normalised
                   maps: torch.Tensor,      # their saliency (B, 2, H, W)
                   lam: torch.Tensor,       # (B, 2): the wanted shares
                   n: int,                  # blocks down and across
-                  std: float = 0.25,       # what pixels of 0 … 1 were divided by; a number, or one a channel
+                  std: float = 0.25,       # divisor of pixels of 0 … 1: a number, or one per channel
                   border: int = 4,         # pixels of a cell at a border
                   **weights,               # labels, beta, gamma and eta of `_energy_terms`
                   ) -> torch.Tensor:       # (B, 2, H, W), of the dtype of `lam`
@@ -192,7 +192,7 @@ def _distances(grid: tuple[int, int]) -> torch.Tensor:  # float64 (h·w, h·w)
 def _transport_plans(shares: torch.Tensor,  # of saliency (S, h, w)
                      seen: torch.Tensor,    # bool (S, h, w): where the mask shows the source
                      xi: float = 0.8,       # cost of moving
-                     ) -> torch.Tensor:     # int64 (S, h·w): the block that comes to each place
+                     ) -> torch.Tensor:     # int64 (S, h·w): the block that moves to each place
     "The assignment of blocks to places with the least cost, for each source."
     from scipy.optimize import linear_sum_assignment  # slow to import, and used here alone
     moving = xi * _distances(shares.shape[-2:]).numpy()
@@ -202,7 +202,7 @@ def _transport_plans(shares: torch.Tensor,  # of saliency (S, h, w)
 
 # %% ../../nbs/39_mixing.puzzlemix.ipynb #33ac27ee
 def _move_blocks(images: torch.Tensor,   # (S, C, H, W)
-                 plans: torch.Tensor,    # int64 (S, h·w): the block that comes to each place
+                 plans: torch.Tensor,    # int64 (S, h·w): the block that moves to each place
                  grid: tuple[int, int],  # blocks down and across
                  ) -> torch.Tensor:      # (S, C, H, W)
     "Each image with its blocks rearranged."
@@ -224,7 +224,7 @@ def _transport(sets: torch.Tensor,   # (B, 2, C, H, W)
     grid = tuple(length // b for length, b in zip(sets.shape[-2:], block))
     if math.prod(grid) > 4096:
         raise ValueError(f"Expected at most 4,096 blocks that can be moved, got {grid[0]}×{grid[1]}: raise size, "
-                         "their height and width in pixels, or leave them where they are (transport=False).")
+                         "their height and width in pixels, or do not move them (transport=False).")
     seen = masks[..., ::block[0], ::block[1]] > 0
     plans = _transport_plans(_block_shares(maps, grid).flatten(0, 1), seen.flatten(0, 1), xi)
     return _move_blocks(sets.flatten(0, 1), plans, grid).view_as(sets)
@@ -289,11 +289,11 @@ class PuzzleMix(Mixer):
                  border: int = 4,               # pixels averaged before borders are compared (authors' command)
                  size: int | None = None,       # pixels of a block that moves, at most the mask's; None: 4 (authors'
                                                 # command), doubled for larger images until 16 or fewer lie in a row
-                 std: float = 0.25,             # divisor of pixels of 0 … 1, or one a channel: `data.info.std` (ours)
+                 std: float = 0.25,             # divisor of pixels of 0 … 1, or one per channel: `data.info.std` (ours)
                  ):
         blocks = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
         _check_puzzle(teacher, alpha, blocks, labels, beta, gamma, eta, xi, border, size, std)
-        _graph_cuts()  # better now than at the first batch
+        _graph_cuts()  # raise now, not at the first batch
         self.teacher = teacher
         self.alpha = alpha
         self.blocks = blocks

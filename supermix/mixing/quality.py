@@ -27,13 +27,13 @@ def total_variation(masks: torch.Tensor,  # (B, k, H, W)
 # %% ../../nbs/37_mixing.quality.ipynb #7b7ab78a
 @dataclass(frozen=True, eq=False)
 class Quality:
-    "What was measured of mixed images, a row each."
+    "Measurements of mixed images, one row per image."
     solved: list[float]        # share of all sets that were solved after at most n updates, n = 0, 1, …
     kl: torch.Tensor           # (n,): KL(ŷ ‖ p) of the teacher
     sparsity: torch.Tensor     # (n,): mean m(1 − m)
     variation: torch.Tensor    # (n,): total variation of the masks
-    areas: torch.Tensor        # (n, k): the part of the image that each source holds
-    lam: torch.Tensor          # (n, k): what was asked for
+    areas: torch.Tensor        # (n, k): the area of each source in the image
+    lam: torch.Tensor          # (n, k): the wanted shares
     teacher: torch.Tensor      # (n, k): the teacher's probability of each source's class
     second: torch.Tensor | None  # (n, k): a second network's
 
@@ -55,10 +55,10 @@ def _spread(x: torch.Tensor) -> str:
 
 # %% ../../nbs/37_mixing.quality.ipynb #9f3ec661
 def quality(mixed: MixedDataset,
-            second: nn.Module | None = None,  # another network of the same classes, with no part in making the store
-            limit: int = 10_000,              # images that are looked at, from the first on
+            second: nn.Module | None = None,  # another network of the same classes, not used to make the store
+            limit: int = 10_000,              # the number of images to measure, from the first on
             ) -> Quality:
-    "Measure mixed images of a store."
+    "Measure the mixed images of a store."
     parts = {name: [] for name in ("kl", "sparsity", "variation", "areas", "lam", "teacher", "second")}
     mixed = mixed.to("cpu")
     for rows in progress(torch.arange(min(len(mixed), limit)).split(256), "quality", unit="batch"):
@@ -84,18 +84,20 @@ def quality(mixed: MixedDataset,
 # %% ../../nbs/37_mixing.quality.ipynb #4174ce4f
 def plot_quality(reports: dict[str, Quality]) -> plt.Figure:
     """Seven pictures: yield, KL, sparsity, total variation, what the teacher sees against λ,
-    a second network likewise, area against λ."""
+    the same for a second network, area against λ."""
     fig, axes = plt.subplots(2, 4, figsize=(12.5, 5.4), constrained_layout=True)
-    for (name, q), colour in zip(reports.items(), cycle(("#1b6ca8", "#d08c28", "#1b3a5b", "#58a4b0"))):
-        axes[0, 0].plot(q.solved, color=colour, label=name, marker=".")
-        for ax, x in zip(axes[0, 1:], (q.kl, q.sparsity, q.variation)): ax.ecdf(x.numpy(), color=colour, label=name)
+    looks = zip(("#1b3a5b", "#d08c28", "#1b6ca8", "#58a4b0"), ("-", "--", ":", "-."), "os^D")
+    for (name, q), (colour, line, mark) in zip(reports.items(), cycle(looks)):
+        look = dict(color=colour, linestyle=line, label=name)
+        axes[0, 0].plot(q.solved, marker=mark, markersize=3, **look)
+        for ax, x in zip(axes[0, 1:], (q.kl, q.sparsity, q.variation)): ax.ecdf(x.numpy(), **look)
         for ax, y in zip(axes[1], (q.teacher, q.second, q.areas)):
             if y is None: continue
             edges = torch.linspace(0, 1, 9)
             which = torch.bucketize(q.lam.flatten(), edges[1:-1])
             middle = [(q.lam.flatten()[which == b].mean(), y.flatten()[which == b].mean())
                       for b in range(8) if (which == b).sum() > 3]
-            ax.plot(*zip(*middle), color=colour, label=name, marker="o")
+            ax.plot(*zip(*middle), marker=mark, **look)
     axes[0, 0].set(xlabel="updates", ylabel="share of sets solved", ylim=(0, 1))
     for ax, what in zip(axes[0, 1:], ("KL(ŷ ‖ p)  (nats)", "m(1 − m)", "total variation")):
         ax.set(xlabel=what, ylabel="share of the mixes below", ylim=(0, 1))

@@ -35,14 +35,14 @@ from ..recipes import Generation, Mixing, as_named, fits
 _KINDS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 def _small(t: torch.Tensor, kinds=_KINDS) -> torch.Tensor:  # t: whole numbers of 0 or more
-    "The same numbers in the first of these types that holds them all."
+    "These numbers in the smallest type that can hold them all."
     largest = int(t.max()) if t.numel() else 0
     return t.to(next(kind for kind in kinds if largest <= torch.iinfo(kind).max))
 
 def _pack(found: Found,    # solved sets
-          top: int | str,  # largest logits that are kept, with their classes; "all": all, in the order of the classes
+          top: int | str,  # number of largest logits to keep, with their classes; "all": all, in class order
           ) -> dict[str, torch.Tensor]:
-    "What is kept of solved sets, in the order of their numbers, in small types."
+    "The stored data of solved sets, in the order of their numbers, in small types."
     found = Found(*(t[found.index.argsort()] for t in found))
     logits, N = found.logits.double(), found.logits.shape[1]
     total = logits.logsumexp(1)
@@ -55,7 +55,7 @@ def _pack(found: Found,    # solved sets
             "log_sum_exp": total.float()}
 
 def _unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> torch.Tensor:  # (n, N)
-    "Logits with the kept classes' probabilities (to float16's rounding); the other classes share the rest evenly."
+    "Logits that give the kept classes their probabilities (rounded to float16); other classes share the rest evenly."
     others = num_classes - top_log_p.shape[1]
     total = log_sum_exp.double()[:, None]
     log_p = top_log_p.double()
@@ -65,7 +65,7 @@ def _unpack_logits(top_log_p, top_classes, log_sum_exp, num_classes: int) -> tor
 
 # %% ../../nbs/35_mixing.store.ipynb #35aa0001
 def images_of(data: Images | Data) -> Images:
-    "The images that mixes are made from: a data set's training images, and augmented ones without their policy."
+    "The sources of mixes: a data set's training images; images under a policy are taken without the policy."
     if isinstance(data, Data): data = data.train
     if hasattr(data, "policy"): data = data.images
     if isinstance(data, Images): return data
@@ -75,7 +75,7 @@ def images_of(data: Images | Data) -> Images:
 
 # %% ../../nbs/35_mixing.store.ipynb #35aa0004
 def _logits_sample(teacher, images: Images) -> list[float]:  # at most 64 numbers of four digits
-    "What a teacher says about eight images, spread over the data set."
+    "A teacher's logits of eight images, spread over the data set."
     rows = torch.linspace(0, len(images) - 1, 8).round().long().unique()
     logits = teacher_logits(teacher, images[rows][0]).double().cpu()
     columns = torch.linspace(0, logits.shape[1] - 1, 7).round().long().unique()
@@ -83,12 +83,12 @@ def _logits_sample(teacher, images: Images) -> list[float]:  # at most 64 number
     return [float(f"{value:.4g}") for value in sample.flatten().tolist()]
 
 def _same_logits(a: list[float], b: list[float]) -> bool:
-    "Whether two samples are of one teacher: no number differs by more than a hundredth of their range."
+    "Whether two samples come from one teacher: no number differs by more than a hundredth of their range."
     if len(a) != len(b) or not a: return False
     return max(abs(x - y) for x, y in zip(a, b)) <= 0.01 * (max(a) - min(a))
 
 def teacher_identity(teacher, images: Images) -> dict:
-    "What a store keeps of its teacher: the hash of its weights, or a sample of its logits where it has none."
+    "The identity of a teacher in a store: the hash of its weights, or a sample of its logits if it has none."
     network = unwrapped(teacher)
     name = getattr(network, "name", None)
     identity = {"name": name if isinstance(name, str) else type(network).__name__, "weights": None}
@@ -100,7 +100,7 @@ def teacher_identity(teacher, images: Images) -> dict:
 _FORMAT = 3  # of stores
 
 def _origin(recipe: Generation, images: Images, teacher: nn.Module) -> dict:
-    "What every byte of a store depends on."
+    "Everything that the bytes of a store depend on."
     return {"format": _FORMAT, "recipe": as_named(recipe),
             "data": {"name": images.info.name, "images": len(images), "fingerprint": fingerprint(images)},
             "teacher": teacher_identity(teacher, images)}
@@ -108,16 +108,16 @@ def _origin(recipe: Generation, images: Images, teacher: nn.Module) -> dict:
 def _as_json(content: dict) -> str: return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 def _hash_of(content: dict) -> str:  # 16 hexadecimal digits
-    "A hash of what JSON can hold."
+    "A hash of a JSON value."
     return hashlib.sha256(_as_json(content).encode()).hexdigest()[:16]
 
 def _run_of(manifest: dict) -> str:  # 16 hexadecimal digits
-    "The hash of what the bytes of every shard depend on: the origin, but for the number of images that are wanted."
+    "The hash of everything that the bytes of each shard depend on: the origin without the wanted number of images."
     recipe = {key: value for key, value in manifest["recipe"].items() if key != "count"}
     return _hash_of({"recipe": recipe, **{key: manifest[key] for key in ("format", "data", "teacher")}})
 
 def _flat(nested: dict, above: str = "") -> dict:
-    "Dictionaries within dictionaries as one, such that recipe.count is a key."
+    "Flatten nested dictionaries, with keys such as recipe.count."
     return {k: v for key, value in nested.items()
             for k, v in (_flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}).items()}
 
@@ -148,7 +148,7 @@ _CARD = {"shard": _whole(0), "images": _whole(0), "sets": _whole(1), "logits": _
 
 # %% ../../nbs/35_mixing.store.ipynb #35bb0004
 def _read_json(text: str) -> dict:
-    "A JSON object; a ValueError where it is none, or where a reader could take it in two ways."
+    "Parse a JSON object; raise a ValueError if it is not one or is ambiguous."
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs): raise ValueError("an entry is in it twice")
@@ -163,11 +163,11 @@ def _read_json(text: str) -> dict:
     return found
 
 def _described(value) -> str:
-    "A value of JSON in a few characters."
+    "A short description of a JSON value."
     return {list: "a list", dict: "entries in braces"}.get(type(value)) or reprlib.repr(value)
 
 def _conform(value, rules, place: str = "") -> None:
-    "A ValueError that names the place, unless a value is as the rules say."
+    "Raise a ValueError that names the place, unless a value follows the rules."
     where = place or "it"
     if isinstance(rules, tuple):
         if not rules[1](value): raise ValueError(f"{where} should be {rules[0]}, and is {_described(value)}")
@@ -186,18 +186,18 @@ def _conform(value, rules, place: str = "") -> None:
 
 # %% ../../nbs/35_mixing.store.ipynb #35bb0007
 def _check_manifest(manifest: dict) -> dict:
-    "The same manifest; a ValueError that says what is wrong with it."
+    "Check a manifest and return it; a ValueError says what is wrong."
     _conform(manifest, _MANIFEST)
     content = {key: value for key, value in manifest.items() if key != "hash"}
     if "hash" in manifest and _hash_of(content) != manifest["hash"]:
-        raise ValueError("its content has not the hash that stands in it")
+        raise ValueError("its content does not have the hash that it states")
     recipe = manifest["recipe"]
-    Generation(**{**recipe, "mixing": Mixing(**recipe["mixing"])})  # they check themselves
+    Generation(**{**recipe, "mixing": Mixing(**recipe["mixing"])})  # they check their own values
     _check_list(manifest)
     return manifest
 
 def _check_list(manifest: dict) -> None:
-    "A ValueError unless a manifest's list of shards is one that a run writes."
+    "Raise a ValueError unless a manifest's list of shards is valid."
     shards = manifest.get("shards", [])
     images = manifest.get("images")
     count = manifest["recipe"]["count"]
@@ -215,8 +215,8 @@ def _shard_name(shard: int) -> str: return f"{shard:05d}.safetensors"
 
 # %% ../../nbs/35_mixing.store.ipynb #5e7a1b02
 def _differences(new: dict, old: dict) -> list[str]:
-    "In which fields the manifest of this run and that of a store differ, with both values."
-    defaults = _flat({"recipe": asdict(Generation())})  # of fields that are younger than the store
+    "The fields in which the manifest of this run differs from that of a store, with both values."
+    defaults = _flat({"recipe": asdict(Generation())})  # of fields that the store does not have yet
     was, now = _flat({key: old.get(key) for key in new}), _flat(json.loads(json.dumps(new)))
     was = {**{key: defaults[key] for key in now if key in defaults}, **was}
     odd = [key for key in {**now, **was} if was.get(key) != now.get(key)]
@@ -230,14 +230,14 @@ class Store:
     "A folder of shards with a manifest."
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        self.run = None  # the hash of the run that this process has begun
+        self.run = None  # the hash of this process's run
 
     @property
     def manifest_path(self) -> Path: return self.folder / "manifest.json"
     def shard_path(self, shard: int) -> Path: return self.folder / _shard_name(shard)
 
     def manifest(self) -> dict:
-        "What the manifest says; an error that names the file where there is none, or no right one."
+        "The content of the manifest; if it is missing or invalid, the error names the file."
         if not self.manifest_path.is_file():
             raise FileNotFoundError(f"{self.folder} is not a store of mixed images: "
                                     f"there is no {self.manifest_path.name} in it.")
@@ -245,11 +245,11 @@ class Store:
         except ValueError as error: raise ValueError(f"{self.manifest_path} cannot be read ({error}).") from error
         if found.get("format") != _FORMAT:
             raise ValueError(f"{self.folder} is a store of format {_described(found.get('format'))}, and this version "
-                             f"of supermix reads and writes format {_FORMAT}: make the mixes anew, in another folder.")
+                             f"of supermix reads and writes format {_FORMAT}: make the mixes again, in another folder.")
         try: return _check_manifest(found)
         except ValueError as error:
             raise ValueError(f"{self.manifest_path} is not a manifest that supermix wrote: {error}. "
-                             "Put the right one in its place, or delete it and run the command again.") from error
+                             "Replace it by a valid one, or delete it and run the command again.") from error
 
     def write(self, manifest: dict) -> dict:
         "Write the manifest, with the hash of its content."
@@ -258,19 +258,19 @@ class Store:
         return content
 
     def keep(self, shard: int, found: Found, sets: int, top: int) -> Path:
-        "Write a shard of solved sets, of so many that were begun."
+        "Write a shard with the solved sets, and note how many sets were tried."
         tensors = dict(sorted(_pack(found, top).items()))
         card = {"shard": shard, "images": len(found.index), "sets": sets, "logits": found.logits.shape[1],
                 "run": self.run or _run_of(self.manifest()), "tensors": tensors_hash(tensors)}
         return save_tensors(self.shard_path(shard), tensors, card)
 
     def counts(self) -> dict[int, tuple[int, int]]:
-        "Of each shard that is there: images and sets that were begun. A shard of another run is an error."
+        "The images and tried sets of each existing shard; a shard of another run raises."
         return {shard: (card["images"], card["sets"]) for shard, card in _cards(self)}
 
 # %% ../../nbs/35_mixing.store.ipynb #df42562b
 def _load_card(path: Path) -> dict:
-    "The card of a shard, from its header alone; a ValueError where it is not whole, or not the shard of this number."
+    "The card of a shard, read from its header; a ValueError if the shard is damaged or has another number."
     try:
         with safe_open(path, framework="pt") as file: text = (file.metadata() or {}).get("card")
         if text is None: raise ValueError("it has no card")
@@ -278,28 +278,28 @@ def _load_card(path: Path) -> dict:
         _conform(card, _CARD)
     except FileNotFoundError: raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise _changed(path, f"it is not a whole shard ({error})") from error
+        raise _changed(path, f"it is not a complete shard ({error})") from error
     if card["shard"] != int(path.stem): raise _changed(path, f"it holds shard {card['shard']}")
     if card["images"] > card["sets"]: raise _changed(path, "its card has more images than sets")
     return card
 
 def _check_run(path: Path, card: dict, run: str, listed: bool) -> None:
-    "A ValueError where a shard is not of this run, or does not say so and is not `listed` with its SHA-256 either."
+    "Raise a ValueError if a shard belongs to another run, or names no run and is not `listed` with its SHA-256."
     if card.get("run", run if listed else None) == run: return
     whose = "of another run than this store's" if "run" in card else (
         "of an unfinished store of an earlier version of supermix, which did not note the run that made it")
-    raise ValueError(f"The shard {path} is {whose}: it was made by another recipe or teacher, or from other data. "
+    raise ValueError(f"The shard {path} is {whose}: it was made with another recipe or teacher, or from other data. "
                      "Move it away and run the store's command again, or choose another folder.")
 
 def _cards(store: Store):  # yields int, dict
-    "The number and the card of each shard that is there, all of the store's run."
+    "The number and the card of each existing shard; all belong to the store's run."
     manifest = store.manifest() if store.manifest_path.is_file() else None
     run = store.run or (_run_of(manifest) if manifest else None)
     listed = {entry["file"] for entry in (manifest or {}).get("shards", [])}
     for path in sorted(store.folder.glob("[0-9]*.safetensors")):
         if not _SHARD["file"][1](path.name) or path.name != _shard_name(int(path.stem)): continue
         try: card = _load_card(path)
-        except FileNotFoundError: continue  # one too many, which another process has just taken away
+        except FileNotFoundError: continue  # an unneeded shard that another process has just deleted
         if run: _check_run(path, card, run, path.name in listed)
         yield card["shard"], card
 
@@ -308,7 +308,7 @@ def _changed(path: Path, how: str) -> ValueError:
     return ValueError(f"The shard {path} was changed: {how}. Delete it and run the store's command again.")
 
 def _check_files(store: Store, manifest: dict) -> None:
-    "A ValueError where a shard that is there is not the one that the manifest lists."
+    "Raise a ValueError if an existing shard is not the one that the manifest lists."
     for entry in manifest.get("shards", []):
         path = store.folder / entry["file"]
         if path.is_file() and file_hash(path) != entry["sha256"]:
@@ -316,14 +316,14 @@ def _check_files(store: Store, manifest: dict) -> None:
 
 # %% ../../nbs/35_mixing.store.ipynb #35cc0002
 def begin(store: Store, recipe: Generation, images: Images, teacher, idle: bool = False) -> dict:
-    """Write the manifest of a new store, or check that what is there is of the same run. `idle`: no other process is at
-    work there, so what a run left that made no image may be cleared away."""
+    """Write the manifest of a new store, or check that the existing store belongs to the same run. `idle`: no other
+    process works on the store, so the remains of a run without images may be deleted."""
     new = _origin(recipe, images, teacher)
     store.run = None
     old = store.manifest() if store.manifest_path.exists() else None
     if old is not None and (odd := _differences(new, old)):
         if not (idle and holds_nothing(store)):
-            raise ValueError(f"{store.folder} holds a store that was made otherwise ({'; '.join(odd)}). "
+            raise ValueError(f"{store.folder} holds a store with other settings ({'; '.join(odd)}). "
                              "Choose another folder, or delete it.")
         clear(store)
         old = None
@@ -338,17 +338,17 @@ def begin(store: Store, recipe: Generation, images: Images, teacher, idle: bool 
 def holds_nothing(store: Store) -> bool:
     "Whether no shard of a store has an image."
     try: return not any(images for images, _ in store.counts().values())
-    except ValueError: return False  # who knows
+    except ValueError: return False  # unknown
 
 def clear(store: Store) -> None:
-    "Take away the manifest of a store that holds nothing, and its empty shards."
+    "Delete the manifest and the empty shards of a store without images."
     for shard, (images, _) in store.counts().items():
         if not images: store.shard_path(shard).unlink(missing_ok=True)
     store.manifest_path.unlink(missing_ok=True)
 
 # %% ../../nbs/35_mixing.store.ipynb #77f559d6
 def finish(store: Store) -> dict:
-    "List the first shards that hold the images that are wanted, each as it was made, and let go of any beyond."
+    "List the first shards that contain the wanted images, unchanged, and release the shards beyond them."
     manifest = store.manifest()
     counts = store.counts()
     shards = []
@@ -372,9 +372,9 @@ def finish(store: Store) -> dict:
 
 # %% ../../nbs/35_mixing.store.ipynb #7cda5f51
 class MixedBatch(NamedTuple):
-    "Mixed images of a store, and what is known of them."
+    "Mixed images of a store, with their data."
     images: torch.Tensor   # float32 (B, C, H, W), normalised
-    logits: torch.Tensor   # float32 (B, N): the teacher's
+    logits: torch.Tensor   # float32 (B, N): the teacher's logits
     lam: torch.Tensor      # float32 (B, k): the wanted shares
     classes: torch.Tensor  # int64 (B, k): the teacher's classes of the sources
     masks: torch.Tensor    # float32 (B, k, H, W)
@@ -382,21 +382,21 @@ class MixedBatch(NamedTuple):
 
     @property
     def target(self) -> torch.Tensor:
-        "ŷ of equation (2), (B, N)."
+        "The wanted label ŷ of equation (2), (B, N)."
         return soft_labels(self.classes, self.lam, self.logits.shape[1])
 
     @property
     def area(self) -> torch.Tensor:
-        "The same with the areas that the sources hold instead of λ, (B, N)."
+        "The label of equation (2) with the sources' areas in place of λ, (B, N)."
         return soft_labels(self.classes, areas(self.masks), self.logits.shape[1])
 
 # %% ../../nbs/35_mixing.store.ipynb #74bee323
 def _check_store(store: Store, images: Images, hashes: bool = True) -> dict:
-    "The manifest of a finished store; an error that says what is wrong with it, or that it was made from other images."
+    "The manifest of a finished store; raises if it is invalid, or was made from other images."
     manifest = store.manifest()
     made_from, given = manifest["data"], {"name": images.info.name, "images": len(images),
                                           "fingerprint": fingerprint(images)}
-    if "images" not in manifest: raise ValueError(f"{store.folder} is not finished: run its command again to go on.")
+    if "images" not in manifest: raise ValueError(f"{store.folder} is not finished: run its command again to resume.")
     if given != made_from:
         there, here = (f"{d['name']} ({d['images']:,} images, {d['fingerprint']})" for d in (made_from, given))
         raise ValueError(f"{store.folder} was made from {there}, not from {here}.")
@@ -415,7 +415,7 @@ def _check_store(store: Store, images: Images, hashes: bool = True) -> dict:
 
 # %% ../../nbs/35_mixing.store.ipynb #35dd0002
 def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: bool = False) -> dict[str, torch.Tensor]:
-    "The tensors of a shard; a ValueError where they do not fit its card (and its hash), the recipe, and the images."
+    "The tensors of a shard; a ValueError if they do not fit its card (and its hash), the recipe or the images."
     tensors, card = load_tensors(path)
     if hashed and tensors_hash(dict(sorted(tensors.items()))) != card["tensors"]:
         raise _changed(path, "its tensors are not those of its card")
@@ -447,7 +447,7 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
 
 # %% ../../nbs/35_mixing.store.ipynb #59052c4c
 def _gather(parts: list[torch.Tensor], starts: list[int], rows: torch.Tensor) -> torch.Tensor:
-    "Rows of a tensor that is cut into parts, of which the i-th begins at starts[i]; on a GPU there is one."
+    "Rows of a tensor that is stored in parts; part i begins at row starts[i]. On a GPU there is one part."
     if len(parts) == 1: return parts[0][rows]
     out = torch.empty(len(rows), *parts[0].shape[1:], dtype=parts[0].dtype)
     which = torch.bucketize(rows, torch.tensor(starts[1:]), right=True)
@@ -455,7 +455,7 @@ def _gather(parts: list[torch.Tensor], starts: list[int], rows: torch.Tensor) ->
     return out
 
 def _remix(source: Images, few: dict[str, torch.Tensor], theta: torch.Tensor, num_classes: int) -> MixedBatch:
-    "Fetch the sources, and mix them again."
+    "Fetch the sources and mix them again."
     views = Views(few["crop"].long().flatten(0, 1), few["flip"].bool().flatten())
     pixels = source.fetch(few["sources"].long().flatten(), views)
     sets = source.info.normalize(pixels).unflatten(0, few["sources"].shape)
@@ -484,7 +484,7 @@ def _seen_anew(images: torch.Tensor, info: Info, pad: int, picks: Picks) -> torc
 
 # %% ../../nbs/35_mixing.store.ipynb #5e7a1b03
 def _as_rows(rows, n: int) -> torch.Tensor:  # int64 (m,)
-    "Numbers of rows, from one of them, several, a slice, or a mask; an IndexError unless they are among n."
+    "Row numbers from a number, several numbers, a slice or a mask; an IndexError if one is outside 0 … n − 1."
     if isinstance(rows, slice): rows = range(*rows.indices(n))
     rows = torch.as_tensor(rows).reshape(-1)
     if rows.dtype == torch.bool:
@@ -497,19 +497,19 @@ def _as_rows(rows, n: int) -> torch.Tensor:  # int64 (m,)
 
 # %% ../../nbs/35_mixing.store.ipynb #35dd0003
 class _MadeFrom:
-    "What mixed images, with a `manifest` and an `info`, tell of the images that they were made from."
+    "Describes the images that mixed images were made from; needs a `manifest` and an `info`."
     def made_from(self, images: Images | Data) -> bool:
-        "Whether the store was made from just these images, seen in just this way (size, mean, std, crops)."
+        "Whether the store was made from exactly these images, read in the same way (size, mean, std, crops)."
         return fingerprint(images_of(images)) == self.manifest["data"]["fingerprint"]
 
     def differences(self, images: Images | Data) -> dict[str, tuple]:  # {"mean": (the store's, the images'), …}
-        "In what other images are seen otherwise than the store's; nothing for a part of the same data set."
+        "How other images differ from the store's; empty for a part of the same data set."
         theirs = images_of(images).info
         return {name: (mine, getattr(theirs, name))
                 for name, mine in vars(self.info).items() if mine != getattr(theirs, name)}
 
 def _width_of(store: Store, manifest: dict) -> int:
-    "The number of the teacher's classes; a ValueError where shards do not agree."
+    "The number of the teacher's classes; a ValueError if shards disagree."
     widths = {_load_card(store.folder / entry["file"])["logits"] for entry in manifest["shards"]}
     if len(widths) != 1: raise ValueError(f"{store.folder} has shards of teachers with {sorted(widths)} classes.")
     return widths.pop()
@@ -565,7 +565,7 @@ class MixedDataset(_MadeFrom, _OnDevice, torch.utils.data.Dataset):
     "The mixed images of a store: a sequence of (image, the teacher's probabilities)."
     def __init__(self,
                  folder: str | Path,  # the store
-                 images: Images | Data,  # what it was made from; of a data set the training images
+                 images: Images | Data,  # the images that it was made from, or their data set
                  pad: int | None = 2,  # random crops in training may be off by this many pixels; None: mixes are used
                                       # as they were made, with the teacher's logits that the store keeps
                  check: bool = True,  # whether the shards' hashes are compared
@@ -582,7 +582,7 @@ class MixedDataset(_MadeFrom, _OnDevice, torch.utils.data.Dataset):
         if pad is None and not self.keeps_all:
             raise ValueError(f"{store.folder} keeps {self.small['top_log_p'].shape[1]} of the teacher's "
                              f"{self.num_classes} logits; pad=None needs all. Make it with `supermix generate --top "
-                             "all`, or give a number of pixels: then the teacher sees each mixed image again.")
+                             "all`, or pass a number of pixels: then the teacher sees each mixed image again.")
         known = list(self.info.classes)
         self.names = known if len(known) == self.num_classes else [f"class {n}" for n in range(self.num_classes)]
         self._place(images)
@@ -605,7 +605,7 @@ class MixedDataset(_MadeFrom, _OnDevice, torch.utils.data.Dataset):
         return (image, soft) if several else (image[0], soft[0])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
-        "Random mixed images, under random views unless `pad` is None, and what is known of them."
+        "Random mixed images with their data, randomly cropped and mirrored unless `pad` is None."
         return self.show(self.draw(n, generator))
 
     def __repr__(self):
@@ -630,9 +630,9 @@ def _folder_names(names) -> list[str]:
 # %% ../../nbs/35_mixing.store.ipynb #f86bc725
 def export_images(mixed: MixedDataset,
                   folder: str | Path,  # is made
-                  workers: int = 8,    # threads that write
+                  workers: int = 8,    # number of threads
                   ) -> Path:           # `folder`: a folder of PNGs per class that the teacher sees first; labels.csv
-    "Write all mixed images as an ImageFolder, with a table of what they are. (8 bits a colour round them.)"
+    "Write all mixed images as an ImageFolder, with a table of their data. (They are rounded to 8 bits per colour.)"
     folder, mixed = Path(folder).expanduser(), mixed.to("cpu")
     names = mixed.names
     places = _folder_names(mixed.names)

@@ -18,30 +18,30 @@ from torch import nn
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/10_models.blocks.ipynb #efd656f2
-def conv(c_in: int,           # channels that come in
-         c_out: int,          # channels that go out
+def conv(c_in: int,           # input channels
+         c_out: int,          # output channels
          kernel: int = 3,     # height and width of the kernel, odd
          stride: int = 1,     # 2 halves height and width
          groups: int = 1,     # channels are convolved within this many groups
-         bias: bool = False,  # whether it adds a number a channel
+         bias: bool = False,  # whether it adds a number per channel
          ) -> nn.Conv2d:      # (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)
     "A convolution that is padded to keep the size."
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #a3740679
 class ConvNorm(nn.Sequential):
-    "Convolution, batch norm and, where `act` is set, ReLU. The parameters are those of `conv`."
+    "Convolution, batch norm and, if `act` is set, ReLU. The parameters are those of `conv`."
     def __init__(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False,
                  act: bool = True):
         layers = [conv(c_in, c_out, kernel, stride, groups, bias), nn.BatchNorm2d(c_out)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
-    # what the ReLU gets; some distillation methods want it (below)
+    # input of the ReLU; some distillation methods need it (below)
     def before_relu(self, x: torch.Tensor) -> torch.Tensor: return self[1](self[0](x))
 
 # %% ../../nbs/10_models.blocks.ipynb #4ece2548
 def shortcut(c_in: int, c_out: int, stride: int = 1, norm: bool = True, bias: bool = False) -> nn.Module:
-    "Identity where the shape stays; else a 1×1 convolution to the new shape, with a norm or without."
+    "Identity if the shape stays the same; otherwise a 1×1 convolution to the new shape, with a norm or without."
     if c_in == c_out and stride == 1: return nn.Identity()
     return ConvNorm(c_in, c_out, 1, stride, bias=bias, act=False) if norm else conv(c_in, c_out, 1, stride, bias=bias)
 
@@ -49,7 +49,7 @@ def shortcut(c_in: int, c_out: int, stride: int = 1, norm: bool = True, bias: bo
 class Block(nn.Module):
     "Maps to maps, with a ReLU at the end. A subclass defines `before_relu`."
     def before_relu(self, x: torch.Tensor) -> torch.Tensor:
-        "What the last ReLU gets: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."
+        "The input of the last ReLU: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,13 +58,13 @@ class Block(nn.Module):
 
 # %% ../../nbs/10_models.blocks.ipynb #bbbbf8ef
 def stack(block: type,      # called with (c_in, c_out, stride, **options)
-          c_in: int,        # channels that come into the stage
+          c_in: int,        # input channels of the stage
           c_out: int,       # channels of all its blocks
           blocks: int,      # how many there are
           stride: int = 1,  # of the first; the others have 1
           **options,        # of all blocks alike
           ) -> nn.Sequential:
-    "A stage: `blocks` blocks, of which the first changes width and size."
+    "A stage of `blocks` blocks; the first block changes width and size."
     return nn.Sequential(*(block(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, **options)
                            for i in range(blocks)))
 
@@ -72,8 +72,8 @@ def stack(block: type,      # called with (c_in, c_out, stride, **options)
 class InvertedResidual(nn.Module):
     "Expand 1×1, depthwise 3×3, project 1×1 without activation (Sandler et al. 2018, figure 3b)."
     def __init__(self,
-                 c_in: int,        # channels that come in
-                 c_out: int,       # channels that go out
+                 c_in: int,        # input channels
+                 c_out: int,       # output channels
                  stride: int = 1,  # of the depthwise convolution
                  expand: int = 6,  # how many times wider it is inside
                  ):
@@ -90,7 +90,7 @@ class InvertedResidual(nn.Module):
 
 # %% ../../nbs/10_models.blocks.ipynb #56a2b0c0
 def _check_size(network: nn.Module, x: torch.Tensor) -> torch.Tensor:  # x
-    "A ValueError unless `x` is a batch of colour images, large enough for the network."
+    "Raise a ValueError unless `x` is a batch of colour images that are large enough for the network."
     if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < network.smallest:
         at_least = f" of at least {network.smallest}×{network.smallest} pixels" if network.smallest > 1 else ""
         raise ValueError(f"{type(network).__name__} expected images (B, 3, H, W){at_least}, got {tuple(x.shape)}.")
@@ -99,9 +99,9 @@ def _check_size(network: nn.Module, x: torch.Tensor) -> torch.Tensor:  # x
 # %% ../../nbs/10_models.blocks.ipynb #fa31fc03
 class Network(nn.Module):
     "An image classifier made of a stem, stages, a neck that ends in a vector, and a linear head."
-    paper = ""    # where the architecture comes from
-    size = 32     # height and width of the images that it is meant for
-    smallest = 1  # height and width that it needs at least
+    paper = ""    # source of the architecture
+    size = 32     # height and width of its usual images
+    smallest = 1  # smallest height and width of images
 
     def __init__(self,
                  stem: nn.Module,          # images (B, 3, H, W) to maps
@@ -126,7 +126,7 @@ class Network(nn.Module):
         return [*outputs, self.neck(outputs[-1])]
 
     def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        "`features(x)`, shape by shape, but each stage's map as it is in front of the stage's last ReLU."
+        "`features(x)`, shape by shape, but each stage's map before the stage's last ReLU."
         outputs = [self.stem(_check_size(self, x))]
         h = outputs[0]
         for stage in self.stages:

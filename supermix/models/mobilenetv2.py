@@ -26,7 +26,7 @@ class MobileNetV2(Network):
     def __init__(self,
                  num_classes: int = 100,  # number of logits
                  width: float = 0.5,      # factor of the channels
-                 last: int = 1280,        # channels in front of the mean
+                 last: int = 1280,        # channels before the mean
                  ):
         c_in = int(32 * width)
         stem, stages = ConvNorm(3, c_in, stride=2), []
@@ -39,7 +39,7 @@ class MobileNetV2(Network):
         super().__init__(stem, stages, nn.Sequential(ConvNorm(c_in, last, 1), *global_pool()), last, num_classes)
 
     def preactivations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        "`features(x)`: the stages are linear at their ends, no ReLU stands behind them."
+        "`features(x)`: the stages end without a ReLU."
         return self.features(x)
 
 # %% ../../nbs/14_models.mobilenetv2.ipynb #f67c750a

@@ -16,8 +16,8 @@ from .blocks import Block, ConvNorm, Network, global_pool, shortcut, stack
 class BasicBlock(Block):
     "Two 3×3 convolutions and a shortcut (He et al. 2015, figure 5 left)."
     def __init__(self,
-                 c_in: int,        # channels that come in
-                 c_out: int,       # channels that go out
+                 c_in: int,        # input channels
+                 c_out: int,       # output channels
                  stride: int = 1,  # of the first convolution
                  ):
         super().__init__()
@@ -48,7 +48,7 @@ class ResNet(Network):
 class Bottleneck(Block):
     "1×1 down to a quarter of the channels, 3×3, 1×1 up, and a shortcut (He et al. 2015, figure 5 right)."
     def __init__(self,
-                 c_in: int,        # channels that come in
+                 c_in: int,        # input channels
                  c_out: int,       # channels that go out, a multiple of 4
                  stride: int = 1,  # of the 3×3 convolution
                  ):

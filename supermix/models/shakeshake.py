@@ -41,8 +41,8 @@ class _ShiftedShortcut(nn.Module):
 class ShakeBlock(nn.Module):
     "Two branches, shaken, and a shortcut (Gastaldi 2017, figure 1)."
     def __init__(self,
-                 c_in: int,        # channels that come in
-                 c_out: int,       # channels that go out
+                 c_in: int,        # input channels
+                 c_out: int,       # output channels
                  stride: int = 1,  # of the first convolution of each branch
                  ):
         super().__init__()

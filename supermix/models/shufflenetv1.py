@@ -16,8 +16,8 @@ from .blocks import Block, ConvNorm, Network, global_pool, stack
 class ShuffleUnit(Block):
     "Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1, and a shortcut (Zhang et al. 2017, figure 2)."
     def __init__(self,
-                 c_in: int,        # channels that come in
-                 c_out: int,       # channels that go out
+                 c_in: int,        # input channels
+                 c_out: int,       # output channels
                  stride: int = 1,  # 2 halves the size and concatenates
                  groups: int = 3,  # of the 1×1 convolutions
                  ):

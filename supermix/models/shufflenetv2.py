@@ -16,8 +16,8 @@ from .blocks import Block, ConvNorm, Network, global_pool, stack
 class SplitUnit(Block):
     "Half of the channels pass, half are convolved, and both are shuffled (Ma et al. 2018, figure 3c and 3d)."
     def __init__(self,
-                 c_in: int,        # channels that come in
-                 c_out: int,       # channels that go out, even; c_in where the stride is 1
+                 c_in: int,        # input channels
+                 c_out: int,       # output channels, even; c_in if the stride is 1
                  stride: int = 1,  # 2 halves the size, and convolves both branches
                  ):
         super().__init__()
@@ -45,7 +45,7 @@ class ShuffleNetV2(Network):
                  num_classes: int = 100,           # number of logits
                  widths: tuple = (116, 232, 464),  # channels of the stages
                  blocks: tuple = (4, 8, 4),        # units of the stages
-                 last: int = 1024,                 # channels in front of the mean
+                 last: int = 1024,                 # channels before the mean
                  ):
         super().__init__(
             ConvNorm(3, 24, 1),

@@ -18,8 +18,8 @@ from .blocks import Network, conv, global_pool, shortcut, stack
 class PreActBlock(nn.Module):
     "BN-ReLU-conv twice, and a shortcut (He et al. 2016, figure 4 (e))."
     def __init__(self,
-                 c_in: int,           # channels that come in
-                 c_out: int,          # channels that go out
+                 c_in: int,           # input channels
+                 c_out: int,          # output channels
                  stride: int = 1,     # of the first convolution
                  bias: bool = False,  # whether its convolutions have biases
                  ):

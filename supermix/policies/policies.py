@@ -32,8 +32,8 @@ _SPACES = ("regular", "wide", "authors", "faa")
 def _ranges(space: str,  # a name of `_SPACES`
             size: int,   # height and width of the images, in pixels
             ) -> dict[str, tuple[float, float]]:  # by operation: the magnitudes of the lowest and of the highest level
-    """What the levels of a space mean: factor of shear, pixels, degrees, change of a factor, bits that stay,
-    share of the brightest, pixels of a square's side."""
+    """The meaning of a space's levels: factor of shear, pixels, degrees, change of a factor, kept bits, share of the
+    brightest, side of a square in pixels."""
     # torchvision has no Cutout: its 60 of 331 pixels are the paper's, as its 150 for translations
     bright = 256 / 255  # brighter than all pixels
     shear, shift, turn, change, bits, share, side = lookup({
@@ -63,7 +63,7 @@ def _magnitude_at(op: str, levels: torch.Tensor, space: str, bins: int, size: in
         if op == "Cutout": m = torch.where(m > 0, m + 1, 0)
     return m.float()
 
-def _magnitudes(space: str, bins: int, size: int) -> torch.Tensor:  # float32 (16, bins); 0 where there is no magnitude
+def _magnitudes(space: str, bins: int, size: int) -> torch.Tensor:  # float32 (16, bins); 0 without a magnitude
     "The magnitude of every operation at every level."
     return torch.stack([_magnitude_at(op, torch.arange(bins), space, bins, size) for op in OPS])
 
@@ -88,7 +88,7 @@ def _matrices(op: str,               # one of the five geometric operations
 # %% ../../nbs/03_policies.policies.ipynb #46dcdedf
 def _warp(images: torch.Tensor,  # uint8 (B, 3, H, W)
           matrix: torch.Tensor,  # (B, 2, 3), as `_matrices` gives them
-          fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
+          fill=0,                # the colour outside the image: a number, or one per channel (3,)
           ) -> torch.Tensor:     # uint8 (B, 3, H, W)
     "Each image through its own affine map, by the nearest pixel."
     B, _, H, W = images.shape
@@ -121,8 +121,8 @@ def _enhance(op: str,               # Brightness, Color, Contrast or Sharpness
 # %% ../../nbs/03_policies.policies.ipynb #9d7d06b2
 def _cutout(images: torch.Tensor,   # (B, C, H, W), of any dtype
             middle: torch.Tensor,   # int64 (B, 2): row and column of the square's middle
-            length,                 # its side, in pixels: a whole number, or one an image (B,)
-            colour=0,               # of the square: a number, or one a channel (C,)
+            length,                 # its side, in pixels: a whole number, or one per image (B,)
+            colour=0,               # of the square: a number, or one per channel (C,)
             ) -> torch.Tensor:      # (B, C, H, W)
     "Cover a square of each image."
     length = torch.as_tensor(length, device=images.device).reshape(-1, 1)
@@ -133,12 +133,12 @@ def _cutout(images: torch.Tensor,   # (B, C, H, W), of any dtype
     return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour, images)
 
 # %% ../../nbs/03_policies.policies.ipynb #9a194188
-def _posterize(images, m):  # uint8 (B, 3, H, W); bits that stay (B,)
-    "Only the upper bits of each byte."
+def _posterize(images, m):  # uint8 (B, 3, H, W); bits to keep (B,)
+    "Keep only the upper bits of each byte."
     return images & (256 - 2 ** (8 - m.long())).to(torch.uint8)[:, None, None, None]
 
 def _solarize(images, m):   # uint8 (B, 3, H, W); share of the brightest (B,)
-    "Inverted where the pixel is at least as bright as the threshold."
+    "Invert the pixels that are at least as bright as the threshold."
     return torch.where(images >= (255 * m.double()).float()[:, None, None, None], 255 - images, images)
 
 _OPERATIONS = {  # name: (images, magnitudes, fill, middle of a square, its colour) -> images
@@ -157,7 +157,7 @@ _OPERATIONS = {  # name: (images, magnitudes, fill, middle of a square, its colo
 # %% ../../nbs/03_policies.policies.ipynb #12ce2493
 @dataclass(frozen=True)
 class _Ops:
-    "Which operations each image of a batch goes through, and how strong they are."
+    "The operations for each image of a batch, and their strengths."
     op: torch.Tensor                   # int64 (B, n): indices into `OPS`
     magnitude: torch.Tensor            # float32 (B, n), with its sign, in the operation's own unit
     hole: torch.Tensor | None = None   # int64 (B, 2): row and column of the middle of the last square, if there is one
@@ -177,16 +177,16 @@ class _Ops:
 # %% ../../nbs/03_policies.policies.ipynb #bfdc726f
 def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
                ops: _Ops,              # for each image its operations
-               fill=0,                # the colour of what comes from outside: a number, or one a channel (3,)
-               colour=0,              # of the operation Cutout, likewise
+               fill=0,                # the colour outside the image: a number, or one per channel (3,)
+               colour=0,              # the colour of Cutout's square, in the same form
                ) -> torch.Tensor:     # uint8 (B, 3, H, W)
-    "Each image through its own operations. The input stays as it was."
+    "Apply each image's own operations. The input does not change."
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"Expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
     if len(images) != len(ops):
         raise ValueError(f"Expected operations for each of {len(images)} images, got {len(ops)}.")
     if ops.place is None and (ops.op == OPS.index("Cutout")).any():
-        raise ValueError("Expected `place`, the middles of the squares, where an operation is Cutout, got None.")
+        raise ValueError("Expected `place`, the middles of the squares, for the operation Cutout, got None.")
     images = images.clone()
     for i, (op, magnitude) in enumerate(zip(ops.op.T, ops.magnitude.T)):
         for code in op.unique().tolist():
@@ -200,8 +200,8 @@ def _apply_ops(images: torch.Tensor,  # uint8 (B, 3, H, W)
 def _check_subpolicies(subpolicies,         # lists of (operation, probability, level)
                        bins: int,           # levels are 0 … bins - 1
                        real: bool = False,  # and may be real numbers
-                       ) -> tuple:          # the same as tuples, level 0 where an operation has no magnitude
-    "Sub-policies as nested tuples; whatever is wrong is a ValueError that names the entry."
+                       ) -> tuple:          # the same as tuples, with level 0 for operations without magnitude
+    "Sub-policies as nested tuples; a ValueError names an invalid entry."
     kinds, what = ((int, float), "a number") if real else (int, "a whole number")
 
     def entry(where, item):
@@ -243,24 +243,24 @@ def _tables(subpolicies: tuple,  # as `_check_subpolicies` gives them
     return op, probability, magnitude, signed[op]
 
 # %% ../../nbs/03_policies.policies.ipynb #065e50e1
-def _draw_until(probability: torch.Tensor,  # (S,), with which each row happens
+def _draw_until(probability: torch.Tensor,  # (S,): the probability of each row
                 n: int,                     # images
                 generator: torch.Generator,
-                chances: tuple,             # that 0, 1, 2, … rows are to happen
+                chances: tuple,             # the chances of 0, 1, 2, … rows
                 ) -> tuple[torch.Tensor, torch.Tensor]:  # rows (n, k) in their order, and which of them happen (n, k)
-    "Rows in an order of each image's own, until as many have happened as were drawn."
+    "Rows in a random order per image, until the drawn number of them has happened."
     def even(*shape): return torch.rand(shape, generator=generator, device=generator.device)
     order = even(n, len(probability)).argsort(1)
     limit = torch.bucketize(even(n), torch.tensor(chances, device=generator.device).cumsum(0)[:-1], right=True)
     came = even(n, len(probability)) < probability[order]
     kept = came & (came.cumsum(1) <= limit[:, None])
-    front = (~kept).long().argsort(dim=1, stable=True)[:, :len(chances) - 1]  # those that are kept come first
+    front = (~kept).long().argsort(dim=1, stable=True)[:, :len(chances) - 1]  # the kept rows come first
     return order.gather(1, front), kept.gather(1, front)
 
 def _draw_ops(lines: tuple,                # the four tensors of `_tables`
               n: int,                      # images
               generator: torch.Generator,
-              picks: int | tuple = 1,      # rows an image draws; or chances, as in `_draw_until`, for rows of one entry
+              picks: int | tuple = 1,      # rows per image; or chances, as in `_draw_until`, for rows of one entry
               ) -> _Ops:                    # on the generator's device
     "Operations for `n` images, each with a draw of its own."
     where = generator.device
@@ -289,7 +289,7 @@ def _check_later(later,              # lists of (share of the training, sub-poli
                  bins: int,          # levels are 0 … bins - 1
                  real: bool = False, # and may be real numbers
                  ) -> tuple:         # the same as tuples
-    "The later phases of a schedule as nested tuples; whatever is wrong is a ValueError."
+    "The later phases of a schedule as nested tuples; invalid ones raise a ValueError."
     if (not isinstance(later, (list, tuple))
         or any(not isinstance(phase, (list, tuple)) or len(phase) != 2 for phase in later)):
         raise ValueError("Expected `later` to be a list of [share of the training, sub-policies], "
@@ -304,7 +304,7 @@ def _check_later(later,              # lists of (share of the training, sub-poli
 def _check_picks(picks,          # a whole number, or chances of 0, 1, 2, … operations
                  lists: list,    # of sub-policies
                  ) -> int | tuple:
-    "How many sub-policies an image draws, or the chances of each number; whatever is wrong is a ValueError."
+    "The number of sub-policies per image, or the chances of each number; an invalid value raises a ValueError."
     if not isinstance(picks, (list, tuple)):
         if isinstance(picks, bool) or not isinstance(picks, int) or not 1 <= picks <= 100:
             raise ValueError(f"Expected picks to be a whole number from 1 to 100, got {picks!r}; "
@@ -317,8 +317,8 @@ def _check_picks(picks,          # a whole number, or chances of 0, 1, 2, … op
         raise ValueError("Expected sub-policies of one operation each where picks are chances, got longer ones.")
     return tuple(map(float, picks))
 
-def _check_fields(policy) -> dict:  # what its lists and `picks` are as tuples
-    "The fields of a `Policy`; whatever is wrong is a ValueError."
+def _check_fields(policy) -> dict:  # its lists and `picks` as tuples
+    "Check the fields of a `Policy`; invalid ones raise a ValueError."
     lookup(dict.fromkeys(_SPACES), str(policy.space), "space")
     for name, low, high in (("bins", 2, 10_000), ("cutout", 0, 10_000), ("fill", 0, 255)):
         value = getattr(policy, name)
@@ -342,10 +342,10 @@ class Policy:
     space: str = "regular"   # what the levels mean: a name of `_SPACES`
     bins: int = 10           # levels are 0 … bins - 1 (torchvision's AutoAugment: 10, its others: 31; "authors": 11)
     cutout: int = 0          # side of a square after the operations, in pixels; 0: none (the papers, CIFAR: 16)
-    fill: int | None = 0     # grey of what comes from outside (torchvision: 0); None: the mean colour (the authors)
-    picks: int | tuple = 1   # sub-policies an image draws, one after the other (RandAugment: 2); see `_draw_until`
-    later: tuple = ()        # (share of the training, sub-policies): what holds from then on
-    about: dict = field(default_factory=dict, compare=False, repr=False)  # where it comes from, in words
+    fill: int | None = 0     # grey value outside the image (torchvision: 0); None: the mean colour (the authors)
+    picks: int | tuple = 1   # sub-policies per image, one after the other (RandAugment: 2); see `_draw_until`
+    later: tuple = ()        # (share of the training, sub-policies): the sub-policies from then on
+    about: dict = field(default_factory=dict, compare=False, repr=False)  # its source, in words
 
     def __post_init__(self):
         for name, value in _check_fields(self).items(): object.__setattr__(self, name, value)
@@ -365,7 +365,7 @@ class Policy:
         return replace(ops, hole=hole)
 
     def apply(self, images: torch.Tensor, ops: _Ops, colour: int | torch.Tensor = 0) -> torch.Tensor:
-        "The images (uint8) under what was drawn; `colour` (3,) is Cutout's."
+        "Apply the drawn operations to images (uint8); `colour` (3,) is Cutout's."
         images = _apply_ops(images, ops, colour if self.fill is None else self.fill, colour)
         return images if ops.hole is None else _cutout(images, ops.hole, self.cutout, colour)
 
@@ -407,7 +407,7 @@ _POLICIES = {
 
 # %% ../../nbs/03_policies.policies.ipynb #de23506a
 def save_policy(policy: Policy, path: str | Path) -> Path:  # the file
-    "Write a policy file, one line a sub-policy."
+    "Write a policy file, with one line per sub-policy."
     def lines(subpolicies):
         return "[\n  " + ",\n  ".join(json.dumps(line) for line in subpolicies) + "]" if subpolicies else "[]"
     head = {name: getattr(policy, name) for name in ("name", "about", "space", "bins", "picks", "cutout", "fill")}
@@ -451,7 +451,7 @@ def load_policy(name: str | Path,           # a name of `_POLICIES`, a policy fi
                 cutout: int | None = None,  # the side of the last square in pixels; None: as the policy says
                 epochs: int | None = None,  # of the search that wrote a schedule of PBA's (theirs: CIFAR 200, SVHN 160)
                 ) -> Policy:
-    "A policy by name or from a file. What is wrong with a file is a ValueError that names it."
+    "A policy by name or from a file. An invalid file raises a ValueError that names it."
     path = Path(name)
     if path.suffix not in (".json", ".txt"): policy = lookup(_POLICIES, str(name), "policy")
     else:
@@ -475,7 +475,7 @@ def _read_json(path):
     return Policy(**{"name": path.stem, **content})
 
 def _has_real_levels(lines):
-    "Whether a list is Fast AutoAugment's; whatever is not a list of such entries is for `Policy` to refuse."
+    "Whether a list is Fast AutoAugment's; `Policy` checks all other lists."
     try: return any(isinstance(level, float) for line in lines for _, _, level in line)
     except (TypeError, ValueError): return False
 
@@ -494,11 +494,11 @@ def mean_colour(info: Info) -> torch.Tensor:  # (3,), in 0 … 255
 
 # %% ../../nbs/03_policies.policies.ipynb #960ebd25
 class Augmented(Images):
-    "Images under a policy: every random view goes through operations of its own."
+    "Images under a policy: each random view gets its own operations."
     def __init__(self,
                  images: Images,              # any; digits and photographs in files alike
                  policy: Policy,
-                 epochs: int | None = None,   # of the training; needed where the policy is a schedule
+                 epochs: int | None = None,   # of the training; needed if the policy is a schedule
                  ):
         if policy.later and not epochs:
             raise ValueError(f"{policy} is a schedule: expected the number of epochs, got {epochs}.")

@@ -6,6 +6,8 @@
 __all__ = ['DensityRecipe', 'search_density', 'PopulationRecipe', 'search_population']
 
 # %% ../../nbs/47_policies.search.ipynb #e6797cca
+import json
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import evaluating, progress
+from ..core import commit, evaluating, progress, write_atomic
 from ..data import Images, load_data
-from .policies import OPS, Augmented, Policy, mean_colour, save_policy
+from .policies import _POLICIES, OPS, Augmented, Policy, load_policy, mean_colour, save_policy
 from ..recipes import Training, Typed
 from ..training.loop import accuracy, to_device, train
 from ..zoo import create
@@ -26,7 +28,7 @@ def _split_images(images: Images,
                   m: int,       # images of the second part
                   seed: int = 0,
                   ) -> tuple[Images, Images]:  # two parts that share no image
-    "Two disjoint random parts, together as even over the classes as it goes."
+    "Two disjoint random parts, together as even over the classes as possible."
     both = images.subset(n + m, seed)
     order = torch.randperm(n + m, generator=torch.Generator().manual_seed(seed))
     return both._take(order[:n]), both._take(order[n:])
@@ -34,7 +36,7 @@ def _split_images(images: Images,
 # %% ../../nbs/47_policies.search.ipynb #b65ca85c
 @torch.no_grad()
 def _judge_policy(judge,              # a trained network, or any callable from images to logits
-                  images: Images,     # that the judge was not trained on: D_A
+                  images: Images,     # images that the judge was not trained on: D_A
                   policy: Policy,
                   draws: int = 5,     # how often each image is augmented
                   seed: int = 0,
@@ -71,15 +73,15 @@ def _random_policy(lines: int,                 # sub-policies
 # %% ../../nbs/47_policies.search.ipynb #328b1048
 @dataclass(frozen=True)
 class DensityRecipe(Typed):
-    "Fast AutoAugment's search. Where the authors have more, it is for want of time."
+    "Fast AutoAugment's search, smaller than the authors' to save time."
     network: str = "resnet8"    # the judge (FAA: WRN-40-2 for CIFAR, ResNet50 for ImageNet)
-    images: int = 2000          # that the judge learns from (ours)
-    judged: int = 500           # other images, that it judges (ours)
+    images: int = 2000          # training images of the judge (ours)
+    judged: int = 500           # other images, on which it judges policies (ours)
     training: Training = Training(epochs=12, batch_size=32, lr=0.05, milestones=(8, 11))  # of the judge (ours)
-    candidates: int = 120       # policies that are tried (FAA: 200 in each of 5 folds)
+    candidates: int = 120       # number of policies to try (FAA: 200 in each of 5 folds)
     lines: int = 5              # sub-policies of a candidate, of two operations each (FAA)
-    draws: int = 5              # of each image (FAA: as many as sub-policies)
-    keep: int = 5               # the best candidates, which are merged (FAA: 10 of each fold)
+    draws: int = 5              # augmentations of each image (FAA: as many as sub-policies)
+    keep: int = 5               # number of best candidates to merge (FAA: 10 of each fold)
     seed: int = 0               # (ours)
 
 # %% ../../nbs/47_policies.search.ipynb #202d3b27
@@ -102,10 +104,10 @@ class DensityFound:
 
 # %% ../../nbs/47_policies.search.ipynb #174addfc
 def search_density(judge: nn.Module,    # a trained network
-                   images: Images,      # that it was not trained on
+                   images: Images,      # images that it was not trained on
                    recipe: DensityRecipe = DensityRecipe(),
                    ) -> DensityFound:
-    "Try random policies and sort them by what the judge makes of them; all get the same seed."
+    "Try random policies and sort them by the judge's loss; all get the same seed."
     generator, tried = torch.Generator().manual_seed(recipe.seed), []
     for i in progress(range(recipe.candidates), "density matching", unit="policy"):
         policy = _random_policy(recipe.lines, generator, f"candidate {i}")
@@ -137,8 +139,8 @@ def _explore(parameters: torch.Tensor,    # int64 (..., 14, 2)
 # %% ../../nbs/47_policies.search.ipynb #6db721cf
 def _exploit(losses: torch.Tensor,        # (P,)
              generator: torch.Generator,
-             ) -> torch.Tensor:           # int64 (P,): whose copy each member becomes; most stay themselves
-    "The worst quarter, one at least, copies random members of the best quarter."
+             ) -> torch.Tensor:           # int64 (P,): the member that each member copies; most copy themselves
+    "The worst quarter (at least one) copies random members of the best quarter."
     order, quarter = losses.argsort(), max(1, len(losses) // 4)
     parents = torch.arange(len(losses))
     parents[order[-quarter:]] = order[torch.randint(quarter, (quarter,), generator=generator)]
@@ -147,32 +149,32 @@ def _exploit(losses: torch.Tensor,        # (P,)
 # %% ../../nbs/47_policies.search.ipynb #5683036f
 @dataclass(frozen=True)
 class PopulationRecipe(Typed):
-    "Population Based Augmentation's search. Where the authors have more, it is for want of time."
+    "Population Based Augmentation's search, smaller than the authors' to save time."
     network: str = "resnet8"   # of every member (PBA: WRN-40-2)
-    images: int = 1000         # that the members learn from (PBA: 4,000)
+    images: int = 1000         # training images of the members (PBA: 4,000)
     judged: int = 1000         # other images, whose loss decides (ours; PBA: the accuracy on 46,000)
     members: int = 8           # (PBA: 16)
-    rounds: int = 9            # after each, the worst copy the best (ours; PBA: 200 epochs, so 66)
-    every: int = 2             # epochs a round (PBA: 3)
+    rounds: int = 9            # after each round, the worst copy the best (ours; PBA: 200 epochs, so 66)
+    every: int = 2             # epochs per round (PBA: 3)
     training: Training = Training(epochs=18, batch_size=32, lr=0.05, milestones=(12, 16))  # all rounds together (ours)
     seed: int = 0              # (ours)
 
 # %% ../../nbs/47_policies.search.ipynb #3f7d7f13
 @dataclass(frozen=True)
 class PopulationFound:
-    "What every member did in every round."
+    "The record of every member in every round."
     parameters: torch.Tensor  # int64 (R, P, 14, 2)
     losses: torch.Tensor      # (R, P), at the end of each round
-    parents: torch.Tensor     # int64 (R, P): whose copy a member became after the round
+    parents: torch.Tensor     # int64 (R, P): the member that each member copied after the round
 
     def lineage(self) -> list[int]:
-        "The ancestors of the best member, one a round."
+        "The ancestors of the best member, one per round."
         line = [self.losses[-1].argmin().item()]
         for parents in self.parents[:-1].flip(0): line.append(parents[line[-1]].item())
         return line[::-1]
 
     def schedule(self, name: str = "pba", **about) -> Policy:
-        "What the best member went through, as a policy that changes with the epochs."
+        "The best member's history as a policy that changes with the epochs."
         lines = [_parameter_lines(self.parameters[r, member]) for r, member in enumerate(self.lineage())]
         later = [(r / len(lines), new) for r, (old, new) in enumerate(zip(lines, lines[1:]), 1) if new != old]
         return Policy(name, lines[0], picks=2, later=tuple(later), about=about)
@@ -186,7 +188,7 @@ def search_population(images: Images,    # to learn from
                       judged: Images,    # others, to judge with
                       recipe: PopulationRecipe = PopulationRecipe(),
                       ) -> PopulationFound:
-    "Train a population, let it breed, and return all that happened."
+    "Train a population, let it breed, and return its record."
     generator, classes = torch.Generator().manual_seed(recipe.seed), len(images.info.classes)
     if recipe.rounds * recipe.every != recipe.training.epochs:
         raise ValueError(f"Expected rounds that make the {recipe.training.epochs} epochs of the training, "
@@ -218,7 +220,7 @@ def search_population(images: Images,    # to learn from
 def _make_density(data: str = "fashion_mnist",          # a data set of `supermix.data`
                   out: Path = Path("policies/fast_autoaugment_fashion.json"),  # the policy file
                   recipe: DensityRecipe = DensityRecipe(),  # the judge and the candidates
-                  root: Path | None = None,                 # a folder in which to look for the data first
+                  root: Path | None = None,                 # the folder that is searched first for the data
                   ) -> Path:                                # `out`
     "Train a judge, search a policy by density matching, and write it to a file."
     source = load_data(data, root)
@@ -257,7 +259,7 @@ def compare_policies(policies: dict[str, Policy],  # by the name under which the
                      recipe: Training,
                      seeds: int = 3,               # trainings of each
                      network: str = "resnet8",
-                     ) -> dict[str, list[float]]:  # test accuracies in percent, one a seed
+                     ) -> dict[str, list[float]]:  # test accuracies in percent, one per seed
     "Train a network under each policy; within a seed all start from the same weights."
     reached = {name: [] for name in policies}
     for seed in progress(range(seeds), "comparing", unit="seed"):
@@ -268,3 +270,26 @@ def compare_policies(policies: dict[str, Policy],  # by the name under which the
             train(student, Augmented(images, policy, recipe.epochs), replace(recipe, seed=seed), title=name)
             reached[name].append(accuracy(student, test))
     return reached
+
+# %% ../../nbs/47_policies.search.ipynb #40e261d9
+def _measure_policies(out: Path = Path("results/policies.json"),  # the file
+                      folder: Path = Path("policies"),            # with the two found policies
+                      images: int = 300,
+                      epochs: int = 100,
+                      seeds: int = 5,
+                      ) -> Path:                                  # `out`
+    "Compare both found policies with none on Fashion-MNIST, and write what was reached to a file."
+    start, cpu, code = time.perf_counter(), time.process_time(), commit()
+    data = load_data("fashion_mnist")
+    policies = {"none": _POLICIES["none"]}
+    policies |= {name: load_policy(Path(folder) / f"{file}_fashion.json")
+                 for name, file in (("Fast AutoAugment", "fast_autoaugment"), ("PBA", "pba"))}
+    recipe = Training(epochs=epochs, batch_size=25, lr=0.05,
+                      milestones=tuple(m for m in (epochs * 6 // 10, epochs * 17 // 20) if m))
+    reached = compare_policies(policies, data.train.subset(images, seed=1), data.test, recipe, seeds)
+    report = {"accuracies": reached, "seeds": list(range(seeds)), "images": images, "network": "resnet8",
+              "recipe": asdict(recipe), "data": str(data), "command": "supermix.policies.search._measure_policies()",
+              "commit": code, "torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads(),
+              "core_seconds": round(time.process_time() - cpu), "seconds": round(time.perf_counter() - start)}
+    write_atomic(Path(out), json.dumps(report, indent=1).encode())
+    return Path(out)

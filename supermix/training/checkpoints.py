@@ -21,47 +21,47 @@ from ..core import write_atomic
 _CHECKPOINT_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 def _digest(step: int, content: bytes) -> str:
-    "Sixteen digits that depend on the step and on every byte."
+    "A hash of 16 digits, of the step and all bytes."
     return hashlib.sha256(f"{step:09d}".encode() + content).hexdigest()[:16]
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    "The paths of the checkpoints in a folder, the newest last; an empty list where there are none."
+    "The paths of the checkpoints in a folder, the newest last; empty if there are none."
     found = [path for path in Path(folder).glob("step-*.pt") if _CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found)
 
 # %% ../../nbs/20_training.checkpoints.ipynb #fe16f5f7
-def save_checkpoint(folder: str | Path,  # is made if need be
-                    step: int,           # updates that were made
+def save_checkpoint(folder: str | Path,  # created if it is missing
+                    step: int,           # number of updates so far
                     state: dict,         # tensors, numbers, text and None, in dictionaries, lists and tuples
-                    keep: int = 2,       # checkpoints that stay
+                    keep: int = 2,       # number of checkpoints to keep
                     ) -> Path:           # the file
-    "Write a checkpoint, atomically, and remove all but the last `keep`. A ValueError where that is less than 1."
+    "Write a checkpoint atomically, and delete all but the last `keep`, which must be 1 or more."
     if keep < 1: raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}.")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = write_atomic(Path(folder) / f"step-{step:09d}-{_digest(step, content)}.pt", content)
-    begun = Path(folder).glob(".step-*.pt.*")  # by a run that was killed as it wrote
+    begun = Path(folder).glob(".step-*.pt.*")  # left by a run that was killed while writing
     for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]:
         old.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/20_training.checkpoints.ipynb #21bb97d7
 def load_checkpoint(path: str | Path,  # a file that `save_checkpoint` wrote
-                    ) -> dict:         # what was saved; tensors are on the processor
-    """Read a checkpoint. A ValueError where the file was changed, cut off or renamed, or holds code, which never runs;
-    a FileNotFoundError where there is none."""
+                    ) -> dict:         # the saved state, with tensors on the processor
+    """Read a checkpoint. Raises a ValueError if the file was changed, cut off or renamed, or contains code (which never
+    runs), and a FileNotFoundError if there is none."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"There is no checkpoint {path}.")
     content, name = path.read_bytes(), _CHECKPOINT_NAME.fullmatch(path.name)
-    advice = "Delete it to go on from the one before."
+    advice = "Delete it to resume from the previous one."
     if name is None: raise ValueError(f"Expected a checkpoint named step-<updates>-<sha256>.pt, got {path}.")
     if _digest(int(name[1]), content) != name[2]:
         raise ValueError(f"The checkpoint {path} was changed or cut off, or renamed: "
                          f"its content does not fit its name. {advice}")
     try: return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
-        raise ValueError(f"The checkpoint {path} holds more than plain values, and was not read "
+        raise ValueError(f"The checkpoint {path} holds more than plain values and was not read "
                          f"({str(error).splitlines()[0]}). {advice}") from error
 
 # %% ../../nbs/20_training.checkpoints.ipynb #898aa27c

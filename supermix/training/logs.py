@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/21_training.logs.ipynb #2f6124aa
-def _write_log(path: str | Path,   # of the file; its folder is made if need be
+def _write_log(path: str | Path,   # the file; its folder is created if it is missing
                rows: list[dict],   # numbers by name, one row per epoch
                ) -> Path:          # the file
-    "Write rows of numbers as CSV, atomically; a value that is missing stays empty."
+    "Write rows of numbers as CSV, atomically; a missing value gives an empty cell."
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     table = csv.DictWriter(text, names, lineterminator="\n")
@@ -29,14 +29,14 @@ def _write_log(path: str | Path,   # of the file; its folder is made if need be
     return write_atomic(path, text.getvalue().encode())
 
 def read_log(path: str | Path) -> list[dict]:
-    "The rows of a log, numbers by name; what is empty in the file is missing in its row."
+    "The rows of a log, numbers by name; an empty cell is missing in its row."
     with open(path, newline="") as file:
         return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
 # %% ../../nbs/21_training.logs.ipynb #c076816c
 def draw_log(rows: list[dict],                  # as `read_log` returns them
              title: str = "",                   # above the curves
-             figure: "Figure | None" = None,    # of matplotlib, cleared and drawn anew; None: a new one
+             figure: "Figure | None" = None,    # of matplotlib, cleared and drawn again; None: a new figure
              ) -> "Figure":
     "The curves of a training over its epochs: loss, accuracy on held-out images (%), learning rate."
     import matplotlib.pyplot as plt
@@ -58,12 +58,12 @@ def draw_log(rows: list[dict],                  # as `read_log` returns them
 
 # %% ../../nbs/21_training.logs.ipynb #2d310e92
 class Log:
-    "The rows of a run, which go to `log.csv`, to TensorBoard (where it is installed) and to a live picture."
+    "The rows of a run; writes them to `log.csv` and TensorBoard (if installed), and draws a live picture."
     def __init__(self,
                  folder: str | Path | None = None,  # for log.csv and TensorBoard's files; None: nothing is written
                  rows: list[dict] = (),             # of a run that is resumed
                  title: str = "",                   # above the picture
-                 live: bool = False,                # whether a notebook shows the picture while it grows
+                 live: bool = False,                # whether to show the growing picture in a notebook
                  ):
         self.folder = folder and Path(folder)
         self.rows = list(rows)
@@ -88,7 +88,7 @@ class Log:
         if self.live: self.show()
 
     def show(self) -> None:
-        "Draw the picture in its place in the notebook, in which it grows."
+        "Draw the picture again in its place in the notebook."
         import matplotlib.pyplot as plt
         from IPython.display import display
         figure = draw_log(self.rows, self.title)

@@ -35,9 +35,9 @@ from ..zoo import create, save
 
 # %% ../../nbs/22_training.loop.ipynb #faede978
 def to_device(images: torch.Tensor,  # (B, 3, H, W)
-              network: Callable,     # a network; for any other callable the images stay on their device
+              network: Callable,     # a network, or another callable, for which images are not moved
               ) -> torch.Tensor:     # (B, 3, H, W)
-    "The images where the network's weights are, in the memory layout that convolutions prefer (channels last)."
+    "Move images to the network's device, in the memory layout that convolutions prefer (channels last)."
     device = next(network.parameters(), images).device if isinstance(network, nn.Module) else images.device
     return images.to(device, memory_format=torch.channels_last)
 
@@ -47,7 +47,7 @@ def accuracy(network: Callable[[torch.Tensor], torch.Tensor],  # a network, or a
              images: Images,                                   # usually a test split
              batch_size: int = 500,                            # images in one pass
              ) -> float:                                       # percent
-    "The share of images whose top class is the label, in percent. A network is in evaluation mode meanwhile."
+    "The share of images whose top class is the label, in percent; a network is put in evaluation mode for it."
     right = 0
     with evaluating(network):
         for x, labels, _ in progress(images.batches(batch_size), "testing", ceil(len(images) / batch_size), "batch",
@@ -57,10 +57,10 @@ def accuracy(network: Callable[[torch.Tensor], torch.Tensor],  # a network, or a
 
 # %% ../../nbs/22_training.loop.ipynb #a6c084ff
 def check_teacher_labels(teacher: Callable[[torch.Tensor], torch.Tensor],  # a network or function, images to logits
-                         images: Images,   # those that a student will learn from, or that will be mixed
-                         most: int = 300,  # images that are looked at, spread evenly over the classes
+                         images: Images,   # the images for a student, or for mixing
+                         most: int = 300,  # number of images to check, spread evenly over the classes
                          ) -> float:       # percent
-    "The share of images whose label is the teacher's top class, in percent; a warning where that is near chance."
+    "The share of images whose label is the teacher's top class, in percent; warns if it is near chance."
     some, classes = images.subset(min(most, len(images))), []
     with evaluating(teacher), torch.no_grad():
         for x, _, _ in some.batches(100): classes.append(teacher(to_device(x, teacher)).argmax(1).cpu())
@@ -68,58 +68,58 @@ def check_teacher_labels(teacher: Callable[[torch.Tensor], torch.Tensor],  # a n
 
 # %% ../../nbs/22_training.loop.ipynb #91d02064
 class Batch(NamedTuple):
-    "What an objective gets for each update. All tensors are on the network's device."
+    "The input of an objective for one update. All tensors are on the network's device."
     images: torch.Tensor          # float (B, 3, H, W), normalised
     labels: torch.Tensor          # int64 (B,)
     indices: torch.Tensor         # int64 (B,): the images' numbers in the data set
-    generator: torch.Generator    # for draws; depends on seed, epoch, batch and, with many processes, rank alone
+    generator: torch.Generator    # for random draws; depends only on seed, epoch, batch and the process's rank
     prepared: object = None       # what the objective's `prepare` returned for this batch
-    label_smoothing: float = 0.0  # the recipe's, for cross-entropy with these labels
+    label_smoothing: float = 0.0  # of the recipe, for cross-entropy with these labels
 
 # %% ../../nbs/22_training.loop.ipynb #0adf113a
 def label_objective(network: nn.Module,  # images (B, 3, H, W) to logits (B, N)
-                    batch: Batch,        # of which images and labels are used
+                    batch: Batch,        # its images and labels are used
                     ) -> torch.Tensor:   # a number: the mean over the batch, in nats
     "Cross-entropy with the labels."
     return F.cross_entropy(network(batch.images).float(), batch.labels, label_smoothing=batch.label_smoothing)
 
 # %% ../../nbs/22_training.loop.ipynb #0b1ec7a1
 class Objective(nn.Module):
-    """What `train` minimises. Define `forward`; the other methods do nothing, and you define those that you need.
+    """The objective that `train` minimises. Define `forward`; the other methods do nothing unless you define them.
 
     The order of the calls: at the start of an epoch `begin_epoch`, `resets_optimiser`, `reaches_all`, `capturable`
     and `prepares`; for each update `prepare` (where `prepares` said so), `learning_rate`, `forward` and `after_step`;
     after the last update `log_entries`. `identity` belongs to each checkpoint that is written or resumed from.
     Parameters are trained together with the network's, on its device. A checkpoint keeps the `state_dict`: what a
-    resumed run has to know belongs in parameters and buffers. Each of several processes makes all these calls;
+    resumed run needs must be in parameters and buffers. With several processes, each makes all these calls, and the
     gradients are averaged."""
 
     def forward(self,
                 network: nn.Module,  # in training mode; images (B, 3, H, W) to logits (B, N)
                 batch: Batch,        # B images and their labels
                 ) -> torch.Tensor:   # a number that gradients flow from: the mean over the batch's images
-        "The loss of a batch. It is called once for each update, under autocast where the recipe has `bfloat16`."
+        "The loss of a batch. Called once per update, under autocast if the recipe has `bfloat16`."
         raise NotImplementedError(f"Expected {type(self).__name__} to define forward(network, batch), the loss.")
 
     def begin_epoch(self,
                     network: nn.Module,  # the network, in training mode
                     epoch: int,          # the number of the epoch, from 0
                     ) -> None:
-        """Called before each epoch, and again where a run is resumed within one. The place to choose what learns in
-        this epoch (`requires_grad_` of parameters), or how much a term counts."""
+        """Called before each epoch, and again if a run is resumed within one. Choose here what learns in this epoch
+        (`requires_grad_` of parameters), or the weight of a term."""
     def resets_optimiser(self, epoch: int) -> bool:
         "Called after `begin_epoch`, before the epoch's first update: True makes the optimiser forget its momentum."
         return False
 
     def capturable(self, epoch: int) -> bool:
         """Called after `begin_epoch`: whether, on a GPU, an update may be recorded once, as a CUDA graph, and replayed.
-        Return True where `forward` makes the same operations in each update of all epochs, and looks neither at a
-        tensor's values nor at `batch.generator`; and where `prepare` returns a named tuple of tensors or None, and
-        needs of its batch nothing but the size, the indices and the generator."""
+        Return True if `forward` makes the same operations in each update of all epochs and uses neither a tensor's
+        values nor `batch.generator`, and if `prepare` returns a named tuple of tensors or None and uses only its
+        batch's size, indices and generator."""
         return False
     def reaches_all(self, epoch: int) -> bool:
-        """Called after `begin_epoch`: whether the loss of this epoch depends on every parameter that learns. Return
-        False where it does not: several processes then look in each update for parameters without a gradient."""
+        """Called after `begin_epoch`: whether the loss of this epoch depends on every parameter that learns. If you
+        return False, several processes look in each update for parameters without a gradient."""
         return True
 
     def learning_rate(self,
@@ -132,16 +132,16 @@ class Objective(nn.Module):
         "Called after `begin_epoch`: whether `prepare` is to be called for each batch of this epoch."
         return False
     def prepare(self, batch: Batch) -> object:
-        """Called in a thread, one batch ahead, while the network is at the batch before: work that does not depend on
-        the weights. What it returns is the batch's `prepared`."""
+        """Called in a thread, one batch ahead, while the network trains on the batch before: do work here that does not
+        depend on the weights. The returned value becomes the batch's `prepared`."""
     def after_step(self, network: nn.Module) -> None:
-        "Called after each update of the weights, under `no_grad`, before any checkpoint: for averages of weights, say."
+        "Called after each update of the weights, under `no_grad`, before any checkpoint; for averages of weights, say."
     def identity(self) -> dict:
-        """What tells this objective from others, as plain values by name. It is in each checkpoint, and a run goes on
+        """Plain values by name that identify this objective. Each checkpoint contains them, and a run can be resumed
         only with an objective of the same identity."""
         return {}
     def log_entries(self) -> dict[str, float]:
-        "Called after each epoch: numbers by name that stand in the epoch's row of the log."
+        "Called after each epoch: numbers by name for the epoch's row of the log."
         return {}
 
 # %% ../../nbs/22_training.loop.ipynb #0b1ec7a9
@@ -156,22 +156,22 @@ class _FunctionObjective(Objective):
     def capturable(self, epoch): return self.function is label_objective
 
 def _as_objective(objective) -> Objective:
-    "An `Objective`, or a function as one; a ValueError where it is something else."
+    "Turn a function into an `Objective`; anything else that is not an `Objective` raises a ValueError."
     if isinstance(objective, Objective): return objective
     if callable(objective) and not isinstance(objective, nn.Module): return _FunctionObjective(objective)
     raise ValueError("Expected a function (network, batch) -> loss, or an object of a class derived from "
                      f"supermix.training.Objective, got {type(objective).__name__}: "
-                     "derive its class from Objective, in place of nn.Module.")
+                     "derive its class from Objective instead of nn.Module.")
 
 # %% ../../nbs/22_training.loop.ipynb #519fa47b
 @dataclass
 class History:
-    "What happened in a training, and how fast."
+    "The record of a training: losses, accuracies and speed."
     rows: list[dict] = field(default_factory=list)  # each: epoch, step, lr, loss, images/s, seconds, held_out (if any)
-    images: int = 0                                 # natural images that were trained on, counted in each epoch
-    seconds: float = 0.0                            # time in the loop, all sittings together
+    images: int = 0                                 # natural images seen in training, counted in each epoch
+    seconds: float = 0.0                            # time in the loop, over all sessions
     test: float | None = None                       # accuracy on test images (if given) after the last epoch, percent
-    how: str = ""                   # whether updates were replayed as a graph, or why they were made one by one
+    how: str = ""                   # whether updates were replayed as a graph, or why not
 
     @property
     def loss(self) -> list[float]:
@@ -185,7 +185,7 @@ class History:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        "The epoch that was best on the held-out images, and its accuracy there (%); None where none were held out."
+        "The epoch with the best held-out accuracy, and this accuracy (%); None without held-out images."
         held = [(row["held_out"], row["epoch"]) for row in self.rows if row.get("held_out") is not None]
         return max(((epoch, value) for value, epoch in held), key=lambda pair: pair[1]) if held else None
 
@@ -204,11 +204,11 @@ class History:
 
 # %% ../../nbs/22_training.loop.ipynb #96b875ad
 def world() -> tuple[int, int]:
-    "This process's rank (from 0), and how many processes train together; (0, 1) for one alone."
+    "This process's rank (from 0) and the number of processes that train together; (0, 1) for one process."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 # %% ../../nbs/22_training.loop.ipynb #2fe8e8aa
-def join(device: str | None = None,  # "cuda" or "cpu"; None: a GPU where there is one
+def join(device: str | None = None,  # "cuda" or "cpu"; None: a GPU if there is one
          ) -> torch.device:          # the device of this process
     "The device to train on. Under torchrun, this process also joins the others."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -220,7 +220,7 @@ def join(device: str | None = None,  # "cuda" or "cpu"; None: a GPU where there 
     return device
 
 def _check_joined() -> None:
-    "A ValueError where this is one process of several that do not know of each other: each would train everything."
+    "Raise a ValueError if several processes were started but have not joined: each would train everything."
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started > 1 and not dist.is_initialized():
         raise ValueError(f"This is process {os.environ.get('RANK', '?')} of {started} that have not joined. Call "
@@ -229,7 +229,7 @@ def _check_joined() -> None:
 
 # %% ../../nbs/22_training.loop.ipynb #4bbebae5
 class _Loss(nn.Module):
-    "Network and objective as one module: a batch to its weighted loss."
+    "Network and objective as one module that maps a batch to its loss."
     def __init__(self, network: nn.Module, objective: Objective):
         super().__init__()
         self.network = network
@@ -239,18 +239,18 @@ class _Loss(nn.Module):
         return weight * self.objective(self.network, batch)
 
 def _distributed(loss: _Loss, device: torch.device, reaches_all: bool) -> nn.Module:
-    "The loss in PyTorch's DistributedDataParallel, where there are many processes; else as it is."
+    "The loss, wrapped in PyTorch's DistributedDataParallel if there are several processes."
     if world()[1] == 1: return loss
     return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None,
                                    broadcast_buffers=False, find_unused_parameters=not reaches_all)
 
 # %% ../../nbs/22_training.loop.ipynb #7c1d0a02
 def short_hash(*what: object) -> str:
-    "Eight hexadecimal digits of a SHA-256, of values that JSON can write: equal for equal values."
+    "A hash (8 hexadecimal digits of a SHA-256) of values that JSON can write."
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 def _run_identity(network: nn.Module, images: Images, recipe: Training) -> dict:
-    "What tells a run from others: recipe, shapes of all weights, labels, policy, pixels, and how they are normalised."
+    "The identity of a run: recipe, shapes of all weights, labels, policy, pixels and their normalisation."
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     policy = getattr(images, "policy", None)
     shown = {f"images.{name}": value for name, value in asdict(images.info).items() if name not in ("name", "classes")}
@@ -270,9 +270,9 @@ def _make_optimiser(recipe: Training, parameters: Iterable[nn.Parameter]) -> tor
 
 # %% ../../nbs/22_training.loop.ipynb #b4c43820
 class _Kept:
-    "What of a training is kept in checkpoints, and taken from them."
+    "The state of a training: how it is written to checkpoints and restored from them."
     def state(self) -> dict:
-        "What a checkpoint holds."
+        "The content of a checkpoint."
         return {"network": self.network.state_dict(), "optimiser": self.plain_optimiser(),
                 "objective": self.objective.state_dict(), "random": random_state(),
                 "position": [self.epoch, self.step, self.updates], "losses": self.losses,
@@ -281,17 +281,17 @@ class _Kept:
                 **({"bfloat16": self.bfloat16} if self.recipe.bfloat16_if_faster else {})}
 
     def plain_optimiser(self) -> dict:
-        "The optimiser's state, as every device takes it: the learning rate is a number."
+        "The optimiser's state in a form for every device: the learning rate is a number."
         state = self.optimiser.state_dict()
         groups = [group | {"lr": float(group["lr"]), "fused": None} for group in state["param_groups"]]
         return state | {"param_groups": groups}
 
     def whole_identity(self) -> dict:
-        "What a checkpoint has to agree with: recipe, network and images, and the objective's identity."
+        "The identity that a checkpoint must have: recipe, network, images and objective."
         return json.loads(json.dumps(self.identity | self.objective.identity()))
 
     def save(self) -> None:
-        "Write a checkpoint, where there is a folder; weights that are no numbers are an error, and never written."
+        "Write a checkpoint if there is a folder; weights with NaN or infinity raise and are never written."
         _check_weights(self)
         if self.folder and world()[0] == 0: self.saved = save_checkpoint(self.folder, self.updates, self.state())
         if self.folder and world()[1] > 1:
@@ -299,7 +299,7 @@ class _Kept:
             self.saved = (checkpoints(self.folder) or [None])[-1]
 
     def resume(self) -> None:
-        "Go back to the newest checkpoint, if there is one."
+        "Restore the newest checkpoint, if there is one."
         if self.folder and (found := checkpoints(self.folder)): _restore(self, found[-1])
 
 # %% ../../nbs/22_training.loop.ipynb #b4c43821
@@ -313,31 +313,31 @@ class _Run(_Kept):
         self.folder = folder
         self.identity = _run_identity(network, images, recipe) if folder else {}  # it reads all pixels
         self.optimiser = _make_optimiser(recipe, self.loss.parameters())
-        self.epoch, self.step = 0, 0  # the epoch that is trained, and its updates so far
+        self.epoch, self.step = 0, 0  # the current epoch, and its updates so far
         self.updates = 0              # of all epochs
         self.losses = []              # of this epoch's updates
         self.history = History()
         self.saved = None             # the newest checkpoint's path
         self.built_for = None         # what `self.module` was built for
-        self.replayed = None          # the update that is replayed on a GPU
-        self.not_recorded = ""        # why it is not, where a recording failed
+        self.replayed = None          # the recorded update, replayed on a GPU
+        self.not_recorded = ""        # why there is none, if a recording failed
         self.lr = None                # the learning rate of the last update
         self.bfloat16 = None if recipe.bfloat16_if_faster else recipe.bfloat16  # None: not chosen yet
 
     def forget_momentum(self) -> None:
-        "Let the optimiser begin anew."
+        "Reset the optimiser."
         self.drop_graph()
         self.optimiser.state.clear()
 
     def drop_graph(self, why: str = "") -> None:
-        "Go on without a recorded update."
+        "Continue without a recorded update."
         if self.replayed is None: return
         self.replayed, self.not_recorded = None, why
         for group in self.optimiser.param_groups: group.update(lr=float(group["lr"]), fused=None)
         self.optimiser.zero_grad(set_to_none=True)
 
     def loss_module(self, device: torch.device) -> nn.Module:
-        "The loss, wrapped for many processes and compiled if the recipe says so; built anew where other weights learn."
+        "The loss, wrapped for several processes and compiled if the recipe says so; rebuilt if other weights learn."
         reaches_all = self.objective.reaches_all(self.epoch)
         wanted = [reaches_all, *(p.requires_grad for p in self.loss.parameters())]
         if wanted != self.built_for:
@@ -348,12 +348,12 @@ class _Run(_Kept):
 
 # %% ../../nbs/22_training.loop.ipynb #b4c43822
 def _entries_agree(name: str, old, new) -> bool:
-    "Whether two entries are equal; logits of a teacher without weights may differ by a hundredth of their range."
+    "Whether two entries are equal; a teacher's sampled logits may differ by a hundredth of their range."
     if name != "teacher" or not (isinstance(old, list) and isinstance(new, list)): return old == new
     return len(old) == len(new) and max(abs(a - b) for a, b in zip(old, new)) <= 0.01 * (max(old) - min(old))
 
 def _check_identity(folder: str | Path, old: dict, new: dict) -> list[str]:
-    "A ValueError that names what differs between a checkpoint and this run; else what the checkpoint does not say."
+    "Raise a ValueError that names the differences between a checkpoint and this run; returns what is not recorded."
     old = later_defaults(Training) | {f"terms.{k}": v for k, v in later_defaults(Terms).items()} | old
     unknown = [name for name in new if name.startswith("images.") and name not in old]
     if isinstance(new.get("teacher"), list) and "teacher" in old and old["teacher"] is None: unknown.append("teacher")
@@ -366,17 +366,17 @@ def _check_identity(folder: str | Path, old: dict, new: dict) -> list[str]:
     return unknown
 
 def _restore(run: _Run, checkpoint: Path) -> None:
-    "Put a run where its checkpoint was written; a ValueError where that is another run's."
+    "Restore a run from its checkpoint; a ValueError if the checkpoint is another run's."
     run.saved = checkpoint
     state = load_checkpoint(checkpoint)
     old, new = json.loads(state["recipe"]), run.whole_identity()
     if unknown := _check_identity(run.folder, old, dict.fromkeys(old) | new):
-        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not write down {', '.join(unknown)}: "
-                      "it goes on, and whether these are the same was not checked.", stacklevel=4)
+        warnings.warn(f"{run.folder} holds a run of an earlier version, which did not record {', '.join(unknown)}: "
+                      "it is resumed without a check of these.", stacklevel=4)
     run.network.load_state_dict(state["network"])
     run.objective.load_state_dict(state["objective"])
     run.optimiser.load_state_dict(state["optimiser"])
-    if run.bfloat16 is None: run.bfloat16 = state.get("bfloat16")  # what was chosen stays, wherever the run goes on
+    if run.bfloat16 is None: run.bfloat16 = state.get("bfloat16")  # keep the first choice when the run is resumed
     run.epoch, run.step, run.updates = state["position"]
     run.losses = state["losses"]
     run.history = History(**state["history"])
@@ -384,9 +384,9 @@ def _restore(run: _Run, checkpoint: Path) -> None:
 
 def check_begun(folder: str | Path | None,     # of the run's checkpoints; None: there are none
                 network: nn.Module, images: Images, recipe: Training,
-                identity: dict | None = None,  # the objective's, as far as it is known
+                identity: dict | None = None,  # of the objective, as far as it is known
                 ) -> None:
-    "What `train` would find out later: a ValueError where the folder holds another run, or processes have not joined."
+    "Check early: raise a ValueError if the folder holds another run, or processes have not joined."
     _check_joined()
     if folder is None or not (found := checkpoints(folder)): return
     new = json.loads(json.dumps(_run_identity(network, images, recipe) | (identity or {})))
@@ -394,7 +394,7 @@ def check_begun(folder: str | Path | None,     # of the run's checkpoints; None:
 
 # %% ../../nbs/22_training.loop.ipynb #d05b2256
 def _check_losses(run: _Run, since: list[torch.Tensor], steps: int) -> None:
-    "Take the last losses into the run's record; one that is not finite is a FloatingPointError."
+    "Move the last losses into the run's record; a loss that is not finite raises a FloatingPointError."
     values = torch.stack(since).tolist() if since else []
     for i, value in enumerate(values):
         if isfinite(value): continue
@@ -407,18 +407,18 @@ def _check_losses(run: _Run, since: list[torch.Tensor], steps: int) -> None:
     since.clear()
 
 def _check_weights(run: _Run) -> None:
-    "A FloatingPointError where a weight is not finite, as after a gradient that was not."
+    "Raise a FloatingPointError if a weight is not finite, as after a gradient that was not finite."
     if torch.stack([p.detach().isfinite().all() for p in run.loss.parameters()]).all(): return
     name = next(name for name, p in run.loss.named_parameters() if not p.isfinite().all())
     saved = f" The last good checkpoint is {run.saved}." if run.saved else ""
-    raise FloatingPointError(f"{name} is no number any more after update {run.updates:,}, whose loss still was one: "
+    raise FloatingPointError(f"{name} is NaN or infinite after update {run.updates:,}, although the loss was finite: "
                              f"try a lower learning rate.{saved}")
 
 # %% ../../nbs/22_training.loop.ipynb #9a1ceae2
 def measure_bfloat16(device: str | torch.device = "cpu",
                      seconds: float = 1.0,   # at least three pairs of steps are timed, which may take longer
                      ) -> float:             # 2: twice as fast as float32
-    "How many times as fast a training step of a small network is under bfloat16's autocast, measured here and now."
+    "Measure how many times as fast a training step of a small network is under bfloat16's autocast."
     device = torch.device(device)
     batch = 32 if device.type == "cpu" else 2048  # a GPU would wait for the launches of a small one
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -441,22 +441,22 @@ def measure_bfloat16(device: str | torch.device = "cpu",
     return min(plain) / min(half)
 
 def _choose_bfloat16(device: torch.device) -> bool:
-    "Whether bfloat16 is faster by a tenth or more: what the first process measures, for all."
+    "Whether bfloat16 is faster by a tenth or more; the first process measures for all."
     chosen = [world()[0] == 0 and measure_bfloat16(device) > 1.1]
     if world()[1] > 1: dist.broadcast_object_list(chosen, 0)
     return chosen[0]
 
 # %% ../../nbs/22_training.loop.ipynb #5f2e2fe7
 def fixed_views(images: Images, recipe: Training, epoch: int) -> Images:
-    """The same images, each under the one of its `recipe.views` random views that this epoch shows. What is drawn
-    depends on the recipe's seed and the view's number alone."""
+    """The same images, each under the random view of this epoch, one of `recipe.views`. A view depends only on the
+    recipe's seed and the view's number."""
     views = images.draw(torch.arange(len(images)), seeded(recipe.seed, "fixed views", epoch % recipe.views))
     shown = copy.copy(images)
     shown.draw = lambda indices, generator: views[indices]
     return shown
 
 def _rest_of_epoch(run: _Run, images: Images, device: torch.device) -> Iterator[Batch]:
-    "The batches of an epoch from the run's position on; where the objective prepares them, one ahead in a thread."
+    "The batches of an epoch from the run's position on; if the objective prepares them, a thread does so one ahead."
     r = run.recipe
     (rank, size) = world()
     objective = run.objective
@@ -513,23 +513,23 @@ class _Feed:
 
 # %% ../../nbs/22_training.loop.ipynb #7c1d0a03
 def _add_time(run: _Run) -> None:
-    "Add the time since the clock was last looked at to the history's."
+    "Add the time since the last reading of the clock to the history."
     now = time.perf_counter()
     run.history.seconds = run.history.seconds + now - run.clock
     run.clock = now
 
 def _loss_of_batch(run: _Run, module: nn.Module, batch: Batch, weight: float) -> torch.Tensor:
-    "A batch's loss; where too few images are left for batch norm, a ValueError that says so."
+    "A batch's loss; raises a ValueError with advice if the batch is too small for batch norm."
     try:
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=run.bfloat16):
             return module(batch, weight)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error): raise
-        raise ValueError("Batch norm cannot learn from a single image, which is what the last batch of an epoch has "
-                         f"here: choose another batch_size than {run.recipe.batch_size}.") from error
+        raise ValueError("Batch norm cannot learn from a single image, and the last batch of an epoch here has only "
+                         f"one: choose another batch_size than {run.recipe.batch_size}.") from error
 
 def _update(run: _Run, module: nn.Module, batch: Batch, weight: float = 1.0,
-            seen: Callable = lambda loss: None,  # is told the loss before the weights change
+            seen: Callable = lambda loss: None,  # called with the loss before the weights change
             ) -> torch.Tensor:                   # the loss
     "One update: forward pass, loss, gradient, step."
     loss = _loss_of_batch(run, module, batch, weight)
@@ -543,7 +543,7 @@ def _update(run: _Run, module: nn.Module, batch: Batch, weight: float = 1.0,
 
 # %% ../../nbs/22_training.loop.ipynb #7f4ef827
 def _share_layout(optimiser: torch.optim.SGD) -> None:
-    "Give gradients and momentum the strides of their weights, which the fused optimiser wants of 1×1 kernels, too."
+    "Give gradients and momentum the strides of their weights; the fused optimiser needs this even for 1×1 kernels."
     for p in (p for group in optimiser.param_groups for p in group["params"] if p.grad is not None):
         state = optimiser.state[p]
         if p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
@@ -553,8 +553,8 @@ def _share_layout(optimiser: torch.optim.SGD) -> None:
 # %% ../../nbs/22_training.loop.ipynb #3088eec2
 class _Replayed:
     """An update as one CUDA graph: batch, forward pass, loss, gradient and optimiser, recorded once and replayed. The
-    first updates run as they are, in which kernels are chosen and the optimiser's momentum is made. On another device
-    all do so, on the same memory each time."""
+    first updates are not recorded: they choose kernels and create the optimiser's momentum. On another device no update
+    is recorded, but all use the same memory."""
     def __init__(self, run: "_Run", module: nn.Module, images: ArrayImages):
         self.run = run
         self.module = module
@@ -563,7 +563,7 @@ class _Replayed:
         self.lr = torch.zeros((), device=self.device)
         self.prepared = None  # tensors that every update finds in the same place
         self.graph = self.loss = None
-        self.made = 0         # updates that ran as they are
+        self.made = 0         # updates that were not replayed
         self.recording = False
         for group in run.optimiser.param_groups: group.update(lr=self.lr, fused=True)
 
@@ -585,7 +585,7 @@ class _Replayed:
         return self.loss.clone()
 
     def aside(self) -> torch.Tensor:
-        "An update as it is, on a stream of its own, as a recording wants of those before it."
+        "An update without recording, on its own stream, as PyTorch requires of updates before a recording."
         stream, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream): loss = self.body()
@@ -593,7 +593,7 @@ class _Replayed:
         return loss
 
     def record(self) -> None:
-        "Record the graph; nothing is computed yet."
+        "Record the graph; this computes nothing yet."
         self.run.optimiser.zero_grad(set_to_none=True)
         self.recording = True
         self.graph = torch.cuda.CUDAGraph()
@@ -602,7 +602,7 @@ class _Replayed:
         self.recording = False
 
     def fill(self, prepared) -> None:
-        "Copy what was prepared to where updates find it."
+        "Copy the prepared tensors to the memory that updates read."
         if prepared is None: return
         if self.prepared is None:
             self.prepared = type(prepared)(*(
@@ -612,17 +612,17 @@ class _Replayed:
 
 # %% ../../nbs/22_training.loop.ipynb #97b8caa2
 def _why_eager(run: _Run, images: Images, device: torch.device) -> str:
-    "Why updates of this epoch are not replayed as a graph; an empty text where they are."
+    "Why updates of this epoch are not replayed as a graph; an empty text if they are."
     if device.type != "cuda": return "not on a GPU"
     if world()[1] > 1: return "several processes"
     if not run.objective.capturable(run.epoch): return "the objective is not capturable"
     if not isinstance(images, ArrayImages) or images.labels.device != device: return "the images are not on the GPU"
     if run.recipe.optimizer != "sgd": return f"{run.recipe.optimizer} is not recorded"
     if len(images) < 4 * run.recipe.batch_size: return "fewer than four full batches"
-    return run.not_recorded  # what an attempt said
+    return run.not_recorded  # the reason of a failed attempt
 
 def _prepared_steps(run: _Run, images: Images, steps: range) -> Iterator:
-    "What the objective prepares for these full batches, one ahead in a thread; None where it does not."
+    "The objective's prepared data for these full batches, one ahead in a thread; None if it prepares none."
     r, objective = run.recipe, run.objective
     if not objective.prepares(run.epoch): return iter([None] * len(steps))
     order = torch.randperm(len(images), generator=seeded(r.seed, "order", run.epoch)).split(r.batch_size)
@@ -638,14 +638,14 @@ def _prepared_steps(run: _Run, images: Images, steps: range) -> Iterator:
 
 # %% ../../nbs/22_training.loop.ipynb #aed12dc9
 def _set_rate(run: _Run, lr: float) -> None:
-    "Give the optimiser its learning rate, where it is not the same as before."
+    "Set the optimiser's learning rate if it has changed."
     for group in run.optimiser.param_groups:
         if not isinstance(group["lr"], torch.Tensor): group["lr"] = lr
         elif lr != run.lr: group["lr"].fill_(lr)  # no copy from the processor
     run.lr = lr
 
 def _eager_updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
-    "The rest of an epoch's updates, operation by operation; `seen` is told each loss before the weights change."
+    "The rest of an epoch's updates, operation by operation; calls `seen` with each loss before the weights change."
     r, (_, size), steps = run.recipe, world(), ceil(len(images) / run.recipe.batch_size)
     for batch in _rest_of_epoch(run, images, device):
         _set_rate(run, run.objective.learning_rate(r, run.epoch + run.step / steps))
@@ -654,7 +654,7 @@ def _eager_updates(run: _Run, images: Images, module: nn.Module, device: torch.d
         yield _update(run, module, batch, weight, seen)
 
 def _replayed_updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
-    "The same, of which full batches are replayed; the last smaller one, and all after a failed recording, are not."
+    "The rest of an epoch's updates; full batches are replayed, but not a smaller one, nor after a failed recording."
     r, steps = run.recipe, ceil(len(images) / run.recipe.batch_size)
     full = range(run.step, len(images) // r.batch_size)
     if run.replayed is None: run.replayed = _Replayed(run, module, images)
@@ -671,9 +671,9 @@ def _replayed_updates(run: _Run, images: Images, module: nn.Module, device: torc
     yield from _eager_updates(run, images, module, device, seen)
 
 def _updates(run: _Run, images: Images, module: nn.Module, device: torch.device, seen: Callable) -> Iterator:
-    "The rest of an epoch's updates, in the quickest way that the run allows."
+    "The rest of an epoch's updates, in the fastest way that the run allows."
     why = _why_eager(run, images, device)
-    run.history.how = f"one by one ({why})" if why else "one graph an update"
+    run.history.how = f"one by one ({why})" if why else "one graph per update"
     if not why: return _replayed_updates(run, images, module, device, seen)
     run.drop_graph()
     return _eager_updates(run, images, module, device, seen)
@@ -688,14 +688,14 @@ def _run_epoch(run: _Run, images: Images, module: nn.Module, device: torch.devic
     def seen(loss: torch.Tensor) -> None:
         since.append(loss)
         run.updates += 1
-        if len(since) >= check_every: _check_losses(run, since, steps)  # before the step, so that weights stay good
+        if len(since) >= check_every: _check_losses(run, since, steps)  # before the step: saved weights stay finite
 
     for _ in _updates(run, images, module, device, seen):
         with torch.no_grad(): run.objective.after_step(run.network)
         run.step += 1
         bar.update()
         check_interrupt()
-        # the last one comes anyway
+        # the last one is written anyway
         if world()[1] == 1 and run.step < steps and time.perf_counter() - written > 60 * minutes:
             _check_losses(run, since, steps)
             _add_time(run)
@@ -705,7 +705,7 @@ def _run_epoch(run: _Run, images: Images, module: nn.Module, device: torch.devic
 
 # %% ../../nbs/22_training.loop.ipynb #3c0044cc
 def _end_epoch(run: _Run, images: Images, held: Images | None, begun: float, before: int, log: Log, bar) -> None:
-    "Write the epoch's row, and move to the next epoch. It began at the time `begun`, with `before` updates made."
+    "Write the epoch's row and move to the next epoch. It began at the time `begun`, after `before` updates."
     _add_time(run)
     count = max(len(images) - before * run.recipe.batch_size, 0)
     seconds = max(time.perf_counter() - begun, 1e-9)
@@ -722,30 +722,30 @@ def _end_epoch(run: _Run, images: Images, held: Images | None, begun: float, bef
 
 # %% ../../nbs/22_training.loop.ipynb #fae0e4dc
 def check_training(recipe: Training, images: int) -> None:
-    "A ValueError where this number of images cannot be trained on by the recipe: it holds out as many, or more."
+    "Raise a ValueError if the recipe holds out all of this number of images, or more."
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
 
 def _check_views(recipe: Training, images: Images) -> None:
-    "A ValueError where views are to stay the same, and a policy changes them from epoch to epoch."
+    "Raise a ValueError if views are fixed but a policy changes from epoch to epoch."
     if recipe.views and getattr(getattr(images, "policy", None), "later", None):
-        raise ValueError(f"{images.policy} changes from epoch to epoch: take views=None, or another policy.")
+        raise ValueError(f"{images.policy} changes from epoch to epoch: use views=None, or another policy.")
 
 # %% ../../nbs/22_training.loop.ipynb #937a475d
 @interruptible()
-def train(network: nn.Module,                # is trained in place; images (B, 3, H, W) to logits (B, N)
-          images: Images,                    # what to learn from
+def train(network: nn.Module,                # trained in place; images (B, 3, H, W) to logits (B, N)
+          images: Images,                    # the training images
           recipe: Training,                  # every number of the training
-          objective: Objective | Callable[[nn.Module, Batch], torch.Tensor] = label_objective,  # gives a batch's loss
-          title: str = "training",           # what the progress bar is called
+          objective: Objective | Callable[[nn.Module, Batch], torch.Tensor] = label_objective,  # the loss of a batch
+          title: str = "training",           # title of the progress bar
           test: Images | None = None,        # images on which accuracy is measured after the last epoch
-          folder: str | Path | None = None,  # for checkpoints and logs; a run that is found there goes on
-          minutes: float = 10.0,             # between checkpoints within an epoch, of one process; one after each epoch
-          live: bool = False,                # whether a notebook shows the curves while they grow
+          folder: str | Path | None = None,  # for checkpoints and logs; an unfinished run in it is resumed
+          minutes: float = 10.0,             # between checkpoints within an epoch (of one process)
+          live: bool = False,                # whether to show the growing curves in a notebook
           ) -> History:
     """Train `network` by the recipe, and leave it in evaluation mode.
-    The same seed, weights and number of threads give the same bits. A ValueError where the folder holds another run;
-    a FloatingPointError where a loss or a weight is no finite number."""
+    The same seed, weights and number of threads give the same bits. Raises a ValueError if the folder holds another
+    run, and a FloatingPointError if a loss or a weight is not finite."""
     _check_joined()
     check_training(recipe, len(images))
     _check_views(recipe, images)
@@ -770,38 +770,44 @@ def train(network: nn.Module,                # is trained in place; images (B, 3
             _run_epoch(run, images, run.loss_module(device), device, bar, minutes)
             _end_epoch(run, images, held, begun, before, log, bar)
             run.save()
-    unwrapped(network).info = images.info  # so that `predict` takes it, whoever made it
+    unwrapped(network).info = images.info  # so that `predict` accepts it
     network.eval()
     if test is not None: run.history.test = accuracy(network, test)
     return run.history
 
 # %% ../../nbs/22_training.loop.ipynb #7110dbb7
 def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
-                 root: Path | None = None, quick: bool = False, compile: bool = False) -> Path:
+                 root: Path | None = None, quick: bool = False, compile: bool = False,
+                 device: str | None = None, half: bool = False) -> Path:
     """Train a teacher and write its weights and its card: how it was trained, its accuracy, its hash.
 
     Args:
-        data: a data set that has a teacher's recipe: fashion_mnist, digits or cifar100
-        out: the folder for the weights, their card and the training's checkpoints: the same command goes on with them
-        network: a network of the zoo
-        root: a folder in which to look for the data first
+        data: a data set with a recipe for teachers: fashion_mnist, digits or cifar100
+        out: the folder for the weights, the card and the checkpoints; the same command resumes a stopped training
+        network: the teacher's network, a name of the zoo
+        root: the folder that is searched first for the data
         quick: train by `QUICK`, 24 epochs, instead of the data set's recipe
-        compile: let torch.compile fuse what it can
+        compile: use torch.compile
+        device: such as cpu or cuda:1; None: a GPU where there is one, and there bfloat16 where it is faster
+        half: write the weights in 16 bits, half the size; the card's accuracy is that of the rounded weights
     """
     recipe, source = lookup(TEACHERS, data, "teacher's data set"), load_data(data, root)
-    recipe = replace(QUICK if quick else recipe, compile=compile)
+    where = join(device)
+    recipe = replace(QUICK if quick else recipe, compile=compile, bfloat16_if_faster=where.type == "cuda")
     name = data if network == "resnet20" else f"{data}_{network}"
     torch.manual_seed(recipe.seed)
-    teacher = create(network, num_classes=len(source.info.classes))
-    history = train(teacher, source.train, recipe, title=f"{network} on {data}", test=source.test,
+    teacher = create(network, num_classes=len(source.info.classes)).to(where)
+    history = train(teacher, source.train, recipe, title=f"{network} on {data}", test=None if half else source.test,
                     folder=Path(out) / f"{name}_training")
+    if half: history.test = accuracy(teacher.half().float(), source.test)
     reached = round(history.test, 2)
-    path = save(teacher, Path(out) / f"{name}.safetensors", accuracy=reached)
+    path = save(teacher, Path(out) / f"{name}.safetensors", half, accuracy=reached)
     card = {"network": network, "parameters": sum(p.numel() for p in teacher.parameters()), "data": data,
             "training_images": len(source.train), "test_images": len(source.test), "test_accuracy": reached,
             "final_loss": round(history.loss[-1], 4), "recipe": asdict(recipe),
             "command": f"supermix teacher --data {data}" + f" --network {network}" * (network != "resnet20")
-            + " --quick" * quick + " --compile" * compile, "torch": torch.__version__, "sha256": file_hash(path)}
+            + " --quick" * quick + " --compile" * compile + " --half" * half, "torch": torch.__version__,
+        "device": where.type, "sha256": file_hash(path)}
     write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1).encode())
     print(f"{data}: {reached:.2f} % on {len(source.test):,} test images after {history}; written to {path}")
     return path
