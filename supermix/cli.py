@@ -107,54 +107,64 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
     return partial(predict_command, images, weights, pictures, size, out, top)
 
 # %% ../nbs/90_cli.ipynb #6d6103bd
-def race(data: str = "auto", out: Path = Path("results/engine.json"), rounds: int = 3, blocks: int = 4) -> Callable:
+def race(data: str = "auto", out: Path | None = None, rounds: int = 3, blocks: int = 4,
+         device: str | None = None) -> Callable:
     """Race the engine against the baseline (chapter 46); about twenty minutes on two cores.
 
     Args:
         data: a data set for which this package has a teacher.
-        out: the file that is written.
+        out: the file that is written; none: results/engine.json, for CIFAR-100 and for a GPU with _cifar100 and _gpu in
+            its name.
         rounds: how many times each is timed, in turn.
-        blocks: blocks of 128 sets for each row of the trade-offs.
+        blocks: blocks of 128 sets for each row of the trade-offs; on a GPU a race has four for each 128 slots.
+        device: cpu or cuda; none: a GPU where there is one.
     """
     from supermix.data import load_data
-    from supermix.experiments.race import run_races
+    from supermix.experiments.race import report_file, run_races
+    from supermix.experiments.throughput import best_device
     from supermix.zoo import pretrained
 
     def work():
-        images = load_data(data).train
-        for k, result in run_races(pretrained(images.info.name), images, out, rounds, blocks)["races"].items():
+        place, images = best_device(device), load_data(data).train
+        teacher = pretrained(images.info.name).to(place)
+        races = run_races(teacher, images, out or report_file(images.info.name, place), rounds, blocks)["races"]
+        for k, result in races.items():
             for way, values in result.items():
                 if way != "baseline":
                     print(f"k = {k}, {way}: {values['ratio']:.1f} times the baseline, "
                           f"{values['solved']:.1%} of the sets solved (baseline: {result['baseline']['solved']:.1%})")
     return work
 
-def large(out: Path = Path("results/large.json"), blocks: int = 4, teacher: str = "efficientnet_lite0",
-          photos: Path | None = None) -> Callable:
+def large(out: Path | None = None, blocks: int = 4, teacher: str = "efficientnet_lite0",
+          photos: Path | None = None, device: str | None = None) -> Callable:
     """Race the engine against the baseline at 224×224, with an ImageNet teacher on photographs (chapter 48);
     about ten minutes.
 
     Args:
-        out: the file that is written.
+        out: the file that is written; none: results/large.json, or for a GPU results/large_gpu.json.
         blocks: blocks of 128 sets that the engine makes.
         teacher: efficientnet_lite0, whose weights come with a Python package, or an ImageNet network of the zoo
             (imagenet_resnet34), whose weights are downloaded.
         photos: a folder whose photographs are all used; none: five photographs of scikit-image.
+        device: cpu or cuda; none: a GPU where there is one.
     """
     from supermix.experiments.large import large_teacher, measure_large, photographs, photographs_in
+    from supermix.experiments.throughput import best_device
 
     def work():
-        network, *wants = large_teacher(teacher)
+        place, (network, *wants) = best_device(device), large_teacher(teacher)
+        file = out or Path(f"results/large{'_gpu' * place.startswith('cuda')}.json")
         with tempfile.TemporaryDirectory() as folder:
             images = photographs_in(photos, network, *wants) if photos else photographs(folder, *wants)
-            result = measure_large(network, images, out, blocks=blocks)
+            result = measure_large(network.to(place), images, file, blocks=blocks)
         print(f"{result['ratio']:.1f} times the baseline, on {result['photographs']:,} photographs")
     return work
 
 # %% ../nbs/90_cli.ipynb #dc2bf1ec
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
-          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu") -> Callable:
-    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial. Start one process per core.
+          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu",
+          together: int = 1) -> Callable:
+    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial.
 
     Args:
         out: the folder of the results, one file per trial.
@@ -166,23 +176,26 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         seeds: the seeds to run; without: all.
         minutes: the time after which no further trial starts.
         device: cpu or cuda; on cuda a trial takes seconds, and no core seconds are measured.
+        together: the number of trials that run at the same time, each in a process with one thread: one per core, or a
+            few that share a GPU.
     """
     from supermix.experiments.study import study
-    return partial(study, out, home, groups, seeds, minutes, device)
+    return partial(study, out, home, groups, seeds, minutes, device, together)
 
-def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
-               rounds: int = 3, device: str = "cpu") -> Callable:
+def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
+               device: str | None = None, network: str = "resnet20") -> Callable:
     """Time our training loop against the plain PyTorch loop, in images per second (chapter 23); a few minutes.
 
     Args:
-        out: the file that is written.
+        out: the file that is written; none: results/throughput.json, or for a GPU results/throughput_gpu.json.
         data: a data set with small images.
         images: the number of images per epoch.
         rounds: how many times each loop is timed.
-        device: cpu or cuda.
+        device: cpu or cuda; none: a GPU where there is one.
+        network: a network of the zoo.
     """
     from supermix.experiments.throughput import throughput
-    return partial(throughput, out, data, images, rounds, device)
+    return partial(throughput, out, data, images, rounds, device, network)
 
 # %% ../nbs/90_cli.ipynb #cb5feb3a
 Base, Scale = Literal["cifar100", "crd_benchmark", "imagenet", "folder"], Literal["paper", "mini", "smoke"]

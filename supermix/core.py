@@ -239,6 +239,8 @@ class _Lines(plain_bar):
 
     def tenth_of(self, n): return int(10 * n / self.total) if self.total else 0
 
+    def clear(self, *_, **__): pass  # nothing is drawn that a line of `write` could hit
+
     def display(self, *_, **__):
         passed = self.leave is not False and self.tenth_of(self.n) > self.tenth  # a bar that vanishes leaves no line
         if passed or time.monotonic() - self.last > self.longest: self.say()

@@ -34,6 +34,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .core import lookup, seeded
 
 # %% ../nbs/01_data.ipynb #ae4963a9
+def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:  # (3, 1, 1)
+    "Numbers as a tensor, made on the device: a CUDA graph (chapter 22) cannot hold a copy from the processor."
+    return torch.stack([torch.full((), value, device=device) for value in values]).view(-1, 1, 1)
+
 @dataclass(frozen=True)
 class Info:
     "The description of a data set: everything except its images."
@@ -50,12 +54,12 @@ class Info:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:      # uint8 (..., 3, H, W)
         "Bytes to float32 with mean 0 and standard deviation 1 per channel, over the data set."
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_by_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:    # floats (..., 3, H, W), normalised
         "Convert to floats in 0 … 1, for pictures."
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_by_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() * std + mean).clamp(0, 1)
 
 # %% ../nbs/01_data.ipynb #c1708f49
@@ -75,7 +79,8 @@ def crop_flip(images: torch.Tensor,  # (B, C, H, W), of any dtype
               ) -> torch.Tensor:     # (B, C, H, W)
     "Cut a window of H×W out of each framed image, and mirror it if its view says so."
     B, C, H, W = images.shape
-    fill = torch.as_tensor(fill, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
+    if not isinstance(fill, torch.Tensor): fill = torch.full((1,), fill, device=images.device)
+    fill = fill.to(images).reshape(-1, 1, 1)
     framed = fill.expand(B, C, H + 2 * pad, W + 2 * pad).clone()
     framed[..., pad:pad + H, pad:pad + W] = images
     # a view (B, C, 2·pad + 1, 2·pad + 1, H, W) of all windows: nothing is copied yet
@@ -195,6 +200,16 @@ class ArrayImages(Images):
         return ArrayImages(self.info, self.kept.to(device), self.labels.to(device))
 
     def _take(self, indices): return ArrayImages(self.info, self.kept[indices], self.labels[indices])
+
+# %% ../nbs/01_data.ipynb #81eefac2
+def fits_on(device: torch.device, nbytes: int) -> bool:
+    "Whether so much takes less than a quarter of the memory that is free on a GPU."
+    return 4 * nbytes < torch.cuda.mem_get_info(device)[0]
+
+def move_images(images: Images, device: torch.device) -> Images:
+    "The images; those in memory are on the device, where it is a GPU with room for them."
+    if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
+    return images.to(device) if fits_on(device, images.kept.nbytes) else images
 
 # %% ../nbs/01_data.ipynb #7b3d6cf4
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")

@@ -9,8 +9,8 @@ from supermix.data import Data
 from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
 from supermix.experiments.study import _core_trials, _run_trial
-from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, solve_blocks
-from supermix.mixing.generate import _settle, generate
+from supermix.mixing.engine import BLOCK, Engine, _Replayed, draw_block, draw_sets, solve_blocks
+from supermix.mixing.generate import settle, generate
 from supermix.mixing.quality import quality
 from supermix.policies.policies import Augmented, load_policy
 from supermix.recipes import FAST, METHODS, Generation, Mixing, Terms, Training
@@ -63,6 +63,44 @@ def test_a_stock_of_mixes(at, digits, there, tmp_path):
         again = there(batch.images.cuda()).cpu()
     torch.testing.assert_close(again, batch.logits.cpu(), rtol=1e-2, atol=0.1)
     assert 0.5 < quality(mixed, there).solved[-1] <= 1
+
+
+def test_mixes_are_made_again_on_the_card(digits, there, tmp_path):
+    "What a stock gives there is what it gives on a processor; only the masks' sigmoids are rounded otherwise."
+    store = generate(Generation(data="digits", count=200, shard=128, top="all"), tmp_path, digits.train, there)
+    here = MixedDataset(store.folder, digits.train)
+    card = here.to("cuda")
+    assert MixedDataset(store.folder, digits.train.to("cuda")).device.type == card.device.type == "cuda"
+    picks = here.draw(64, torch.Generator().manual_seed(0))
+    (images, known), (expected, theirs) = card.show(picks), here.show(picks)
+    assert {t.device.type for t in (images, *known)} == {"cuda"} and torch.equal(known.sets.cpu(), theirs.sets)
+    torch.testing.assert_close(images.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(known.logits.cpu(), theirs.logits)
+    assert torch.equal(known.lam.cpu(), theirs.lam) and torch.equal(known.classes.cpu(), theirs.classes)
+    assert quality(card, there).solved == quality(here, there).solved
+
+
+def test_a_batch_of_a_stock_copies_a_few_numbers(digits, there, tmp_path):
+    store = generate(Generation(data="digits", count=200, shard=128), tmp_path, digits.train, there)
+    card, g = MixedDataset(store.folder, digits.train).to("cuda"), torch.Generator().manual_seed(0)
+    card.show(card.draw(64, g))
+    with torch.profiler.profile() as profile:
+        card.show(card.draw(64, g))
+        torch.cuda.synchronize()
+    copies = [event for event in profile.events() if "Memcpy HtoD" in event.name or "Memcpy DtoH" in event.name]
+    assert 1 <= len(copies) <= 3  # rows, crops, mirrors
+
+
+@pytest.mark.parametrize("at", ["cpu", "cuda"])
+def test_sets_are_drawn_for_the_card(at, digits, there):
+    "Sixteen blocks at a time, ahead in a thread: the sets are those of the blocks, one by one."
+    engine = Engine(there, digits.train[:2][0], Mixing(**FAST), 2048)
+    drawn = list(draw_sets(engine, digits.train.to(at), 0, range(20)))
+    assert [len(sets.index) for sets in drawn] == [2048, 512] and drawn[0].images.device.type == "cuda"
+    for block in (0, 7, 15):
+        alone = draw_block(digits.train, lambda x: there(x.cuda()), engine.mixing, 0, block)
+        for a, b in zip(alone, drawn[0], strict=True):
+            assert torch.equal(a, b[block * BLOCK : (block + 1) * BLOCK].cpu())
 
 
 def test_a_student_learns_as_much(digits, there):
@@ -192,18 +230,16 @@ def test_memory_stays_the_same_over_many_sets(digits, there):
     peaks = []
     for start in range(0, 800, 200):  # 100,000 sets
         torch.cuda.reset_peak_memory_stats()
-        for _ in engine.run(
-            draw_block(digits.train, engine.source_logits, engine.mixing, 0, b) for b in range(start, start + 200)
-        ):
+        for _ in engine.run(draw_sets(engine, digits.train, 0, range(start, start + 200))):
             pass
         peaks.append(torch.cuda.max_memory_allocated())
     assert max(peaks[1:]) < 1.1 * peaks[0]
 
 
 def test_slots_and_dtype_suit_a_card(digits, there):
-    recipe = _settle(Generation(data="digits"), digits.train, there)
+    recipe = settle(Generation(data="digits"), digits.train, there)
     assert (recipe.slots, recipe.shard, recipe.bfloat16) == (2048, 32_768, torch.cuda.is_bf16_supported())
-    assert _settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
+    assert settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
 
 
 def test_the_interactive_solver(digits, there):

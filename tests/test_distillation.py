@@ -1069,6 +1069,28 @@ def test_a_replayed_distillation_is_the_same(case, teacher, few, mixes, still, m
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", [case for case in REPLAYED if REPLAYED[case][1]])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_mixes_made_within_the_update_are_the_same(replayed, case, teacher, few, mixes, still, monkeypatch):
+    "As where the stock's sources are on a GPU: only what chance decides is prepared, and bits stay the same."
+    method, stock, changes = REPLAYED[case]
+    if replayed:
+        monkeypatch.setattr(loop, "_why_eager", lambda *_: "")
+
+    def trained():
+        torch.manual_seed(0)
+        student, mixer = create("resnet8", 10), {"mixes": mixes, "still": still}[stock]
+        recipe = replace(SHORT, epochs=2, lr=0.02, **changes)
+        history = distill(None if case == "no teacher" else teacher, student, few, method, mixer, recipe)
+        return student.state_dict(), history.loss
+
+    usual, expected = trained()
+    monkeypatch.setattr("supermix.distillation.distill._is_on_gpu", lambda mixer: isinstance(mixer, MixedDataset))
+    monkeypatch.setattr("supermix.distillation.distill._mix_batch", None)  # is not called
+    ours, loss = trained()
+    assert loss == expected and all(torch.equal(a, b) for a, b in zip(ours.values(), usual.values(), strict=True))
+
+
 @pytest.mark.parametrize("method, mixer", [("crd", None), ("kd", "mixup"), ("kd", ["mixup", "cutmix"])])
 def test_what_is_not_replayed(method, mixer, teacher, few):
     distillation = []

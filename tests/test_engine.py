@@ -23,7 +23,10 @@ from supermix.mixing.engine import (
     _step_slots,
     decode,
     draw_block,
+    draw_sets,
+    _draw_chance,
     joined,
+    _make_sets,
     solve_blocks,
 )
 from supermix.mixing.folding import fold_norms
@@ -137,6 +140,39 @@ def test_draws_depend_on_seed_and_number_alone(teacher, digits):
     three = draw_block(digits.train, teacher, replace(QUICK, k=3), 0, 0)
     assert all(len(set(row)) == 3 for row in three.classes.tolist())
     torch.testing.assert_close(three.lam.sum(1), torch.ones(BLOCK))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_blocks_drawn_together_are_the_blocks(k, teacher, digits):
+    "On a GPU sixteen blocks are drawn at a time, ahead in a thread; the sets are those of the blocks."
+    mixing, blocks = replace(QUICK, k=k), (3, 4, 7)
+    alone = [draw_block(digits.train, teacher, mixing, 0, b) for b in blocks]
+    chance = _draw_chance(digits.train, mixing, 0, blocks)
+    together = _make_sets(digits.train, teacher, mixing, chance)
+    assert all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*alone), together, strict=True))
+    later = _make_sets(digits.train, teacher, mixing, chance._replace(pixels=None))  # as of images on a GPU
+    assert all(torch.equal(a, b) for a, b in zip(later, together, strict=True))
+
+
+def test_an_engine_draws_as_many_blocks_as_fill_its_slots(teacher, digits):
+    engine = Engine(teacher, digits.train[:2][0], QUICK, slots=2 * BLOCK)
+    assert [len(sets.index) for sets in draw_sets(engine, digits.train, 0, range(5))] == [BLOCK] * 5
+    expected = list(draw_sets(engine, digits.train, 0, range(5)))
+
+    class OnGPU(Engine):
+        device = property(lambda self: torch.device("cuda"), lambda self, device: None)
+
+    ours = copy.copy(engine)
+    ours.__class__ = OnGPU
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        make = supermix.mixing.engine._make_sets
+        patch.setattr(supermix.mixing.engine, "_make_sets", lambda *args: drawn.append(args[-1]) or make(*args[:-1]))
+        patch.setattr(ours, "source_logits", engine.source_logits)
+        groups = list(draw_sets(ours, digits.train, 0, range(5)))
+    assert [len(sets.index) for sets in groups] == [2 * BLOCK, 2 * BLOCK, BLOCK] and {d.type for d in drawn} == {"cuda"}
+    for mine, theirs in zip(zip(*groups), zip(*expected), strict=True):
+        assert torch.equal(torch.cat(mine), torch.cat(theirs))
 
 
 @pytest.mark.parametrize("mixing", [QUICK, Mixing(max_iter=12), replace(QUICK, k=3)], ids=["fast", "paper", "three"])

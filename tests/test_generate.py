@@ -15,7 +15,7 @@ import pytest
 import torch
 from supermix.core import file_hash
 from supermix.data import ArrayImages, Info, load_data
-from supermix.mixing.generate import _check_solved, _missing_shards, _settle, claimed, generate
+from supermix.mixing.generate import _check_solved, _missing_shards, settle, claimed, generate
 from supermix.mixing.store import MixedDataset, Store, _load_card
 from supermix.recipes import FAST, Generation, Mixing
 from supermix.zoo import save
@@ -589,11 +589,11 @@ def test_two_processes_are_nearly_twice_as_fast(tmp_path):
 
 
 def test_slots_suit_the_device_where_none_are_named(teacher, digits, tmp_path):
-    recipe = _settle(Generation(data="digits"), digits.train, teacher)
+    recipe = settle(Generation(data="digits"), digits.train, teacher)
     assert (recipe.slots, recipe.shard, recipe.bfloat16) == (128, 4096, False)
     large = ArrayImages(digits.info, torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.tensor([0, 1]))
-    assert _settle(Generation(), large, teacher).slots == 16
+    assert settle(Generation(), large, teacher).slots == 16
     named = Generation(slots=5, shard=256, bfloat16=True)
-    assert _settle(named, digits.train, teacher) == named
+    assert settle(named, digits.train, teacher) == named
     kept = generate(replace(RECIPE, count=20), tmp_path / "store", digits.train, teacher).manifest()["recipe"]
     assert (kept["slots"], kept["shard"], kept["bfloat16"]) == (128, 128, False)

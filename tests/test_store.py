@@ -108,8 +108,23 @@ def test_as_a_dataset(mixed):
     for rows in ([300], [-1], [0, 999]):
         with pytest.raises(IndexError, match="rows from 0 to 299"):
             mixed.batch(rows)
+    for part in (slice(3, 9), slice(None, None, 100), slice(295, 400), slice(5, 5)):
+        assert torch.equal(mixed.batch(part).images, mixed.batch(list(range(300))[part]).images)
     a, b = (mixed.sample(20, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(a[0], b[0]) and a[0].shape == a[1].images.shape == (20, 3, 32, 32)
+
+
+def test_mixes_are_drawn_and_then_made(mixed):
+    "What is drawn are a few numbers; what is made of them needs no further chance."
+    picks = mixed.draw(20, torch.Generator().manual_seed(1))
+    images, batch = mixed.show(picks)
+    expected, known = mixed.sample(20, torch.Generator().manual_seed(1))
+    assert torch.equal(images, expected) and torch.equal(batch.images, known.images)
+    assert torch.equal(batch.images, mixed.batch(picks.rows).images) and sum(t.nbytes for t in picks) < 600
+    g = torch.Generator().manual_seed(1)  # the order of the draws is that of earlier versions
+    rows, crop = torch.randint(300, (20,), generator=g), torch.randint(5, (20, 2), generator=g)
+    assert torch.equal(picks.rows, rows) and torch.equal(picks.crop, crop) and not picks.flip.any()
+    assert mixed.to("cpu") is mixed and mixed.device.type == "cpu" and mixed.nbytes > mixed.source.kept.nbytes
 
 
 def test_a_student_learns_from_a_store(mixed, teacher, digits):
@@ -250,6 +265,8 @@ def test_files_as_sources(photos, tmp_path):
     mixed = MixedDataset(generate(recipe, tmp_path / "mixes", images, teacher).folder, images)
     batch = mixed.batch(range(20))
     assert mixed.small["crop"].shape[2] == 4 and batch.images.shape == (20, 3, 64, 64)
+    with pytest.raises(ValueError, match="Expected sources in memory, .* got FolderImages"):
+        mixed.to("cuda")
     engine = Engine(teacher, images[:2][0], recipe.mixing)
     torch.testing.assert_close(engine.source_logits(batch.images), batch.logits, rtol=5e-3, atol=5e-2)
 

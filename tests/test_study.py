@@ -1,6 +1,12 @@
 """The study: its grid, its intervals, and that every number in its tables comes from a file."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
@@ -20,6 +26,8 @@ from supermix.experiments.study import (
     _core_trials,
     _load_data_and_teacher,
     _measure_prices,
+    _Place,
+    _run_all,
     _run_trial,
     all_trials,
     load_results,
@@ -178,3 +186,94 @@ def test_a_trained_teacher_is_found(tmp_path):
     x = data.test[:8][0]
     assert teacher.card["sha256"] == "0123" and teacher.name == "wrn_16_1"
     assert torch.allclose(teacher(x), network.eval()(x), atol=1e-2)
+
+
+# ---- several at a time
+
+
+def tiny(name, **changes):
+    return replace(Trial("tiny", name, "kd"), data="digits", images=60, updates=2, batch_size=30, **changes)
+
+
+def test_runs_together_are_those_one_by_one(tmp_path, capfd):
+    trials = [tiny("a"), tiny("b", mixer="mixup"), tiny("c", seed=1)]
+    _run_all(trials, _Place(tmp_path / "one", tmp_path, "cpu"), 1, float("inf"))
+    _run_all(trials, _Place(tmp_path / "two", tmp_path, "cpu"), 2, float("inf"))
+    lines = [line for line in capfd.readouterr().out.splitlines() if line]
+    assert len(lines) == 6 and sorted(line[:30] for line in lines[:3]) == sorted(line[:30] for line in lines[3:])
+    for trial in trials:
+        one, two = (json.loads((tmp_path / place / trial.file).read_text()) for place in ("one", "two"))
+        assert one["accuracy"] == two["accuracy"] and one["loss"] == two["loss"] and two["threads"] == 1
+    _run_all(trials, _Place(tmp_path / "two", tmp_path, "cpu"), 2, float("inf"))  # all is there
+    assert not capfd.readouterr().out.strip()
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capfd):
+    trials = [tiny("odd", student="resnet9"), tiny("good"), tiny("better", seed=1)]
+    with pytest.raises(ValueError, match="1 of the runs failed, .*tiny/odd-0.json .*Unknown network 'resnet9'"):
+        _run_all(trials, _Place(tmp_path, tmp_path, "cpu"), 2, float("inf"))
+    assert "failed: tiny/odd-0.json (ValueError: Unknown network 'resnet9'" in capfd.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "tiny").glob("*.json")) == ["better-1.json", "good-0.json"]
+
+
+def test_no_run_is_begun_after_the_deadline(tmp_path):
+    _run_all([tiny("late")], _Place(tmp_path, tmp_path, "cpu"), 2, 0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_together_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="Expected 1 run or more together, got 0"):
+        study(tmp_path, together=0)
+
+
+LONG = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import supermix.experiments.study as module
+
+if __name__ == "__main__":
+    from supermix.cli import main
+    trials = [replace(module.Trial("long", str(i)), data="digits", images=60, updates=100_000) for i in range(4)]
+    module.all_trials = lambda: trials
+    sys.argv = ["supermix", "study", "--together", "2", "--groups", "long", "--out", sys.argv[1], "--home", sys.argv[1]]
+    main()
+"""
+
+
+def in_session(leader):
+    "Processes of a session that are no zombies."
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session = place.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(place.name))
+    return found
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("the parent is killed", marks=pytest.mark.slow)])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
+def test_all_workers_end_with_the_command(how, tmp_path):
+    (tmp_path / "long.py").write_text(LONG)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "long.py", tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 180
+    while len(list(tmp_path.glob("out/long/.*.lock"))) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    assert process.poll() is None and len(in_session(process.pid)) >= 3  # two are at work
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all
+    else:
+        process.kill()
+    out, err = process.communicate(timeout=60)
+    while in_session(process.pid) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not in_session(process.pid) and "Traceback" not in err
+    if how == "Ctrl-C":
+        assert process.returncode == 130 and "stopped. Run the same command again to go on." in err

@@ -19,9 +19,11 @@ from torch import nn
 from ..core import write_atomic
 from ..data import FolderImages, Images, Info
 from .race import Lap, compare_kl, lap_of_engine, summarize, time_baseline
-from ..mixing.engine import PASSES, Engine, Sets, draw_block, joined
+from .throughput import machine_facts
+from ..mixing.engine import PASSES, Engine, Sets, draw_block, draw_sets, joined
+from ..mixing.generate import settle
 from ..mixing.solver import teacher_logits
-from ..recipes import FAST, IMAGENET, Mixing
+from ..recipes import FAST, IMAGENET, Generation, Mixing
 from ..zoo import _image_files, create
 
 # %% ../../nbs/48_experiments.large.ipynb #3d93f142
@@ -102,8 +104,8 @@ def _time_engine(engine: Engine, images: Images, blocks: int) -> tuple[Lap, list
     memory, start = [], time.perf_counter()
 
     def queue():
-        for block in range(blocks):
-            yield draw_block(images, engine.source_logits, engine.mixing, 0, block)
+        for sets in draw_sets(engine, images, 0, range(blocks)):
+            yield sets
             memory.append(_peak_memory())
 
     found = joined(engine.run(queue()))
@@ -120,10 +122,11 @@ def measure_large(teacher: nn.Module, images: Images,
                   out: str | Path = "results/large.json",  # the file that is written
                   sets: int = 32,   # sets that the baseline solves, in one batch
                   blocks: int = 4,  # blocks that the engine solves, of 128 sets each
-                  slots: int = 16,  # of the engine
+                  slots: int | None = None,  # of the engine; None: what suits the teacher's device (chapter 36)
                   ) -> dict:        # the content of the file
     "Measure speed and memory (MiB) of engine and baseline at 224×224; about ten minutes on two cores."
-    engine = Engine(teacher, images[:2][0], Mixing(**_LARGE), slots)
+    wanted = settle(Generation(mixing=Mixing(**_LARGE), slots=slots), images, teacher)
+    engine = Engine(teacher, images[:2][0], wanted.mixing, wanted.slots, wanted.bfloat16)
     ours, memory = _time_engine(engine, images, blocks)
     share = engine.clock[PASSES] / sum(engine.clock.values())
     block = draw_block(images, engine.source_logits, engine.mixing, 0, 0)
@@ -137,7 +140,7 @@ def measure_large(teacher: nn.Module, images: Images,
                "peak memory after the baseline (MiB)": _peak_memory(),
                "share of time in passes": share,
                "folder": images.info.name, "photographs": len(images),
-               "sets": engine.tried, "slots": slots, "threads": torch.get_num_threads(),
+               "sets": engine.tried, "slots": engine.slots, **machine_facts(engine.device),
                "teacher": getattr(teacher, "name", type(teacher).__name__), "command": "supermix large"}
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     return result

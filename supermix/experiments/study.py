@@ -9,14 +9,23 @@ __all__ = ['study']
 import base64
 import io
 import json
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from math import ceil, sqrt
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -348,21 +357,91 @@ def all_trials() -> list[Trial]:
     return [replace(trial, seed=seed) for rows, seeds in parts for seed in seeds for trial in rows]
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f15
-def _run_missing(trial: Trial, settings: dict, out: Path, home: Path, device: str) -> None:
-    "Run a trial and write its file, unless another process runs it; `settings` keeps data and teachers by name."
-    (out / trial.file).parent.mkdir(parents=True, exist_ok=True)
-    with claimed(out / trial.file) as mine:
-        if not mine or (out / trial.file).exists(): return
-        needs = trial.data, trial.teacher
-        if needs not in settings: settings[needs] = _load_data_and_teacher(*needs, home, out)
-        result = _run_trial(trial, *settings[needs], home, device)
-        write_atomic(out / trial.file, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-        print(f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
-              f"{result['wall_seconds']:.0f} s to train", flush=True)
+class _Place(NamedTuple):
+    "Where trials are run, and where their results go."
+    out: Path     # the folder of the results
+    home: Path    # the folder of the mixed images
+    device: str   # cpu or cuda
 
+_OPENED: dict[tuple[str, str], tuple[Data, nn.Module]] = {}  # by data and teacher: a process opens each pair once
+
+def _run_missing(trial: Trial, place: _Place) -> str:
+    "Run a trial, write its file and return a line about it; an empty text if another process runs or has run it."
+    path = place.out / trial.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(path) as mine:
+        if not mine or path.exists(): return ""
+        needs = trial.data, trial.teacher
+        if needs not in _OPENED: _OPENED[needs] = _load_data_and_teacher(*needs, place.home, place.out)
+        result = _run_trial(trial, *_OPENED[needs], place.home, place.device)
+        write_atomic(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    return (f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
+            f"{result['wall_seconds']:.0f} s to train")
+
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f16
+def _begin_worker() -> None:
+    "What a worker does first: one thread, no bars, and Ctrl-C is its parent's, with whom it ends."
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+@contextmanager
+def _ignored_by_new_processes() -> Iterator[None]:
+    "Within the block Ctrl-C is ignored, and processes that are started go on to ignore it."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
+@contextmanager
+def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
+    "A pool of processes, which are killed where the block ends early."
+    others = set(active_children())
+    with ProcessPoolExecutor(n, get_context("spawn"), _begin_worker) as pool:
+        try: yield pool
+        except BaseException:
+            for child in set(active_children()) - others: child.kill()
+            raise
+
+def _run_all(trials: list[Trial], place: _Place,
+             together: int,    # runs at the same time; 1: in this process
+             deadline: float,  # of `time.perf_counter`, after which no run is begun
+             ) -> None:
+    "Run trials, with a line for each. Those that fail are named, the others go on, and in the end it is an error."
+    queue = (trial for trial in trials if time.perf_counter() <= deadline)
+    with progress(total=len(trials), title="study", unit="run") as bar:
+        def told(line: str) -> None:
+            if line: bar.write(line)
+            bar.update()
+        if together > 1: _share_out(queue, place, together, told)
+        else:
+            for trial in queue: told(_run_missing(trial, place))
+
+def _share_out(queue: Iterator[Trial], place: _Place, together: int, told: Callable[[str], None]) -> None:
+    "Give each worker a trial, and the next one when it is done."
+    running, failed = {}, []
+    with _workers(together) as pool:
+        while True:
+            with _ignored_by_new_processes():
+                for trial in islice(queue, together - len(running)):
+                    running[pool.submit(_run_missing, trial, place)] = trial
+            if not running: break
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                trial, error = running.pop(job), job.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise ValueError(f"A process of the study was killed, at {trial.file} or beside it: does the "
+                                     f"memory suffice for {together} together? What is done is kept.") from error
+                if error is not None: failed.append(f"{trial.file} ({type(error).__name__}: {error})")
+                told(job.result() if error is None else f"failed: {failed[-1]}")
+    if failed: raise ValueError(f"{len(failed)} of the runs failed, and the others are done: {'; '.join(failed)}")
+
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f17
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
-          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu") -> None:
-    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial. Start one process per core.
+          seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu", together: int = 1) -> None:
+    """Run the study's trials that have no result yet (chapter 60); a few minutes per trial.
 
     Args:
         out: the folder of the results, one file per trial.
@@ -374,16 +453,17 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
         seeds: the seeds to run; none: all.
         minutes: the time after which no further trial starts.
         device: cpu or cuda; on cuda a trial takes seconds, and no core seconds are measured.
+        together: the number of trials that run at the same time, each in a process with one thread: one per core, or a
+            few that share a GPU.
     """
+    if together < 1: raise ValueError(f"Expected 1 run or more together, got {together}.")
     torch.set_num_threads(1)
     trials = all_trials()
     for name in groups: lookup(dict.fromkeys([*(t.group for t in trials), "prices"]), name, "group")
-    deadline, settings = time.perf_counter() + 60 * minutes, {}
+    deadline = time.perf_counter() + 60 * minutes
     missing = [t for t in trials if (t.group in groups if groups else not t.teacher) and (not seeds or t.seed in seeds)
                and not (out / t.file).exists()]
-    for trial in progress(missing, "study", unit="run"):
-        if time.perf_counter() > deadline: break
-        _run_missing(trial, settings, out, home, device)
+    _run_all(missing, _Place(out, home, device), together, deadline)
     if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() < deadline:
         rows = _core_trials() + _budget_trials() + _half_batch_trials()
         _make_once(out / "prices.json",

@@ -7,8 +7,10 @@ __all__ = ['throughput']
 
 # %% ../../nbs/23_experiments.throughput.ipynb #51ac18c5
 import json
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -69,21 +71,23 @@ def _measure_throughput(images: ArrayImages,
                         rounds: int = 3,                     # in each round, every loop trains once
                         ways: Sequence[str] = tuple(_WAYS),   # names of `_WAYS`
                         device: str = "cpu",                 # on cuda our loop's images are there, too
-                        ) -> dict[str, dict[str, float]]:    # "images/s" and "ratio" to the plain loop, by loop
+                        ) -> dict[str, dict]:    # by way: "images/s", "ratio" to the plain loop, how "updates" were made
     "Time the plain loop and ours in turn: the medians of images per second and of their ratios."
     recipe = Training(epochs=2, batch_size=batch_size, milestones=())
-    speeds = {"plain": [], **{way: [] for way in ways}}
+    speeds, how = {"plain": [], **{way: [] for way in ways}}, {}
     for _ in progress(range(rounds), "rounds"):
         for way in speeds:
             fresh = create(network, num_classes=len(images.info.classes)).to(device)
             if way == "plain": speed = _plain_loop(fresh, images, recipe)
-            else: speed = train(fresh, images.to(device), replace(recipe, **_WAYS[way])).rows[-1]["images/s"]
+            else:
+                history = train(fresh, images.to(device), replace(recipe, **_WAYS[way]))
+                speed, how[way] = history.rows[-1]["images/s"], history.how
             speeds[way].append(speed)
     return {"images/s": {way: median(all) for way, all in speeds.items()},
-            "ratio": {way: median(a / b for a, b in zip(speeds[way], speeds["plain"])) for way in ways}}
+            "ratio": {way: median(a / b for a, b in zip(speeds[way], speeds["plain"])) for way in ways}, "updates": how}
 
 # %% ../../nbs/23_experiments.throughput.ipynb #662ff13e
-def _matmul_speed(dtype: torch.dtype = torch.float32,
+def matmul_speed(dtype: torch.dtype = torch.float32,
                   n: int = 2048,     # rows and columns
                   rounds: int = 6,   # the fastest round counts
                   device: str = "cpu",
@@ -113,24 +117,49 @@ def _processor_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
 
-def throughput(out: Path = Path("results/throughput.json"), data: str = "fashion_mnist", images: int = 3840,
-               rounds: int = 3, device: str = "cpu") -> None:
+def _driver_version() -> str | None:
+    "The version of NVIDIA's driver; None where it does not tell."
+    with suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=30)
+        return told.stdout.splitlines()[0].strip() if told.returncode == 0 else None
+
+def machine_facts(device: str | torch.device) -> dict[str, object]:
+    "What a speed depends on, for a file of results: processor or card and its driver, threads, PyTorch."
+    device = torch.device(device)
+    gpu = device.type == "cuda"
+    card = {"device": torch.cuda.get_device_name(device), "driver": _driver_version()} if gpu else {}
+    return {"device": _processor_name(), **card, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+def best_device(device: str | None = None) -> str:  # None: a GPU where there is one
+    "The device that is asked for; a ValueError where it is a GPU, and there is none."
+    if device is None: return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Expected a GPU for --device {device}, and PyTorch {torch.__version__} finds none: "
+                         "take cpu, or look at what `nvidia-smi` says.")
+    return device
+
+# %% ../../nbs/23_experiments.throughput.ipynb #f80f5505
+def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
+               device: str | None = None, network: str = "resnet20") -> None:
     """Time our training loop against the plain PyTorch loop, in images per second (chapter 23); a few minutes.
 
     Args:
-        out: the file that is written.
+        out: the file that is written; none: results/throughput.json, or for a GPU results/throughput_gpu.json.
         data: a data set with small images.
         images: the number of images per epoch.
         rounds: how many times each loop is timed.
-        device: cpu or cuda.
+        device: cpu or cuda; none: a GPU where there is one.
+        network: a network of the zoo.
     """
-    source = load_data(data)
-    speeds = {name: _matmul_speed(getattr(torch, name), device=device) for name in ("float32", "bfloat16")}
-    result = _measure_throughput(source.train.subset(images), rounds=rounds, device=device)
-    facts = {"network": "resnet20", "batch": 128, "data": data, "threads": torch.get_num_threads(),
-             "device": torch.cuda.get_device_name() if device != "cpu" else _processor_name(),
-             "torch": torch.__version__, "command": "supermix throughput"}
+    device, source = best_device(device), load_data(data)
+    gpu = torch.device(device).type == "cuda"
+    speeds = {name: matmul_speed(getattr(torch, name), 8192 if gpu else 2048, device=device)
+              for name in ("float32", "bfloat16")}
+    result = _measure_throughput(source.train.subset(images), network, rounds=rounds, device=device)
+    facts = {"network": network, "batch": 128, "data": data, **machine_facts(device), "command": "supermix throughput"}
     facts["a step in bfloat16, times as fast"] = measure_bfloat16(device)
-    facts["ceiling, images/s"] = {name: _speed_bound("resnet20", source.info, speed) for name, speed in speeds.items()}
+    facts["ceiling, images/s"] = {name: _speed_bound(network, source.info, speed) for name, speed in speeds.items()}
+    out = out or Path(f"results/throughput{'_gpu' if gpu else ''}.json")
     write_atomic(out, (json.dumps(result | facts, indent=1) + "\n").encode())
     for way, ratio in result["ratio"].items(): print(f"{way}: {ratio:.2f} times the plain loop")

@@ -8,6 +8,7 @@ __all__ = ['Engine']
 # %% ../../nbs/34_mixing.engine.ipynb #557d80bb
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import seeded
-from ..data import Images
+from ..data import Images, Views, one_ahead
 from .folding import fold_norms
 from .masks import REST, masks_from_theta, mix
-from .mixers import draw_lam, draw_partners
+from .mixers import draw_lam, pick_partners
 from .solver import (Problem, State, check_callable, check_classes, check_logits, check_teacher,
                                     first_theta, search_step, teacher_logits)
 from ..recipes import FAST, Mixing
@@ -39,6 +40,53 @@ class Sets(NamedTuple):
     images: torch.Tensor   # float32 (n, k, C, H, W)
 
 # %% ../../nbs/34_mixing.engine.ipynb #99d43cf6
+class _Chance(NamedTuple):
+    "What chance decides of the sets of some blocks, before the teacher is asked."
+    index: torch.Tensor          # int64 (n,): the number of each set in its run
+    which: torch.Tensor          # int64 (n,): the images' numbers in the data set
+    crop: torch.Tensor           # int64 (n, 2 or 4): their views' windows
+    flip: torch.Tensor           # bool (n,): whether they are mirrored
+    lam: torch.Tensor            # float32 (n, k): the wanted shares
+    angle: torch.Tensor          # float32 (n,): of the first partition
+    score: torch.Tensor          # float32 (n, BLOCK): by which partners are picked within the block
+    pixels: torch.Tensor | None  # uint8 (n, C, H, W): the views; None where the images are on a GPU
+
+def _draw_one(images: Images, mixing: Mixing, seed: int, block: int) -> tuple[torch.Tensor, ...]:  # less the pixels
+    g = seeded(seed, "block", block)
+    which = torch.randint(len(images), (BLOCK,), generator=g)
+    views = images.draw(which, g)
+    lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
+    score = torch.rand(BLOCK, BLOCK, generator=g)
+    return block * BLOCK + torch.arange(BLOCK), which, views.crop.cpu(), views.flip.cpu(), lam, angle, score
+
+def _draw_chance(images: Images,          # the sources
+                mixing: Mixing,          # k and alpha are used
+                seed: int,               # of the run
+                blocks: Iterable[int],   # their numbers
+                ) -> _Chance:             # BLOCK sets of each
+    "Draw for some blocks, each from a generator of its own; no GPU is needed."
+    drawn = [torch.cat(parts) for parts in zip(*(_draw_one(images, mixing, seed, block) for block in blocks))]
+    _, which, crop, flip, *_ = drawn
+    return _Chance(*drawn, images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None)
+
+# %% ../../nbs/34_mixing.engine.ipynb #99d43cf7
+def _make_sets(images: Images, teacher, mixing: Mixing, chance: _Chance,
+              device: torch.device | None = None,  # where the sets are wanted; None: on the processor
+              ) -> Sets:
+    "The sets that chance decided: each view with partners of other classes, as the teacher sees them."
+    pixels = chance.pixels
+    if pixels is None: pixels = images.fetch(chance.which, Views(chance.crop, chance.flip))
+    pixels = images.info.normalize(pixels if device is None else pixels.to(device))
+    place = torch.device(device or "cpu")
+    classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).to(place)
+    blocks = classes.view(-1, BLOCK)
+    for block in blocks.cpu(): check_classes(block, mixing.k)
+    chance = _Chance(*(t if t is None else t.to(place) for t in chance[:-1]), None)
+    rows = pick_partners(blocks, mixing.k, chance.score.view(-1, BLOCK, BLOCK))
+    rows = (rows + torch.arange(0, len(classes), BLOCK, device=place)[:, None, None]).flatten(0, 1)
+    return Sets(chance.index, chance.which[rows], chance.crop[rows], chance.flip[rows], chance.lam, chance.angle,
+                classes[rows], pixels.to(place)[rows])
+
 def draw_block(images: Images,  # the sources
                teacher,         # images (B, C, H, W) -> logits (B, N)
                mixing: Mixing,  # only k and alpha are used
@@ -46,17 +94,7 @@ def draw_block(images: Images,  # the sources
                block: int,      # number of the block
                ) -> Sets:       # BLOCK sets
     "The sets of a block; they depend only on the data, the teacher, the seed and the block's number."
-    g = seeded(seed, "block", block)
-    which = torch.randint(len(images), (BLOCK,), generator=g)
-    views = images.draw(which, g)
-    lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
-    pixels = images.info.normalize(images.fetch(which, views))
-    classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).cpu()
-    check_classes(classes, mixing.k)
-    rows = draw_partners(classes, mixing.k, g)
-    crop, flip = (v.cpu()[rows] for v in (views.crop, views.flip))
-    return Sets(block * BLOCK + torch.arange(BLOCK), which[rows], crop, flip, lam, angle, classes[rows],
-                pixels.cpu()[rows])
+    return _make_sets(images, teacher, mixing, _draw_chance(images, mixing, seed, [block]))
 
 # %% ../../nbs/34_mixing.engine.ipynb #afe3748d
 class Found(NamedTuple):
@@ -195,11 +233,12 @@ def _step_slots(slots: _Slots) -> None:
 class _Replayed:
     """A pass for all slots, recorded on a GPU as a CUDA graph and then replayed. The first passes are not recorded:
     they choose the kernels and allocate the tensors that stay from pass to pass."""
-    def __init__(self, slots: _Slots):
+    def __init__(self, slots: _Slots, wanted: bool = True):
         self.slots = slots
         self.graph = None
         self.made = 0  # passes that were not replayed
-        self.why = "" if slots.device.type == "cuda" else "not on a GPU"  # why passes are not replayed
+        # why passes are not replayed
+        self.why = "not on a GPU" if slots.device.type != "cuda" else "" if wanted else "as was asked for"
 
     def __call__(self) -> None:
         "Make the next pass."
@@ -324,7 +363,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _check_memory(engine, x: torch.Tensor, slots: int) -> None:
     "Raise a ValueError if an estimate shows that so many slots cannot fit into the memory."
-    rows = 1 if engine.device.type == "cpu" else _ROOM
+    rows = 1 if engine.device.type == "cpu" else _ROOM + 2  # two more: of sets that are being drawn
     images = rows * engine.mixing.k * x[0].numel() * x.element_size()
     need = images + max(0, _bytes_kept(engine, x, 4) - _bytes_kept(engine, x, 2)) // 2
     free = _free_memory(engine.device)
@@ -348,6 +387,7 @@ class Engine(_Tally):
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.network = teacher
         self.how = ""  # whether passes were replayed as a graph, or why not
+        self.replays = True  # whether passes on a GPU are to be replayed
         first = next(teacher.parameters(), x) if isinstance(teacher, nn.Module) else x
         self.device = first.device
         check_teacher(teacher, x.to(first), mixing.k)  # find an unsuitable teacher before the search
@@ -370,7 +410,7 @@ class Engine(_Tally):
     def run(self, blocks: Iterable[Sets]) -> Iterator[Found]:
         "Solve all sets of the queue, and yield the solved sets in the order in which they are solved."
         slots = _Slots(self.logits, self.mixing, self.clock.timed(_DRAWS, blocks), self.slots, self.device)
-        going, step = slots.fill(), _Replayed(slots)
+        going, step = slots.fill(), _Replayed(slots, self.replays)
         while going:
             since = time.perf_counter()
             for _ in range(1 if slots.shrinks else _LOOK): step()
@@ -387,6 +427,18 @@ class Engine(_Tally):
             if len(found.index) or not going: yield found  # the last one even if it is empty, because it has the shapes
 
 # %% ../../nbs/34_mixing.engine.ipynb #34aa0007
+def draw_sets(engine: Engine, images: Images,
+              seed: int,              # of the run
+              blocks: Iterable[int],  # their numbers
+              ) -> Iterator[Sets]:    # to be given to the engine's `run`
+    """Draw the sets of these blocks: on a processor block by block, on a GPU as many at a time as there are slots, and
+    ahead in a thread."""
+    alone, blocks = engine.device.type == "cpu", iter(blocks)
+    size = 1 if alone else max(1, engine.slots // BLOCK)
+    drawn = (_draw_chance(images, engine.mixing, seed, group) for group in iter(lambda: list(islice(blocks, size)), []))
+    for chance in drawn if alone else one_ahead(drawn):
+        yield _make_sets(images, engine.source_logits, engine.mixing, chance, engine.device)
+
 def solve_blocks(engine: Engine, images: Images, seed: int, blocks: Iterable[int]) -> Found:
     "Draw the sets of these blocks and solve them; returns the solved ones."
-    return joined(engine.run(draw_block(images, engine.source_logits, engine.mixing, seed, b) for b in blocks))
+    return joined(engine.run(draw_sets(engine, images, seed, blocks)))

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import ceil
@@ -21,8 +22,8 @@ import tyro
 from torch import nn
 
 from ..core import check_interrupt, compare_classes, interruptible, progress
-from ..data import Data, Images, load_data
-from .engine import BLOCK, UNSOLVED, Engine, draw_block, joined
+from ..data import Data, Images, load_data, move_images
+from .engine import BLOCK, UNSOLVED, Engine, draw_sets, joined
 from .solver import teacher_logits
 from .store import Store, begin, clear, finish, holds_nothing, images_of
 from ..recipes import Generation, Pictures, is_folder
@@ -77,8 +78,8 @@ def _make_shard(engine: Engine, images: Images, recipe: Generation, shard: int,
     solved = 0
     def parts():
         nonlocal solved
-        for found in engine.run(draw_block(images, engine.source_logits, recipe.mixing, recipe.seed, shard * blocks + b)
-                                for b in range(blocks)):
+        numbers = range(shard * blocks, (shard + 1) * blocks)
+        for found in engine.run(draw_sets(engine, images, recipe.seed, numbers)):
             solved += len(found.index)
             report_progress(solved, engine.tried - begun)
             yield found
@@ -128,7 +129,7 @@ def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generatio
 # %% ../../nbs/36_mixing.generate.ipynb #727ed571
 _BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64×64 pixels, and for larger images
 
-def _settle(recipe: Generation, images: Images, teacher) -> Generation:
+def settle(recipe: Generation, images: Images, teacher: nn.Module | Callable) -> Generation:
     "The recipe with defaults for the teacher's device: slots, sets per shard and bfloat16."
     on_gpu = isinstance(teacher, nn.Module) and any(p.device.type == "cuda" for p in teacher.parameters())
     small = max(images[:1][0].shape[-2:]) <= 64
@@ -137,6 +138,7 @@ def _settle(recipe: Generation, images: Images, teacher) -> Generation:
               "bfloat16": on_gpu and torch.cuda.is_bf16_supported()}
     return replace(recipe, **{name: value for name, value in chosen.items() if getattr(recipe, name) is None})
 
+# %% ../../nbs/36_mixing.generate.ipynb #727ed572
 @interruptible()
 def generate(recipe: Generation = Generation(),
              out: str | Path = "out/mixes",       # the folder of the store
@@ -148,12 +150,12 @@ def generate(recipe: Generation = Generation(),
     _check_recipe(recipe)
     images = _sources_of(recipe) if images is None else images_of(images)
     teacher = teacher if teacher is not None else _teacher_of(recipe, images)
-    recipe = _settle(recipe, images, teacher)
+    recipe = settle(recipe, images, teacher)
     # a shard never fills more slots than it has sets
     engine = Engine(teacher, images[:2][0], recipe.mixing, min(recipe.slots, recipe.shard), recipe.bfloat16)
     store = Store(out)
     with _room_on_disk(store), _room_in_memory(engine), _at_work(store, recipe, images, teacher):
-        _make_shards(store, engine, images, recipe, title)
+        _make_shards(store, engine, move_images(images, engine.device), recipe, title)
         with patiently(store.manifest_path): finish(store)
         _sweep(store)
     return store

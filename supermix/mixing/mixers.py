@@ -33,8 +33,19 @@ class FewClasses(ValueError):
     "The batch has too few classes for a set of images of different classes."
 
 # %% ../../nbs/31_mixing.mixers.ipynb #7950c93e
-def draw_partners(classes: torch.Tensor,  # (B,): the classes, which must differ within a set
+def pick_partners(classes: torch.Tensor,  # (…, B): of one batch, or of several
                   k: int,                 # images per set
+                  score: torch.Tensor,    # (…, B, B), in 0 … 1: how much each image likes each other one
+                  ) -> torch.Tensor:      # int64 (…, B, k): indices into the batch
+    "For each image the k − 1 others that it likes best, each of another class than those before it."
+    partners = [torch.arange(classes.shape[-1], device=classes.device).expand(classes.shape)]
+    for _ in range(k - 1):
+        score = score.masked_fill(classes.gather(-1, partners[-1])[..., None] == classes[..., None, :], -1)
+        partners.append(score.argmax(-1))
+    return torch.stack(partners, -1)
+
+def draw_partners(classes: torch.Tensor,  # (B,): the classes, which must differ within a set
+                  k: int,                 # images a set
                   generator: torch.Generator | None = None,
                   ) -> torch.Tensor:      # int64 (B, k): indices into the batch, the first column 0 … B − 1
     "Draw k − 1 random partners for each image; no two images of a set have the same class."
@@ -44,11 +55,7 @@ def draw_partners(classes: torch.Tensor,  # (B,): the classes, which must differ
                          f"({', '.join(str(c) for c in present.tolist())}) among {len(classes)} images.")
     device = generator.device if generator is not None else classes.device
     score = torch.rand(len(classes), len(classes), generator=generator, device=device).to(classes.device)
-    partners = [torch.arange(len(classes), device=classes.device)]
-    for _ in range(k - 1):
-        score = score.masked_fill(classes[partners[-1]][:, None] == classes, -1)
-        partners.append(score.argmax(1))
-    return torch.stack(partners, 1)
+    return pick_partners(classes, k, score)
 
 def any_partners(images: torch.Tensor, k: int, generator: torch.Generator | None = None) -> torch.Tensor:
     "Draw k − 1 random partners for each image, of any class."

@@ -60,6 +60,7 @@ def quality(mixed: MixedDataset,
             ) -> Quality:
     "Measure the mixed images of a store."
     parts = {name: [] for name in ("kl", "sparsity", "variation", "areas", "lam", "teacher", "second")}
+    mixed = mixed.to("cpu")
     for rows in progress(torch.arange(min(len(mixed), limit)).split(256), "quality", unit="batch"):
         batch = mixed.batch(rows)
         log_p = batch.logits.log_softmax(1)
@@ -113,7 +114,7 @@ def show_extremes(mixed: MixedDataset, report: Quality, each: int = 2) -> plt.Fi
     order = report.kl.argsort()
     middle = len(order) // 2
     rows = torch.cat([order[:each], order[middle:middle + each], order[-each:]])
-    batch, names, width = mixed.batch(rows), mixed.names, report.lam.shape[1] + 1
+    batch, names, width = mixed.to("cpu").batch(rows), mixed.names, report.lam.shape[1] + 1
     fig, axes = plt.subplots(3, each * width, figsize=(1.6 * each * width, 6), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     for place, r in enumerate(rows.tolist()):

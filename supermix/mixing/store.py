@@ -6,6 +6,7 @@
 __all__ = ['Store', 'MixedBatch', 'MixedDataset', 'export_images']
 
 # %% ../../nbs/35_mixing.store.ipynb #1b5c7cf1
+import copy
 import csv
 import hashlib
 import json
@@ -446,7 +447,8 @@ def _load_rows(path: Path, manifest: dict, info: Info | None = None, hashed: boo
 
 # %% ../../nbs/35_mixing.store.ipynb #59052c4c
 def _gather(parts: list[torch.Tensor], starts: list[int], rows: torch.Tensor) -> torch.Tensor:
-    "Rows of a tensor that is stored in parts; part i begins at row starts[i]."
+    "Rows of a tensor that is stored in parts; part i begins at row starts[i]. On a GPU there is one part."
+    if len(parts) == 1: return parts[0][rows]
     out = torch.empty(len(rows), *parts[0].shape[1:], dtype=parts[0].dtype)
     which = torch.bucketize(rows, torch.tensor(starts[1:]), right=True)
     for part in which.unique().tolist(): out[which == part] = parts[part][rows[which == part] - starts[part]]
@@ -455,23 +457,35 @@ def _gather(parts: list[torch.Tensor], starts: list[int], rows: torch.Tensor) ->
 def _remix(source: Images, few: dict[str, torch.Tensor], theta: torch.Tensor, num_classes: int) -> MixedBatch:
     "Fetch the sources and mix them again."
     views = Views(few["crop"].long().flatten(0, 1), few["flip"].bool().flatten())
-    pixels = source.fetch(few["sources"].long().flatten(), views).cpu()  # mixed on the masks' device
+    pixels = source.fetch(few["sources"].long().flatten(), views)
     sets = source.info.normalize(pixels).unflatten(0, few["sources"].shape)
     masks = masks_from_theta(theta, sets.shape[-2:])
     logits = _unpack_logits(few["top_log_p"], few["top_classes"], few["log_sum_exp"], num_classes)
     return MixedBatch(mix(sets, masks), logits, few["lam"], few["classes"].long(), masks, sets)
 
 # %% ../../nbs/35_mixing.store.ipynb #d9c03260
-def _seen_anew(images: torch.Tensor, info, pad: int, generator) -> torch.Tensor:  # (n, C, H, W), normalised
-    "Mixed images under random views, framed with black."
-    n = len(images)
-    views = Views(torch.randint(0, 2 * pad + 1, (n, 2), generator=generator),
-                  (torch.rand(n, generator=generator) < 0.5) & info.flip)
-    return crop_flip(images, views, pad, info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8)).flatten())
+class Picks(NamedTuple):
+    "What chance decides of a student's mixes: a few numbers, from which a device makes them."
+    rows: torch.Tensor                 # int64 (n,): of the store
+    crop: torch.Tensor | None = None   # int64 (n, 2): the place of each window; None: as they were made
+    flip: torch.Tensor | None = None   # bool (n,): whether they are mirrored
+
+def _draw_picks(n: int, length: int, info: Info, pad: int | None, generator) -> Picks:
+    "Random rows of a store of this length, under random views unless `pad` is None."
+    rows = torch.randint(length, (n,), generator=generator)
+    if pad is None: return Picks(rows)
+    crop = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
+    return Picks(rows, crop, (torch.rand(n, generator=generator) < 0.5) & info.flip)
+
+def _seen_anew(images: torch.Tensor, info: Info, pad: int, picks: Picks) -> torch.Tensor:  # (n, C, H, W), normalised
+    "Mixed images under the views that were drawn, framed with black."
+    black = info.normalize(torch.zeros(3, 1, 1, dtype=torch.uint8, device=images.device)).flatten()
+    return crop_flip(images, Views(picks.crop, picks.flip), pad, black)
 
 # %% ../../nbs/35_mixing.store.ipynb #5e7a1b03
 def _as_rows(rows, n: int) -> torch.Tensor:  # int64 (m,)
-    "Row numbers from a number, several numbers or a mask; an IndexError if one is outside 0 … n − 1."
+    "Row numbers from a number, several numbers, a slice or a mask; an IndexError if one is outside 0 … n − 1."
+    if isinstance(rows, slice): rows = range(*rows.indices(n))
     rows = torch.as_tensor(rows).reshape(-1)
     if rows.dtype == torch.bool:
         if len(rows) != n: raise IndexError(f"Expected a mask of {n} rows, got one of {len(rows)}.")
@@ -500,8 +514,54 @@ def _width_of(store: Store, manifest: dict) -> int:
     if len(widths) != 1: raise ValueError(f"{store.folder} has shards of teachers with {sorted(widths)} classes.")
     return widths.pop()
 
+# %% ../../nbs/35_mixing.store.ipynb #35dd0005
+class _OnDevice:
+    "Where mixed images, with `small` tensors and `parts` of codes, are made: on the device of their sources."
+    def _place(self, source: Images) -> None:
+        "Keep the sources, and all else on their device: there they are mixed."
+        self.source, device = source, source.labels.device
+        self.small = {key: t.to(device) for key, t in self.small.items()}
+        if device.type != "cpu": self.parts = [torch.cat([part.to(device) for part in self.parts])]
+
+    @property
+    def device(self) -> torch.device:
+        "Where images are mixed: on the device of their sources."
+        return self.source.labels.device
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes that sources and tensors take on a device."
+        tensors = [*self.small.values(), *self.parts, self.source.labels]
+        return sum(t.nbytes for t in tensors) + (self.source.kept.nbytes if hasattr(self.source, "kept") else 0)
+
+    def to(self, device: str | torch.device) -> "MixedDataset":
+        "The same mixed images, made on another device. Their sources must be in memory (`ArrayImages`)."
+        if torch.device(device) == self.device: return self
+        if not hasattr(self.source, "to"):
+            raise ValueError(f"Expected sources in memory, which a device can hold, got {self.source!r}, which are "
+                             "files: their mixes are made on the processor.")
+        moved = copy.copy(self)
+        moved._place(self.source.to(device))
+        return moved
+
+    def _take(self, rows: torch.Tensor) -> MixedBatch:  # int64 (n,), on the device
+        "The mixed images of some rows."
+        few = {key: value[rows] for key, value in self.small.items()}
+        held = self.manifest["recipe"]["mixing"]["hold"] is not None
+        return _remix(self.source, few, decode(_gather(self.parts, self.starts, rows), held), self.num_classes)
+
+    def draw(self, n: int, generator: torch.Generator) -> Picks:
+        "Which mixed images a student sees, and how: random rows, under random views unless `pad` is None."
+        return _draw_picks(n, len(self), self.info, self.pad, generator)
+
+    def show(self, picks: Picks) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
+        "The mixed images that were drawn, as the student sees them, and what is known of them."
+        picks = Picks(*(t if t is None else t.to(self.device, non_blocking=True) for t in picks))
+        batch = self._take(picks.rows)
+        return batch.images if self.pad is None else _seen_anew(batch.images, self.info, self.pad, picks), batch
+
 # %% ../../nbs/35_mixing.store.ipynb #599a4ba5
-class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
+class MixedDataset(_MadeFrom, _OnDevice, torch.utils.data.Dataset):
     "The mixed images of a store: a sequence of (image, the teacher's probabilities)."
     def __init__(self,
                  folder: str | Path,  # the store
@@ -517,7 +577,7 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         self.parts = [part.pop("code") for part in tensors]
         self.starts = [0, *torch.tensor([len(part) for part in self.parts]).cumsum(0).tolist()]
         self.small = {key: torch.cat([part[key] for part in tensors]) for key in tensors[0]}
-        self.source, self.info, self.pad, self.n = images, images.info, pad, self.manifest["images"]
+        self.info, self.pad, self.n = images.info, pad, self.manifest["images"]
         self.num_classes = _width_of(store, self.manifest)  # the teacher's classes, which may be more than the data's
         if pad is None and not self.keeps_all:
             raise ValueError(f"{store.folder} keeps {self.small['top_log_p'].shape[1]} of the teacher's "
@@ -525,6 +585,7 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
                              "all`, or pass a number of pixels: then the teacher sees each mixed image again.")
         known = list(self.info.classes)
         self.names = known if len(known) == self.num_classes else [f"class {n}" for n in range(self.num_classes)]
+        self._place(images)
 
     def __len__(self): return self.n
 
@@ -534,22 +595,18 @@ class MixedDataset(_MadeFrom, torch.utils.data.Dataset):
         return self.small["top_log_p"].shape[1] == self.num_classes
 
     def batch(self, rows: torch.Tensor | slice | list[int] | int) -> MixedBatch:
-        "The mixed images of some rows (numbers, or a mask), all at once."
-        rows = _as_rows(rows, len(self))
-        few = {key: value[rows] for key, value in self.small.items()}
-        held = self.manifest["recipe"]["mixing"]["hold"] is not None
-        return _remix(self.source, few, decode(_gather(self.parts, self.starts, rows), held), self.num_classes)
+        "The mixed images of some rows (numbers, a slice, or a mask), all at once."
+        return self._take(_as_rows(rows, len(self)).to(self.device))
 
     def __getitem__(self, row):
-        rows = torch.as_tensor(range(*row.indices(len(self))) if isinstance(row, slice) else row)
-        mixed = self.batch(rows)
+        mixed = self.batch(row)
         image, soft = mixed.images, mixed.logits.softmax(1)
-        return (image, soft) if rows.ndim else (image[0], soft[0])
+        several = isinstance(row, slice) or torch.as_tensor(row).ndim
+        return (image, soft) if several else (image[0], soft[0])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, MixedBatch]:  # images (n, C, H, W)
         "Random mixed images with their data, randomly cropped and mirrored unless `pad` is None."
-        batch = self.batch(torch.randint(len(self), (n,), generator=generator))
-        return batch.images if self.pad is None else _seen_anew(batch.images, self.info, self.pad, generator), batch
+        return self.show(self.draw(n, generator))
 
     def __repr__(self):
         sets = sum(entry["sets"] for entry in self.manifest["shards"])
@@ -576,7 +633,7 @@ def export_images(mixed: MixedDataset,
                   workers: int = 8,    # number of threads
                   ) -> Path:           # `folder`: a folder of PNGs per class that the teacher sees first; labels.csv
     "Write all mixed images as an ImageFolder, with a table of their data. (They are rounded to 8 bits per colour.)"
-    folder = Path(folder).expanduser()
+    folder, mixed = Path(folder).expanduser(), mixed.to("cpu")
     names = mixed.names
     places = _folder_names(mixed.names)
     if folder.exists() and any(folder.iterdir()):

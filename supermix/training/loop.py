@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import (check_interrupt, compare_classes, evaluating, file_hash, interruptible, lookup, progress,
                            seeded, unwrapped, write_atomic)
-from ..data import ArrayImages, Images, fingerprint, load_data, one_ahead
+from ..data import ArrayImages, Images, fingerprint, load_data, move_images, one_ahead
 from ..recipes import QUICK, TEACHERS, Terms, Training, later_defaults
 from .checkpoints import checkpoints, load_checkpoint, random_state, restore_random, save_checkpoint
 from .logs import Log
@@ -726,12 +726,6 @@ def check_training(recipe: Training, images: int) -> None:
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
 
-def _move_images(images: Images, device: torch.device) -> Images:
-    "Images in memory are moved to the network's GPU if they take less than a quarter of its free memory."
-    if device.type != "cuda" or not isinstance(images, ArrayImages) or images.labels.device == device: return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if 4 * images.kept.nbytes < free else images
-
 def _check_views(recipe: Training, images: Images) -> None:
     "Raise a ValueError if views are fixed but a policy changes from epoch to epoch."
     if recipe.views and getattr(getattr(images, "policy", None), "later", None):
@@ -759,7 +753,7 @@ def train(network: nn.Module,                # trained in place; images (B, 3, H
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)
-    images = _move_images(images, device)
+    images = move_images(images, device)
     run = _Run(network, objective.to(device), recipe, images, folder)
     run.resume()
     if run.bfloat16 is None: run.bfloat16 = _choose_bfloat16(device)

@@ -1,0 +1,114 @@
+"""What is measured on a card: the prepared run of `tools/card.py`, the ladder of a race, and the facts in its files."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from supermix.cli import parse_command
+from supermix.experiments import throughput
+from supermix.experiments.race import Way, _ladder, _make_engine, race, report_file
+from supermix.experiments.throughput import best_device, machine_facts
+from supermix.recipes import FAST, Mixing
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("card", ROOT / "tools" / "card.py")
+card = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(card)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_steps_are_commands_of_today(small, tmp_path):
+    steps = list(card.steps(tmp_path, small, "cpu", ""))
+    names = [name for name, *_ in steps]
+    assert names[0] == "tests" and names[1].startswith("race") and len(set(names)) == len(names) == 6 - small
+    assert sum(seconds for *_, seconds in steps[:2]) < 12 * 60  # what matters most has its time
+    for _, command, seconds in steps:
+        if command[1:3] == ["-m", "supermix"]:
+            assert callable(parse_command(command[3:]))
+        elif command[1] == "-c":
+            compile(command[2], "a step", "exec")
+        else:
+            assert Path(command[-1]).is_file()
+        assert 60 < seconds < 600
+
+
+@pytest.mark.parametrize("source", [card.DISTIL, card.LARGE], ids=["distil", "photographs"])
+def test_a_step_finds_what_it_imports(source):
+    lines = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(lines, []), "imports", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "work, ended", [("pass", 0), ("import sys; sys.exit(3)", 3), ("import time; time.sleep(60)", "out of time")]
+)
+def test_how_a_step_ended(work, ended, capfd):
+    step = card.take("a step", [sys.executable, "-c", work], 20 if ended != "out of time" else 3)
+    assert step["ended"] == ended and step["seconds"] < 30
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "card.py", "--small", "--minutes", "30", "--only", "distil"]
+    done = subprocess.run([*command, "--out", tmp_path], env=os.environ | {"TQDM_DISABLE": "1"})
+    told = json.loads((tmp_path / "card.json").read_text())
+    assert done.returncode == 0 and [step["ended"] for step in told["steps"]] == [0] and told["torch"]
+    ways = json.loads((tmp_path / "distil_gpu.json").read_text())["ways"]
+    assert ways["replayed"]["test"] == pytest.approx(ways["pass by pass"]["test"], abs=5)
+
+
+def test_facts_of_this_machine(monkeypatch):
+    facts = machine_facts("cpu")
+    assert facts["torch"] == torch.__version__ and facts["device"] and "driver" not in facts
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert machine_facts("cuda")["device"] == "NVIDIA H200" and "driver" in machine_facts("cuda")
+
+
+def test_the_drivers_version(monkeypatch, tmp_path):
+    told = tmp_path / "nvidia-smi"
+    told.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
+    told.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert throughput._driver_version() == "570.86.15"
+    told.write_text("#!/bin/sh\nexit 9\n")
+    assert throughput._driver_version() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert throughput._driver_version() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path):
+    assert best_device() == best_device("cpu") == "cpu"
+    for command in ("race", "throughput"):
+        with pytest.raises(ValueError, match="Expected a GPU for --device cuda, and PyTorch .* finds none"):
+            parse_command([command, "--data", "digits", "--device", "cuda", "--out", str(tmp_path / "x.json")])()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_a_race():
+    assert report_file("fashion_mnist", "cpu") == Path("results/engine.json")
+    assert report_file("cifar100", "cuda:0") == Path("results/engine_cifar100_gpu.json")
+
+
+def test_the_ladder_adds_one_idea_at_a_time():
+    ways = list(_ladder(3).values())
+    for before, after in zip(ways, ways[1:]):
+        assert sum(a != b for a, b in zip(before, after)) == 1
+    assert {way.mixing for way in ways} == {Mixing(**FAST, k=3)} and ways[0].slots == 128 and not ways[0].replays
+
+
+def test_ways_of_a_race(digits, teacher):
+    "Each way gets as many sets as suit its slots; on a processor all find the same."
+    mixing = replace(Mixing(**FAST), max_iter=6)
+    engine = _make_engine(teacher, digits.train, Way(mixing, 256, replays=False))
+    assert (engine.slots, engine.replays, engine.dtype) == (256, False, torch.float32)
+    ways = {"few": Way(mixing, 64), "many": Way(mixing, 256, replays=False)}
+    result = race(teacher, digits.train, ways, rounds=1, blocks=1, batch=8)
+    assert list(result) == ["baseline", "few", "many"] and result["many"]["passes/s"] > 0
+    assert result["few"]["solved"] == pytest.approx(result["many"]["solved"], abs=0.1)
