@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import evaluating, fitting, interruptible, lookup, seeded, unwrapped, weights_hash
-from ..data import Data, Images, Info, evenly, fingerprint
+from ..data import ArrayImages, Data, Images, Info, evenly, fingerprint, fits_on
 from .losses import LOGIT_LOSSES, Outputs, Term, outputs_of, student_loss
 from ..mixing.engine import check_engine
 from ..mixing.folding import fold_norms
@@ -31,7 +31,7 @@ from ..mixing.generate import generate
 from ..mixing.mixers import CutMix, CutMixInside, MixUp, Mixer
 from ..mixing.puzzlemix import PuzzleMix
 from ..mixing.solver import check_teacher, teacher_logits
-from ..mixing.store import MixedDataset, teacher_identity
+from ..mixing.store import MixedDataset, Picks, teacher_identity
 from ..recipes import FAST, Generation, Mixing, Terms, Training, method_terms
 from ..training.loop import (Batch, History, Objective, check_begun, check_teacher_labels, check_training,
                                     fixed_views, short_hash, to_device, train, world)
@@ -185,6 +185,17 @@ class _Mixes(NamedTuple):
     labels: torch.Tensor | None = None   # soft labels (B, N); None if the teacher labels a stock's images
     logits: torch.Tensor | None = None   # the teacher's logits (B, N), if a stock keeps them; None: ask the teacher
 
+@torch.no_grad()
+def _show_picks(stock: MixedDataset, picks: Picks,
+                label: str,            # `Terms.label`: which soft labels the stock gives
+                device: torch.device,  # where they are wanted
+                ) -> _Mixes:
+    "The mixed images of a stock that were drawn, made again where its sources are."
+    with torch.autocast(stock.device.type, enabled=False): images, known = stock.show(picks)
+    soft = known.target if label == "lam" else known.area if label == "area" else None
+    parts = images, soft, known.logits if stock.pad is None else None
+    return _Mixes(*(part if part is None else part.to(device) for part in parts))
+
 def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock of `make_mixes`, a `_OneOf`; None
                batch: Batch,   # B natural images, their labels, and the generator of all draws
                label: str,     # `Terms.label`: which soft labels a stock gives
@@ -196,10 +207,13 @@ def _mix_batch(mixer: object,  # a mixer of ours or of another library, a stock 
     if not isinstance(mixer, MixedDataset):
         made = _foreign_mixes(mixer, batch)
         return made and _Mixes(*made)
-    mixed, known = mixer.sample(len(batch.images), batch.generator)
-    soft = known.target if label == "lam" else known.area if label == "area" else None
-    parts = mixed, soft, known.logits if mixer.pad is None else None
-    return _Mixes(*(part if part is None else part.to(batch.images.device) for part in parts))
+    return _show_picks(mixer, mixer.draw(len(batch.images), batch.generator), label, batch.images.device)
+
+def _move_stocks(mixer: object, device: torch.device) -> object:
+    "The mixer; stocks with their sources in memory are on the student's GPU, where there is room."
+    if isinstance(mixer, _OneOf): return _OneOf([_move_stocks(m, device) for m in mixer.mixers], mixer.shares)
+    movable = isinstance(mixer, MixedDataset) and isinstance(mixer.source, ArrayImages) and device.type == "cuda"
+    return mixer.to(device) if movable and fits_on(device, mixer.nbytes) else mixer
 
 # %% ../../nbs/45_distillation.distill.ipynb #9b13e5af
 def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, width)
@@ -211,6 +225,10 @@ def _widen(labels: torch.Tensor, width: int) -> torch.Tensor:  # (B, N) -> (B, w
 def _keeps_logits(mixer: object) -> bool:
     "Whether mixes come with the teacher's logits: from a stock of mixes that are not moved."
     return isinstance(mixer, MixedDataset) and mixer.pad is None
+
+def _is_on_gpu(mixer: object) -> bool:
+    "Whether this is a stock whose images are made on a GPU."
+    return isinstance(mixer, MixedDataset) and mixer.device.type == "cuda"
 
 def _asks_teacher(terms: Terms, mixers: list) -> bool:
     "Whether the loss needs passes of the teacher, for natural images or for mixes without stored logits."
@@ -316,7 +334,6 @@ class Distillation(_Staged):
     def log_entries(self) -> dict[str, float]:
         "The numbers in `notes`."
         return self.notes
-
     def begin_epoch(self, network: nn.Module, epoch: int) -> None:
         "Choose what learns, and look up the teacher's logits of this epoch's views."
         super().begin_epoch(network, epoch)
@@ -330,8 +347,9 @@ class Distillation(_Staged):
     def prepares(self, epoch: int) -> bool:
         "True for a stock, whose images have to be mixed again."
         return isinstance(self.mixer, MixedDataset) and self.terms.mixes and not self._is_first(epoch)
-    def prepare(self, batch: Batch) -> _Mixes | None:
-        "Mixed images with their labels or logits."
+    def prepare(self, batch: Batch) -> _Mixes | Picks | None:
+        "Mixed images with their labels or logits; for a stock on a GPU only which images `forward` will make there."
+        if _is_on_gpu(self.mixer): return self.mixer.draw(len(batch.images), batch.generator)
         return _mix_batch(self.mixer, batch, self.terms.label)
 
     def forward(self, network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -339,6 +357,7 @@ class Distillation(_Staged):
         if self.in_first_stage:
             return sum(term.first_loss(unwrapped(network), self.teacher, batch.images) for term in self.first_terms)
         mixes = (batch.prepared or self.prepare(batch)) if self.terms.mixes else None
+        if isinstance(mixes, Picks): mixes = _show_picks(self.mixer, mixes, self.terms.label, batch.images.device)
         return _sum_of_terms(self, network, batch, mixes)
 
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c8a
@@ -652,8 +671,8 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; a l
         made = _make_stock(teacher, learned, stock, folder and Path(folder) / "mixes", mixed_pad, notes["teacher"])
         mixers = _OneOf([made if m == "supermix" else m for m in mixers.mixers], mixers.shares)
     with evaluating(teacher):
-        objective = Distillation(teacher, terms, mixers and mixers.alone, student, learned, recipe.first_stage,
-                                 features)
+        mixer = _move_stocks(mixers and mixers.alone, next(student.parameters()).device)
+        objective = Distillation(teacher, terms, mixer, student, learned, recipe.first_stage, features)
         objective.notes = notes
         if recipe.views and terms.kd and not features:
             objective.known = _KnownLogits(objective.teacher, learned, recipe)
