@@ -166,6 +166,11 @@ def test_every_picture_says_what_is_to_be_seen():
     assert all(len(alt) > 40 for alt in re.findall(r"!\[(.*?)\]\(", README))
 
 
+def test_every_sentence_that_announces_code_is_followed_by_it():
+    for announced in re.findall(r":\n\n+(\S+)", README):
+        assert announced.startswith(("```", "- ", "1.", "|", "![")), announced
+
+
 # ---- numbers and pictures
 
 

@@ -231,7 +231,7 @@ def draw_speed(path: Path, numbers: dict) -> None:
             axes.text(value, y + offset, f" {text}", va="center")
     axes.set_yticks(range(len(races)), [name for name, _ in races])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.5 * max(values[1] for _, values in races)), xlabel="solved mixed images a second")
+    axes.set(xlim=(0, 1.5 * max(values[1] for _, values in races)), xlabel="solved mixed images per second")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path, numbers)
 
