@@ -13,7 +13,7 @@ import pytest
 import torch
 from supermix.cli import parse_command
 from supermix.experiments import throughput
-from supermix.experiments.race import Way, _ladder, _make_engine, race, report_file
+from supermix.experiments.race import _Way, _ladder, _make_engine, race, report_file
 from supermix.experiments.throughput import best_device, machine_facts
 from supermix.recipes import FAST, Mixing
 
@@ -106,9 +106,9 @@ def test_the_ladder_adds_one_idea_at_a_time():
 def test_ways_of_a_race(digits, teacher):
     "Each way gets as many sets as suit its slots; on a processor all find the same."
     mixing = replace(Mixing(**FAST), max_iter=6)
-    engine = _make_engine(teacher, digits.train, Way(mixing, 256, replays=False))
+    engine = _make_engine(teacher, digits.train, _Way(mixing, 256, replays=False))
     assert (engine.slots, engine.replays, engine.dtype) == (256, False, torch.float32)
-    ways = {"few": Way(mixing, 64), "many": Way(mixing, 256, replays=False)}
+    ways = {"few": _Way(mixing, 64), "many": _Way(mixing, 256, replays=False)}
     result = race(teacher, digits.train, ways, rounds=1, blocks=1, batch=8)
     assert list(result) == ["baseline", "few", "many"] and result["many"]["passes/s"] > 0
     assert result["few"]["solved"] == pytest.approx(result["many"]["solved"], abs=0.1)

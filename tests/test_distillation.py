@@ -489,13 +489,11 @@ def test_a_stock_is_mixed_ahead_and_changes_nothing(method, epochs, teacher, few
     def go():
         torch.manual_seed(0)
         student, by = create("resnet8", 10), []
-        kept = MixedDataset.sample
+        kept = MixedDataset.show
         monkeypatch.setattr(
             MixedDataset,
-            "sample",
-            lambda self, n, generator: (
-                by.append(threading.current_thread() is threading.main_thread()) or kept(self, n, generator)
-            ),
+            "show",
+            lambda self, picks: by.append(threading.current_thread() is threading.main_thread()) or kept(self, picks),
         )
         distill(teacher, student, few, method, mixes, replace(SHORT, epochs=epochs))
         monkeypatch.undo()

@@ -222,12 +222,12 @@ def test_giving_up_early_loses_sets_and_changes_none(teacher, digits):
 
 
 def test_no_slot_idles_and_no_set_is_lost(teacher, digits):
-    engine, found = solve(teacher, digits.train, slots=48, blocks=3)
+    engine, found = solve(teacher, digits.train, slots=48, blocks=2)
     assert engine.passes == int(found.steps.sum()) + PASSES_IN_VAIN * (engine.tried - len(found.index)) + len(
         found.index
     )
-    assert engine.tried == 3 * BLOCK and len(found.index.unique()) == len(found.index) == engine.solved_after.sum()
-    other, again = solve(teacher, digits.train, slots=48, blocks=3)
+    assert engine.tried == 2 * BLOCK and len(found.index.unique()) == len(found.index) == engine.solved_after.sum()
+    other, again = solve(teacher, digits.train, slots=48, blocks=2)
     assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bytes
 
 
@@ -241,11 +241,11 @@ class Steady(_Slots):
 
 
 def test_slots_that_keep_their_number_solve_the_same_sets(teacher, digits, monkeypatch):
-    usual, found = solve(teacher, digits.train, blocks=2)
+    usual, found = solve(teacher, digits.train)
     monkeypatch.setattr(supermix.mixing.engine, "_Slots", Steady)
-    (engine, ours), (_, again) = (solve(teacher, digits.train, blocks=2, slots=48) for _ in range(2))
+    (engine, ours), (_, again) = (solve(teacher, digits.train, slots=24) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again))  # the same bytes
-    assert engine.tried == usual.tried == 2 * BLOCK and len(ours.index.unique()) == len(ours.index)
+    assert engine.tried == usual.tried == BLOCK and len(ours.index.unique()) == len(ours.index)
     assert engine.passes == int(ours.steps.sum()) + PASSES_IN_VAIN * (engine.tried - len(ours.index)) + len(ours.index)
     assert torch.isin(ours.index, found.index).float().mean() > 0.93
     assert is_solved(ours.logits, ours.classes).all() and (ours.steps >= 1).all()

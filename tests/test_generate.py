@@ -88,6 +88,7 @@ def killed(folder, kills, whole, seed=0):
     return there, ended + 1
 
 
+@pytest.mark.slow
 def test_killed_twice(whole, tmp_path):
     there, _ = killed(tmp_path / "store", 2, whole)
     assert len(there) == 2
@@ -558,8 +559,8 @@ def test_the_command_line():
         "--mixing.k",
         "--mixing.hold",
         "--out",
-        "sets that are drawn for a file",
-        "images a mixing set",
+        "sets per file",
+        "images per mixing set",
     ):
         assert text in shown
 

@@ -647,6 +647,7 @@ def test_train_trains_a_classifier(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_command_says_first_what_it_will_cost(tmp_path):
     small = [
         "--data",

@@ -195,6 +195,7 @@ def tiny(name, **changes):
     return replace(Trial("tiny", name, "kd"), data="digits", images=60, updates=2, batch_size=30, **changes)
 
 
+@pytest.mark.slow
 def test_runs_together_are_those_one_by_one(tmp_path, capfd):
     trials = [tiny("a"), tiny("b", mixer="mixup"), tiny("c", seed=1)]
     _run_all(trials, _Place(tmp_path / "one", tmp_path, "cpu"), 1, float("inf"))
@@ -252,7 +253,8 @@ def in_session(leader):
     return found
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("the parent is killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "the parent is killed"])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
 def test_all_workers_end_with_the_command(how, tmp_path):
     (tmp_path / "long.py").write_text(LONG)
@@ -276,4 +278,4 @@ def test_all_workers_end_with_the_command(how, tmp_path):
         time.sleep(0.2)
     assert not in_session(process.pid) and "Traceback" not in err
     if how == "Ctrl-C":
-        assert process.returncode == 130 and "stopped. Run the same command again to go on." in err
+        assert process.returncode == 130 and "stopped. Run the same command again to resume it." in err

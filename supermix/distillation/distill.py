@@ -363,8 +363,8 @@ class Distillation(_Staged):
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c8a
 def _sum_of_terms(objective: Distillation, student: nn.Module, batch: Batch, mixes: _Mixes | None,
                   ) -> torch.Tensor:
-    """The weighted sum of the losses of a natural batch and of its mixes, if there are any. Images that no term looks at
-    are not computed."""
+    """The weighted sum of the losses of a natural batch and of its mixes, if there are any. Images that no term looks
+    at are not computed."""
     terms, both, soft = objective.terms, batch.images, None
     if mixes is not None and not (terms.ce or terms.kd or terms.features): both = both[:0]  # no term on natural images
     n = len(both)
