@@ -71,7 +71,7 @@ def _measure_throughput(images: ArrayImages,
                         rounds: int = 3,                     # in each round, every loop trains once
                         ways: Sequence[str] = tuple(_WAYS),   # names of `_WAYS`
                         device: str = "cpu",                 # on cuda our loop's images are there, too
-                        ) -> dict[str, dict]:    # by loop: "images/s", "ratio" to the plain one, how "updates" were made
+                        ) -> dict[str, dict]:    # by loop: "images/s", "ratio" to the plain one, "updates": how
     "Time the plain loop and ours in turn: the medians of images per second and of their ratios."
     recipe = Training(epochs=2, batch_size=batch_size, milestones=())
     speeds, how = {"plain": [], **{way: [] for way in ways}}, {}
