@@ -406,8 +406,12 @@ class Data:
     test: Images
     source: str  # the folder or package, in words
 
-    def __repr__(self):
-        return f"{self.info.name}: {len(self.train):,} training and {len(self.test):,} test images from {self.source}"
+    @property
+    def counts(self) -> str:
+        "The data set's name and its numbers of images: for files of results, which others read, without a folder."
+        return f"{self.info.name}: {len(self.train):,} training and {len(self.test):,} test images"
+
+    def __repr__(self): return f"{self.counts} from {self.source}"
 
 # %% ../nbs/01_data.ipynb #ac8c31db
 def _check_splits(train: Images, test: Images, place) -> None:

@@ -1087,3 +1087,9 @@ def test_imagenet_in_other_letters(imagenet):
     for split in ("train", "val"):
         (imagenet / split).rename(imagenet / split.upper())
     assert load_imagenet(imagenet).info.classes == ("animal", "thing")
+
+
+def test_results_name_their_data_without_the_folder(tmp_path):
+    data = load_data("digits")
+    assert data.counts in str(data) and data.source in str(data)
+    assert data.source not in data.counts and data.counts.startswith("digits: ")

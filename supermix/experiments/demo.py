@@ -102,7 +102,7 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     print(f"mixes    {mixes}: {len(mixes) / (time.perf_counter() - begun):.0f} images/s", flush=True)
     rows = [_train_student(name, method, mixer, teacher, replace(data, train=images), recipe, out)
             for name, (method, mixer) in _student_methods(mixes).items()]
-    report = {"recipe": asdict(recipe), "data": str(data), "rows": [asdict(row) for row in rows],
+    report = {"recipe": asdict(recipe), "data": data.counts, "rows": [asdict(row) for row in rows],
               "seconds": round(time.perf_counter() - start, 1), "command": f"supermix demo --scale {scale}",
               "torch": torch.__version__, "commit": commit(),
               "device": f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"}

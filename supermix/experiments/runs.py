@@ -410,7 +410,7 @@ def run(recipe: Recipe,
         where = _device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         result = {"recipe": _recipe_record(recipe), "variant": asdict(variant), "seed": recipe.training.seed,
                   "commit": commit(), "torch": torch.__version__, "processes": world()[1], "device": where,
-                  "data": str(data), "images": fingerprint(data.train), "teacher": _teacher_record(teacher),
+                  "data": data.counts, "images": fingerprint(data.train), "teacher": _teacher_record(teacher),
                   "figures": figures, "policy": _policy_hash(variant, places.policies)}
         if world()[0] == 0:
             save(student, _student_path(recipe, variant, places), accuracy=history.test)

@@ -129,7 +129,7 @@ def _run_trial(trial: Trial, data: Data, teacher: nn.Module,
             "wall_seconds": round(wall, 1), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "teacher": teacher.card["sha256"][:16], "teacher_accuracy": teacher.card["test_accuracy"],
-            "data": str(data), "torch": torch.__version__, "commit": commit()}
+            "data": data.counts, "torch": torch.__version__, "commit": commit()}
 
 # %% ../../nbs/60_experiments.study.ipynb #60bb0003
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image

@@ -288,7 +288,7 @@ def _measure_policies(out: Path = Path("results/policies.json"),  # the file
                       milestones=tuple(m for m in (epochs * 6 // 10, epochs * 17 // 20) if m))
     reached = compare_policies(policies, data.train.subset(images, seed=1), data.test, recipe, seeds)
     report = {"accuracies": reached, "seeds": list(range(seeds)), "images": images, "network": "resnet8",
-              "recipe": asdict(recipe), "data": str(data), "command": "supermix.policies.search._measure_policies()",
+              "recipe": asdict(recipe), "data": data.counts, "command": "supermix.policies.search._measure_policies()",
               "commit": code, "torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads(),
               "core_seconds": round(time.process_time() - cpu), "seconds": round(time.perf_counter() - start)}
     write_atomic(Path(out), json.dumps(report, indent=1).encode())
