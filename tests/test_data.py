@@ -778,6 +778,7 @@ assert sorted(p.name for p in Path(sys.argv[1], "data", "set").iterdir()) == ["a
 """
 
 
+@pytest.mark.slow
 def test_several_processes_download_once_and_find_it_whole(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DOWNLOADS)

@@ -1,5 +1,6 @@
 """The main job, as a user starts it."""
 
+import pytest
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def supermix(*args, folder):
     return subprocess.run([command, *map(str, args)], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_demo_at_smoke_scale(tmp_path):
     done = supermix("demo", "--scale", "smoke", "--out", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -147,6 +147,7 @@ def test_the_kept_kills():
     assert json.loads((ROOT / "results" / "scaling.json").read_text())["speedup"] >= 1.8
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same(whole, tmp_path):
     both = [start(tmp_path / "store") for _ in range(2)]
     for process in both:
@@ -193,6 +194,7 @@ def test_a_rank_that_is_killed_under_torchrun(whole, tmp_path):
     assert contents(tmp_path / "store") == contents(whole)
 
 
+@pytest.mark.slow
 def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
     took = []
     # it takes a second; on a busy machine a process may be held up for longer than five, but not each time

@@ -209,6 +209,7 @@ def test_runs_together_are_those_one_by_one(tmp_path, capfd):
     assert not capfd.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capfd):
     trials = [tiny("odd", student="resnet9"), tiny("good"), tiny("better", seed=1)]
     with pytest.raises(ValueError, match="1 of the runs failed, .*tiny/odd-0.json .*Unknown network 'resnet9'"):

@@ -172,6 +172,7 @@ save(student, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bytes(tmp_path):
     processes = []
     for n in "12":  # each with another seed of Python's hashes, whose order must not matter
@@ -917,6 +918,7 @@ folder=sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_did_not_join_are_told_how(tmp_path):
     "Each would train everything, and all would write into one folder."
     (tmp_path / "script.py").write_text(NOT_JOINED)
