@@ -177,12 +177,12 @@ RACES = {"Fashion-MNIST": "engine.json", "CIFAR-100": "engine_cifar100.json"}
 
 
 def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
-    """By data set and row: the mean test accuracy (%), half its 95 % interval, and the number of seeds. A data set of
-    which no row has two seeds yet is left out."""
+    """By data set and row: the mean test accuracy (%), half its 95 % interval, and the number of seeds. A data set is
+    left out until each of its rows has two seeds."""
     found, numbers = load_results(results / "study"), {}
     for name, groups in STUDIES.items():
         rows = {row: seeds for group in groups for row, seeds in found.get(group, {}).items() if row in ROWS and seeds}
-        if any(len(seeds) > 1 for seeds in rows.values()):
+        if rows and all(len(seeds) > 1 for seeds in rows.values()):
             values = {row: [result["accuracy"] for result in rows[row].values()] for row in ROWS if row in rows}
             intervals = {row: _confidence_interval(v) if len(v) > 1 else (v[0], 0.0) for row, v in values.items()}
             numbers[name] = {row: [*(round(x, 2) for x in intervals[row]), len(values[row])] for row in intervals}
