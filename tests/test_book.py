@@ -138,6 +138,7 @@ def small_book(folder, links, html=""):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_book_of_good_links_is_built(tmp_path):
     done = small_book(tmp_path, GOOD, '<a href="01_chapter.html#a-heading">html</a>')
     assert done.returncode == 0, done.stderr

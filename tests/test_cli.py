@@ -189,14 +189,16 @@ def test_none_has_one_spelling_and_others_are_understood():
         ("distill", "--results"),
         ("teacher", "--root"),
     } <= set(found) and len(found) > 20
-    for name, option in found:
-        more = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
-        if option.endswith("mixing.hold"):
-            more = [option.replace("hold", "start"), "flat"]  # regions need it
-        plain = parse_command([name, *more, option, "none"])
-        for spelling in ("None", "NONE")[: 1 + (option == found[0][1])]:
-            again = parse_command([name, *more, option, spelling])
-            assert settings_of(again) == settings_of(plain), option
+    for name in dict.fromkeys(name for name, _ in found):
+        options = [option for command, option in found if command == name]
+        needed = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
+        flat = [option.replace("hold", "start") for option in options if option.endswith("mixing.hold")]  # regions hold
+        needed += [word for option in flat for word in (option, "flat")]
+        plain, *others = (
+            settings_of(parse_command([name, *needed, *(word for option in options for word in (option, spelling))]))
+            for spelling in ("none", "None", "NONE")
+        )
+        assert all(other == plain for other in others), name
     for spelling in ("none", "None"):
         assert parse_command(["train", "--policy", spelling]).args[1] == supermix.recipes.Variant()
         assert parse_command(["distill", f"--mixer={spelling}"]).args[1].mixer is None

@@ -108,6 +108,7 @@ def learns(student, home):
     return False
 
 
+@pytest.mark.slow
 def test_the_same_with_timms_network(home):
     pytest.importorskip("timm")
     line = next(line for line in SNIPPETS[0].splitlines() if line.startswith("teacher = "))

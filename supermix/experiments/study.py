@@ -413,14 +413,14 @@ def _run_all(trials: list[Trial], place: _Place,
     "Run trials, with a line for each. Those that fail are named, the others go on, and in the end it is an error."
     queue = (trial for trial in trials if time.perf_counter() <= deadline)
     with progress(total=len(trials), title="study", unit="run") as bar:
-        def told(line: str) -> None:
+        def report(line: str) -> None:
             if line: bar.write(line)
             bar.update()
-        if together > 1: _share_out(queue, place, together, told)
+        if together > 1: _share_out(queue, place, together, report)
         else:
-            for trial in queue: told(_run_missing(trial, place))
+            for trial in queue: report(_run_missing(trial, place))
 
-def _share_out(queue: Iterator[Trial], place: _Place, together: int, told: Callable[[str], None]) -> None:
+def _share_out(queue: Iterator[Trial], place: _Place, together: int, report: Callable[[str], None]) -> None:
     "Give each worker a trial, and the next one when it is done."
     running, failed = {}, []
     with _workers(together) as pool:
@@ -435,7 +435,7 @@ def _share_out(queue: Iterator[Trial], place: _Place, together: int, told: Calla
                     raise ValueError(f"A process of the study was killed, at {trial.file} or beside it: does the "
                                      f"memory suffice for {together} together? What is done is kept.") from error
                 if error is not None: failed.append(f"{trial.file} ({type(error).__name__}: {error})")
-                told(job.result() if error is None else f"failed: {failed[-1]}")
+                report(job.result() if error is None else f"failed: {failed[-1]}")
     if failed: raise ValueError(f"{len(failed)} of the runs failed, and the others are done: {'; '.join(failed)}")
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f17
