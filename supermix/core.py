@@ -54,7 +54,7 @@ def write_atomic(path: str | Path, # the file to write
                  content: bytes,   # the whole content
                  ) -> Path:        # `path`
     "Write `content` to `path` so that the file appears whole or not at all, even if the process is killed."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -85,7 +85,7 @@ def save_tensors(path: str | Path,                  # a `.safetensors` file
 def load_tensors(path: str | Path,                      # a file that `save_tensors` wrote
                  ) -> tuple[dict[str, torch.Tensor], dict]:  # the tensors by name, and their card
     "Read what `save_tensors` wrote. If the file is missing, cut off or of another kind, the error names it."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -100,7 +100,7 @@ def load_tensors(path: str | Path,                      # a file that `save_tens
 # %% ../nbs/00_core.ipynb #8412d787
 def file_hash(path: str | Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 def commit() -> str:
     "The short hash of the checked-out commit; empty outside this repository, or without git."
@@ -165,6 +165,7 @@ def evaluating(model):  # a network, or any callable
 # %% ../nbs/00_core.ipynb #7c10e037
 def _misfit(network: nn.Module, images: torch.Tensor) -> str:
     "Advice for a network that does not take these images; empty if there is none."
+    import torch
     from torch import nn
     weight = next(network.parameters(), images)
     first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
@@ -176,8 +177,10 @@ def _misfit(network: nn.Module, images: torch.Tensor) -> str:
                 "torchvision.transforms" if (first, images.shape[1]) == (1, 3) else "")
         return (f" Its first convolution takes {first} channel{'s' * (first > 1)}, and the images have "
                 f"{images.shape[1]}: make a network for {images.shape[1]}{grey}.")
-    return (f" Its weights are {weight.dtype}: pass `network.float()`, or use torch.autocast."
-            if weight.dtype != images.dtype else "")
+    if not images.is_floating_point(): return " Pass normalised floats, as `Info.normalize` makes them of bytes."
+    if weight.dtype == images.dtype: return ""
+    if weight.dtype == torch.float32: return " Its weights are torch.float32: pass `images.float()`."
+    return f" Its weights are {weight.dtype}: pass `network.float()`, or use torch.autocast."
 
 @contextmanager
 def fitting(network, images: torch.Tensor, what: str = "network"):

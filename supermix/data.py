@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 import warnings
@@ -53,7 +54,8 @@ class Info:
     crop_mode: str = "center"          # "center": the middle of an image; "squash": all of it, made square first
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:      # uint8 (..., 3, H, W)
-        "Bytes to float32 with mean 0 and standard deviation 1 per channel, over the data set."
+        "Bytes to float32 with mean 0 and standard deviation 1 per channel, over the data set; a ValueError for floats."
+        if pixels.dtype != torch.uint8: raise ValueError(f"Expected pixels as bytes (torch.uint8), got {pixels.dtype}.")
         mean, std = (_by_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -133,12 +135,14 @@ class Images(Batches, torch.utils.data.Dataset):
 
     def __getitem__(self, which):
         "One index gives (3, H, W) and a number; a list, slice, tensor or mask gives (B, 3, H, W) and labels (B,)."
-        if isinstance(which, slice): which = range(*which.indices(len(self)))
+        if isinstance(which, slice): which = list(range(*which.indices(len(self))))
         indices = torch.as_tensor(which, dtype=torch.int64 if isinstance(which, list) and not which else None)
         if indices.is_floating_point() or indices.dtype == torch.bool and indices.shape != self.labels.shape:
             raise IndexError(f"Expected whole numbers or a mask of {len(self):,}, "
                              f"got {indices.dtype} {tuple(indices.shape)}.")
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
+        beyond = indices[(indices < -len(self)) | (indices >= len(self))]  # on a GPU it would end the process
+        if beyond.numel(): raise IndexError(f"Expected indices of {len(self):,} images, got {beyond.flatten()[0]}.")
         images, labels = self.info.normalize(self.fetch(indices.reshape(-1))), self.labels[indices.reshape(-1)]
         return (images, labels) if indices.ndim else (images[0], int(labels[0]))
 
@@ -174,6 +178,11 @@ class ArrayImages(Images):
             raise ValueError(f"Expected uint8 pixels (n, 1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}.")
         if labels.shape != pixels.shape[:1]:
             raise ValueError(f"Expected a label for each of {len(pixels)} images, got labels {tuple(labels.shape)}.")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"Expected labels that are whole numbers, got {labels.dtype}.")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(info.classes):
+            raise ValueError(f"Expected labels from 0 to {len(info.classes) - 1}, one per class, got "
+                             f"{labels.min()} to {labels.max()}.")
         self.info = info
         self.pixels = pixels.expand(-1, 3, -1, -1)
         self.labels = labels.long()
@@ -248,7 +257,9 @@ class FolderImages(Images):
     def fetch(self, indices: torch.Tensor, views: Views | None = None) -> torch.Tensor:
         boxes = [None] * len(indices) if views is None else views.crop.tolist()
         with ThreadPoolExecutor(self.workers) as pool:
-            pixels = torch.stack(list(pool.map(self._decode, indices.tolist(), boxes)))
+            pixels = list(pool.map(self._decode, indices.tolist(), boxes))
+        empty = torch.zeros(0, 3, self.info.size, self.info.size, dtype=torch.uint8)
+        pixels = torch.stack(pixels) if pixels else empty
         return pixels if views is None else torch.where(views.flip[:, None, None, None], pixels.flip(-1), pixels)
 
     def _decode(self, index, box):
@@ -265,7 +276,7 @@ class FolderImages(Images):
 
     def draw(self, indices: torch.Tensor, generator: torch.Generator) -> Views:
         with ThreadPoolExecutor(self.workers) as pool:
-            sizes = torch.tensor(list(pool.map(lambda i: image_size(self.files[i]), indices.tolist())))
+            sizes = torch.tensor(list(pool.map(lambda i: image_size(self.files[i]), indices.tolist()))).reshape(-1, 2)
         flip = torch.rand(len(indices), generator=generator) < 0.5
         return Views(_sample_boxes(sizes, generator), flip & self.info.flip)
 
@@ -475,9 +486,13 @@ def _read_idx(path: str | Path) -> torch.Tensor:  # uint8, of the shape that the
 # %% ../nbs/01_data.ipynb #9615f365
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "supermix"
 
+def _named_folders(root=None) -> list[Path]:
+    "The data folders that the user names: `root`, and the one in SUPERMIX_DATA."
+    return [Path(folder).expanduser() for folder in (root, os.environ.get("SUPERMIX_DATA")) if folder]
+
 def _data_folders(root=None) -> list[Path]:
     "The folders in which data sets are looked for, in this order."
-    named = [Path(folder).expanduser() for folder in (root, os.environ.get("SUPERMIX_DATA")) if folder]
+    named = _named_folders(root)
     if root is not None and not named[0].is_dir():
         raise FileNotFoundError(f"The data folder {named[0]} does not exist.")
     return [*named, Path("data"), _CACHE, Path("/usr/share/datasets")]
@@ -490,7 +505,7 @@ _FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat",
 
 def _find_fashion(root=None) -> list[Path] | None:
     "The four files of Fashion-MNIST, or None if no folder has any; a folder with only some of them is an error."
-    named = [Path(place).expanduser() for place in (root, os.environ.get("SUPERMIX_DATA")) if place]
+    named = _named_folders(root)
     for folder in _data_folders(root):  # a folder itself counts only if you name it, as MNIST's names are the same
         for place in (folder / "FashionMNIST" / "raw", folder / "fashion-mnist", *[folder] * (folder in named)):
             found = {name: path
@@ -515,13 +530,16 @@ def _locked(path: Path):
         flock(file, LOCK_EX)
         yield
 
+def _holds_files(folder: Path) -> bool: return any(path.is_file() for path in folder.rglob("*"))
+
 def _download_to(target: Path, folder: str, dataset) -> None:  # dataset: one of torchvision's
     "Let torchvision download a data set so that its `folder` appears complete in `target`; safe for many processes."
     target.mkdir(parents=True, exist_ok=True)
     with _locked(target / f".{folder}.lock"):
-        if (target / folder).exists(): return  # another process was faster
+        if _holds_files(target / folder): return  # another process was faster
         with tempfile.TemporaryDirectory(dir=target) as place:
             dataset(place, download=True)
+            shutil.rmtree(target / folder, ignore_errors=True)  # folders without files, which cannot be replaced
             os.replace(Path(place) / folder, target / folder)
 
 # %% ../nbs/01_data.ipynb #fd865d6b
@@ -536,6 +554,9 @@ def load_fashion_mnist(root: str | Path | None = None, download: bool = True) ->
             raise FileNotFoundError(f"Fashion-MNIST is in none of the data folders, and its download failed ({error}). "
                                     "On Debian: apt-get install dataset-fashion-mnist.") from error
         files = _find_fashion(target)
+        if files is None:
+            raise FileNotFoundError(f"{target / 'FashionMNIST'} has files, but none of Fashion-MNIST's. Delete this "
+                                    "folder; then it is downloaded again.")
     if files is None:
         raise FileNotFoundError(f"Fashion-MNIST is in none of {', '.join(map(str, _data_folders(root)))}.")
     info = Info("fashion_mnist", _FASHION_CLASSES, 32, (0.2860,) * 3, (0.3530,) * 3)
@@ -574,7 +595,8 @@ def _read_cifar(path: str | Path, *keys: str) -> list:
     "The entries `keys` of one file of the python version of CIFAR-100."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: CIFAR-100 is not there, or only half downloaded.")
+        raise FileNotFoundError(f"{path} is missing: CIFAR-100 is not there, or only half downloaded. Delete the "
+                                f"folder {path.parent}; then it is downloaded again.")
     content = path.read_bytes()
     try: content = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:
@@ -604,7 +626,7 @@ def _read_cifar_split(path: Path, classes: int) -> tuple[torch.Tensor, torch.Ten
 def load_cifar100(root: str | Path | None = None, download: bool = True) -> Data:
     "CIFAR-100, 50,000 training and 10,000 test images of 32×32, from the folder cifar-100-python."
     folders = [folder / "cifar-100-python" for folder in _data_folders(root)]
-    folder = next((f for f in folders if f.is_dir()), None)
+    folder = next((f for f in folders if _holds_files(f)), None)
     if folder is None and download:
         from torchvision.datasets import CIFAR100
         target = Path(root).expanduser() if root else _CACHE
@@ -799,8 +821,9 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
     size = _checked_size(size if input_size is None else input_size)
     view = _checked_view(mean, std, crop_pct, interpolation, crop_mode)
     if not 0 < held_out < 1: raise ValueError(f"Expected held_out between 0 and 1, a share, got {held_out}.")
-    if classes is not None and (not isinstance(classes, list | tuple) or len(set(classes)) < len(classes)):
-        raise ValueError(f"Expected classes as a list of different names of folders, got {classes!r}.")
+    if classes is not None and (not isinstance(classes, list | tuple) or len(set(classes)) < len(classes)
+                                or not all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"Expected classes as a list of different names of folders, got {classes!r:.200}.")
     root = Path(root).expanduser().resolve()
     if not root.is_dir(): raise FileNotFoundError(f"There is no folder {root}.")
     splits = _find_splits(root, classes)
@@ -822,7 +845,8 @@ def load_folder(root: str | Path,            # train/<class>/*.jpg, val/<class>/
 def load_imagenet(root: str | Path | None = None, download: bool = False) -> Data:
     """An ImageNet-like folder: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG, read at 224×224.
     It is never downloaded."""
-    candidates = [folder / sub for folder in _data_folders(root) for sub in ("imagenet", "") if sub or root]
+    named = _named_folders(root)  # only these may be the data set's folder themselves
+    candidates = [folder / sub for folder in _data_folders(root) for sub in ("imagenet", "") if sub or folder in named]
     names = _SPLITS["train"] + _SPLITS["val"]
     folder = next((f for f in candidates if f.is_dir() and any(n.lower() in names for n in _seen_in(f)[0])), None)
     if folder is None:

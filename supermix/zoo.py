@@ -185,6 +185,7 @@ def load_crd(network: nn.Module,       # a network of `create`, of one of the be
     where = "The state"
     if isinstance(state, (str, Path)):
         where = str(state)
+        state = Path(state).expanduser()
         try:
             with torch.serialization.safe_globals([Namespace]):
                 state = torch.load(state, map_location="cpu", weights_only=True)
@@ -271,7 +272,7 @@ def load(path: str | Path,         # a file that `save` wrote
 # %% ../nbs/19_zoo.ipynb #e8369eb3
 def _as_batch(images,      # path, Pillow image, uint8 or normalised float (3, H, W) or (B, 3, H, W), or a list of them
               info: Info,  # of the data that the network was trained on
-              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size
+              ) -> torch.Tensor:  # float32 (B, 3, size, size); floats keep their size and dtype
     "Images of any kind as one normalised batch; images that are not normalised yet are `centred`."
     if isinstance(images, (list, tuple)):
         if not len(images): raise ValueError("Expected at least one image, got an empty list.")

@@ -216,6 +216,9 @@ def grey():
             "takes 4 channels, and the images have 3: make a network for 3",
         ),
         (grey().half(), torch.zeros(2, 1, 8, 8), r"weights are torch.float16: pass `network.float\(\)`"),
+        (grey(), torch.zeros(2, 1, 8, 8).double(), r"weights are torch.float32: pass `images.float\(\)`"),
+        (grey(), torch.zeros(2, 1, 8, 8).half(), r"weights are torch.float32: pass `images.float\(\)`"),
+        (grey(), torch.zeros(2, 1, 8, 8).byte(), r"Pass normalised floats, as `Info.normalize`"),
         (nn.Linear(5, 2), torch.zeros(2, 3, 8, 8), "does not take images"),
     ],
 )

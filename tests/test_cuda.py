@@ -238,7 +238,11 @@ def test_memory_stays_the_same_over_many_sets(digits, there):
 
 def test_slots_and_dtype_suit_a_card(digits, there):
     recipe = settle(Generation(data="digits"), digits.train, there)
-    assert (recipe.slots, recipe.shard, recipe.bfloat16) == (2048, 32_768, torch.cuda.is_bf16_supported())
+    assert (recipe.slots, recipe.shard, recipe.bfloat16) == (
+        2048,
+        32_768,
+        torch.cuda.is_bf16_supported(including_emulation=False),
+    )
     assert settle(Generation(slots=64, bfloat16=False), digits.train, there).slots == 64
 
 

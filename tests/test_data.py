@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 import supermix.data
 import timm
 import torch
+import torchvision
 from PIL import Image, ImageOps, features
 from supermix.data import (
     ArrayImages,
@@ -104,7 +106,7 @@ def other(name, **changes):
 
 
 CIFAR_DAMAGE = {
-    "no test": (lambda folder: (folder / "test").unlink(), "test is missing: .* half downloaded"),
+    "no test": (lambda folder: (folder / "test").unlink(), "test is missing: .* half downloaded. Delete the folder"),
     "no meta": (lambda folder: (folder / "meta").unlink(), "meta is missing: .* half downloaded"),
     "cut off": (lambda folder: cut(folder / "train"), "train cannot be read .* download it again"),
     "empty": (lambda folder: (folder / "meta").write_bytes(b""), "meta cannot be read .* download it again"),
@@ -214,10 +216,17 @@ def imagenet(tmp_path, photos):
     return tmp_path / "imagenet"
 
 
-def test_imagenet(imagenet, tmp_path):
+def test_imagenet(imagenet, tmp_path, monkeypatch):
     data = load_data("imagenet", tmp_path)
     assert data.info.classes == ("animal", "thing") and data.train.labels.tolist() == [0, 0, 1, 1]
     assert str(load_imagenet(imagenet)) == str(data)  # the folder itself will do as well as the one above it
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(imagenet / split, tmp_path / "data" / split)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(FileNotFoundError, match="no ImageNet in elsewhere"):  # and not another one's ./data
+        load_imagenet("elsewhere")
     theirs = transforms.Compose(
         [
             transforms.Resize(256),
@@ -555,6 +564,27 @@ def test_fashion_mnist(fashion, tmp_path):
     assert load_data("auto", fashion).info.name == "fashion_mnist"
 
 
+def test_what_was_deleted_is_downloaded_again(fashion, tmp_path, monkeypatch):
+    "As the errors about files that are missing or spoilt advise, whether the folders are left or not."
+    shutil.copytree(fashion.parent, tmp_path / "source")
+
+    def download(place, download):
+        shutil.copytree(tmp_path / "source", Path(place) / "FashionMNIST")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
+    monkeypatch.setattr(supermix.data, "_data_folders", lambda root=None: [tmp_path])  # and not the machine's
+    for path in list(fashion.iterdir()):
+        path.unlink()
+        with nullcontext() if not any(fashion.iterdir()) else pytest.raises(FileNotFoundError, match="half downloaded"):
+            assert len(load_fashion_mnist(tmp_path).test) == 5
+    assert len(list(fashion.iterdir())) == 4
+    shutil.rmtree(fashion)
+    (fashion.parent / "notes.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError, match="has files, but none of Fashion-MNIST's. Delete this folder"):
+        load_fashion_mnist(tmp_path)
+    assert (fashion.parent / "notes.txt").read_text() == "mine"
+
+
 FASHION_DAMAGE = {
     "one missing": (lambda folder: of(folder, "t10k-labels").unlink(), "half downloaded: t10k-labels-.* missing"),
     "cut off": (lambda folder: cut(of(folder, "train-images")), "train-images.* download it again"),
@@ -676,9 +706,38 @@ def test_a_mask_chooses_images(images):
 
 
 def test_an_index_beyond_the_end(images):
-    for i in (len(images), -len(images) - 1):
-        with pytest.raises(IndexError):
+    for i in (len(images), -len(images) - 1, [0, len(images)], torch.tensor([[0], [len(images)]])):
+        with pytest.raises(IndexError, match=rf"Expected indices of {len(images)} images, got -?\d+"):
             images[i]
+    assert [label for _, label in images] == images.labels.tolist()  # which Python ends by that error
+
+
+def test_no_image_is_a_batch_of_none(images):
+    for nothing in ([], slice(2, 2), images.labels == 7):
+        x, labels = images[nothing]
+        assert x.shape == (0, 3, images.info.size, images.info.size) and labels.shape == (0,)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert images.fetch(none, images.draw(none, torch.Generator())).shape == x.shape
+
+
+def test_only_bytes_are_normalised(images):
+    floats = torch.full((1, 3, 4, 4), 255.0)
+    with pytest.raises(ValueError, match=r"as bytes \(torch.uint8\), got torch.float32"):
+        images.info.normalize(floats)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([1, 10], "labels from 0 to 9, one per class, got 1 to 10"),
+        ([-1, 3], "got -1 to 3"),
+        ([0.7, 1.0], "whole numbers, got torch.float32"),
+        ([True, False], "whole numbers, got torch.bool"),
+    ],
+)
+def test_labels_of_images_in_memory_are_classes(labels, message, digits):
+    with pytest.raises(ValueError, match=message):
+        ArrayImages(digits.info, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor(labels))
 
 
 def test_a_subset_is_even_over_the_classes_and_the_same_each_time(digits):

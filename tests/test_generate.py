@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from supermix.core import file_hash
+from supermix.core import file_hash, seeded
 from supermix.data import ArrayImages, Info, load_data
 from supermix.mixing.generate import _check_solved, _missing_shards, settle, claimed, generate
 from supermix.mixing.store import MixedDataset, Store, _load_card
@@ -382,6 +382,41 @@ def small_images(n=400):
     labels = torch.randint(2, (n,), generator=g)
     pixels = (60 + 130 * labels[:, None, None, None] + 60 * torch.rand(n, 1, 8, 8, generator=g)).byte()
     return ArrayImages(Info("grey", ("dark", "bright"), 8, (0.5,) * 3, (0.25,) * 3), pixels, labels)
+
+
+def grey_squares(labels):
+    "Squares of 8×8, bright for label 1."
+    pixels = 60 + 130 * labels[:, None, None, None] + 60 * torch.rand(len(labels), 1, 8, 8, generator=seeded(0))
+    return ArrayImages(Info("grey", ("dark", "bright"), 8, (0.5,) * 3, (0.25,) * 3), pixels.byte(), labels)
+
+
+class Bright(torch.nn.Module):
+    "Sees dark or bright, and never the third class."
+
+    def forward(self, x):
+        m = 10 * x.mean((1, 2, 3))
+        return torch.stack([-m, m, 0 * m - 20], 1)
+
+
+def test_blocks_that_lack_a_rare_class_are_drawn_again(tmp_path):
+    labels = (torch.arange(2000) % 50 == 0).long()  # 2 %: of 128 draws, 7 % of the blocks have none
+    images, recipe = grey_squares(labels), replace(RECIPE, count=4000, mixing=Mixing(**{**FAST, "mask_size": 4}))
+    lacking = [b for b in range(16) if not labels[torch.randint(2000, (128,), generator=seeded(0, "block", b))].any()]
+    assert lacking  # without another draw the run would end here
+    stores = [generate(replace(recipe, count=2000), tmp_path / name, images, Bright()) for name in "ab"]
+    assert contents(stores[0].folder) == contents(stores[1].folder)
+    mixes = MixedDataset(stores[0].folder, images)
+    assert (mixes.batch(torch.arange(len(mixes))).classes.sort(1).values == torch.tensor([0, 1])).all()
+
+
+def test_a_class_that_is_too_rare_is_an_error_with_advice(tmp_path):
+    few = grey_squares((torch.arange(100_000) == 77).long())
+    with pytest.raises(ValueError, match="the other classes are too rare.*images.subset"):
+        generate(QUICK, tmp_path, few, Bright())
+    even = generate(replace(QUICK, count=20, train_images=2), tmp_path, few, Bright())
+    assert even.manifest()["data"]["images"] == 2 and len(MixedDataset(even.folder, few.subset(2))) == 20
+    with pytest.raises(ValueError, match="Expected images for the folder .*pass images=load_folder"):
+        generate(replace(QUICK, data=str(tmp_path)), tmp_path / "other")
 
 
 QUICK = replace(RECIPE, mixing=Mixing(**{**FAST, "mask_size": 2, "max_iter": 1}), slots=4096)

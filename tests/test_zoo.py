@@ -483,3 +483,13 @@ def test_a_network_that_learned_from_other_images(teacher, digits, tmp_path):
     assert load(path, digits.info).info == digits.info
     with pytest.raises(ValueError, match="was trained on digits, and you use it for photos, whose classes and mean"):
         load(path, Info("photos", tuple("abcdefghij"), 32, (0.5,) * 3, digits.info.std))
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    assert save(create("resnet8", 10), "~/student.safetensors") == tmp_path / "me" / "student.safetensors"
+    assert load("~/student.safetensors").name == "resnet8" and not (tmp_path / "~").exists()
+    torch.save(create("resnet8", 10).state_dict(), tmp_path / "me" / "theirs.pt")
+    with pytest.raises(ValueError, match="missing"):  # found, and of another kind
+        load_crd(create("resnet8", 10), "~/theirs.pt")

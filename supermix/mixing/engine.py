@@ -20,7 +20,7 @@ from ..core import seeded
 from ..data import Images, Views, one_ahead
 from .folding import fold_norms
 from .masks import REST, masks_from_theta, mix
-from .mixers import draw_lam, pick_partners
+from .mixers import FewClasses, draw_lam, pick_partners
 from .solver import (Problem, State, check_callable, check_classes, check_logits, check_teacher,
                                     first_theta, search_step, teacher_logits)
 from ..recipes import FAST, Mixing
@@ -50,9 +50,12 @@ class _Chance(NamedTuple):
     angle: torch.Tensor          # float32 (n,): of the first partition
     score: torch.Tensor          # float32 (n, BLOCK): by which partners are picked within the block
     pixels: torch.Tensor | None  # uint8 (n, C, H, W): the views; None where the images are on a GPU
+    seed: int                    # of the run
 
-def _draw_one(images: Images, mixing: Mixing, seed: int, block: int) -> tuple[torch.Tensor, ...]:  # less the pixels
-    g = seeded(seed, "block", block)
+def _draw_one(images: Images, mixing: Mixing, seed: int, block: int,
+              attempt: int,              # 0; or more, if it is drawn again
+              ) -> tuple[torch.Tensor, ...]:  # less the pixels
+    g = seeded(seed, "block", block, *[attempt] * (attempt > 0))
     which = torch.randint(len(images), (BLOCK,), generator=g)
     views = images.draw(which, g)
     lam, angle = draw_lam(BLOCK, mixing.k, mixing.alpha, g), 2 * torch.pi * torch.rand(BLOCK, generator=g)
@@ -63,29 +66,58 @@ def _draw_chance(images: Images,          # the sources
                 mixing: Mixing,          # k and alpha are used
                 seed: int,               # of the run
                 blocks: Iterable[int],   # their numbers
+                attempt: int = 0,        # 0; or more, if they are drawn again
                 ) -> _Chance:             # BLOCK sets of each
     "Draw for some blocks, each from a generator of its own; no GPU is needed."
-    drawn = [torch.cat(parts) for parts in zip(*(_draw_one(images, mixing, seed, block) for block in blocks))]
+    drawn = [torch.cat(parts) for parts in zip(*(_draw_one(images, mixing, seed, block, attempt) for block in blocks))]
     _, which, crop, flip, *_ = drawn
-    return _Chance(*drawn, images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None)
+    pixels = images.fetch(which, Views(crop, flip)) if images.labels.device.type == "cpu" else None
+    return _Chance(*drawn, pixels, seed)
 
 # %% ../../nbs/34_mixing.engine.ipynb #99d43cf7
+def _views_and_classes(images: Images, teacher, k: int, chance: _Chance,
+                       place: torch.device,  # where they are wanted
+                       ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (n, C, H, W), and int64 (n,)
+    "The views that were drawn, normalised, and the classes that the teacher sees in them."
+    pixels = chance.pixels
+    if pixels is None: pixels = images.fetch(chance.which, Views(chance.crop, chance.flip))
+    pixels = images.info.normalize(pixels.to(place))
+    return pixels, teacher_logits(teacher, pixels, k).argmax(1).to(place)
+
+_REDRAWS = 100  # of a block that has too few classes (ours)
+
+def _draw_again(images: Images, teacher, mixing: Mixing, chance: _Chance,
+                row: int,             # place of the block in `chance`
+                place: torch.device,
+                ) -> tuple[_Chance, torch.Tensor, torch.Tensor]:  # and its views and classes
+    "Another draw of a block that lacks a rare class. A teacher that sees too few classes in any images is an error."
+    even = images.subset(min(BLOCK, len(images)))[:][0].to(place)
+    check_classes(teacher_logits(teacher, even, mixing.k).argmax(1), mixing.k)
+    block = int(chance.index[row * BLOCK]) // BLOCK
+    for attempt in range(1, _REDRAWS + 1):
+        other = _draw_chance(images, mixing, chance.seed, [block], attempt)
+        pixels, classes = _views_and_classes(images, teacher, mixing.k, other, place)
+        if len(classes.unique()) >= mixing.k: return other, pixels, classes
+    raise FewClasses(f"Expected k = {mixing.k} classes among {BLOCK} images, and {_REDRAWS} random draws had fewer: "
+                     "the other classes are too rare. Take a part of the images whose classes are more even, as "
+                     "images.subset(n) chooses it for a small n.")
+
 def _make_sets(images: Images, teacher, mixing: Mixing, chance: _Chance,
               device: torch.device | None = None,  # where the sets are wanted; None: on the processor
               ) -> Sets:
     "The sets that chance decided: each view with partners of other classes, as the teacher sees them."
-    pixels = chance.pixels
-    if pixels is None: pixels = images.fetch(chance.which, Views(chance.crop, chance.flip))
-    pixels = images.info.normalize(pixels if device is None else pixels.to(device))
     place = torch.device(device or "cpu")
-    classes = teacher_logits(teacher, pixels, mixing.k).argmax(1).to(place)
-    blocks = classes.view(-1, BLOCK)
-    for block in blocks.cpu(): check_classes(block, mixing.k)
-    chance = _Chance(*(t if t is None else t.to(place) for t in chance[:-1]), None)
-    rows = pick_partners(blocks, mixing.k, chance.score.view(-1, BLOCK, BLOCK))
+    pixels, classes = _views_and_classes(images, teacher, mixing.k, chance, place)
+    for row, block in enumerate(classes.cpu().view(-1, BLOCK)):
+        if len(block.unique()) >= mixing.k: continue
+        other, *new = _draw_again(images, teacher, mixing, chance, row, place)
+        part = slice(row * BLOCK, (row + 1) * BLOCK)
+        for mine, its in zip((*chance[:-2], pixels, classes), (*other[:-2], *new)): mine[part] = its
+    chance = _Chance(*(t.to(place) for t in chance[:-2]), None, chance.seed)
+    rows = pick_partners(classes.view(-1, BLOCK), mixing.k, chance.score.view(-1, BLOCK, BLOCK))
     rows = (rows + torch.arange(0, len(classes), BLOCK, device=place)[:, None, None]).flatten(0, 1)
     return Sets(chance.index, chance.which[rows], chance.crop[rows], chance.flip[rows], chance.lam, chance.angle,
-                classes[rows], pixels.to(place)[rows])
+                classes[rows], pixels[rows])
 
 def draw_block(images: Images,  # the sources
                teacher,         # images (B, C, H, W) -> logits (B, N)

@@ -129,13 +129,18 @@ def _make_shards(store: Store, engine: Engine, images: Images, recipe: Generatio
 # %% ../../nbs/36_mixing.generate.ipynb #727ed571
 _BY_DEVICE = {"cpu": (128, 16), "cuda": (2048, 256)}  # slots for images of up to 64×64 pixels, and for larger images
 
+def _computes_in_bfloat16(gpu: torch.device) -> bool:
+    "Whether a GPU computes in bfloat16 itself: an older one emulates it, which is slow."
+    with torch.cuda.device(gpu): return torch.cuda.is_bf16_supported(including_emulation=False)
+
 def settle(recipe: Generation, images: Images, teacher: nn.Module | Callable) -> Generation:
     "The recipe with defaults for the teacher's device: slots, sets per shard and bfloat16."
-    on_gpu = isinstance(teacher, nn.Module) and any(p.device.type == "cuda" for p in teacher.parameters())
+    parameters = teacher.parameters() if isinstance(teacher, nn.Module) else ()
+    gpu = next((p.device for p in parameters if p.device.type == "cuda"), None)
     small = max(images[:1][0].shape[-2:]) <= 64
-    chosen = {"slots": _BY_DEVICE["cuda" if on_gpu else "cpu"][0 if small else 1],
-              "shard": 32_768 if on_gpu and small else 4096,
-              "bfloat16": on_gpu and torch.cuda.is_bf16_supported()}
+    chosen = {"slots": _BY_DEVICE["cuda" if gpu else "cpu"][0 if small else 1],
+              "shard": 32_768 if gpu and small else 4096,
+              "bfloat16": gpu is not None and _computes_in_bfloat16(gpu)}
     return replace(recipe, **{name: value for name, value in chosen.items() if getattr(recipe, name) is None})
 
 # %% ../../nbs/36_mixing.generate.ipynb #727ed572
@@ -148,7 +153,7 @@ def generate(recipe: Generation = Generation(),
              ) -> Store:                          # finished
     "Make a store of mixed images, or resume an unfinished one."
     _check_recipe(recipe)
-    images = _sources_of(recipe) if images is None else images_of(images)
+    images = _part_of(_sources_of(recipe) if images is None else images_of(images), recipe.train_images)
     teacher = teacher if teacher is not None else _teacher_of(recipe, images)
     recipe = settle(recipe, images, teacher)
     # a shard never fills more slots than it has sets
@@ -242,9 +247,15 @@ def _kept(store: Store) -> int:
 
 # %% ../../nbs/36_mixing.generate.ipynb #e04cb3fa
 def _sources_of(recipe: Generation) -> Images:
-    "The training images of the recipe's data set, or a part of them."
-    images = load_data(recipe.data).train
-    return images if recipe.train_images is None else images.subset(recipe.train_images)
+    "The training images of the recipe's data set."
+    if is_folder(recipe.data):
+        raise ValueError(f"Expected images for the folder {recipe.data}: pass images=load_folder({recipe.data!r}), and "
+                         "a teacher that was trained on its classes.")
+    return load_data(recipe.data).train
+
+def _part_of(images: Images, n: int | None) -> Images:
+    "n of the images, as even over the classes as possible; None: all."
+    return images if n in (None, len(images)) else images.subset(n)
 
 def _on_gpu(teacher: nn.Module) -> nn.Module:
     "The teacher on a GPU, if there is one; processes may share it."
@@ -269,15 +280,14 @@ def _open_folder(recipe: Generation, pictures: Pictures, size: int | None) -> tu
         raise ValueError(f"Expected a teacher of the classes in {recipe.data}: use --teacher FILE --network NAME, "
                          "with a file of its weights.")
     data, teacher = open_pictures(recipe.data, recipe.teacher, pictures, size)
-    images, teacher = data.train, _on_gpu(teacher)
-    if recipe.train_images is not None: images = images.subset(recipe.train_images)
+    images, teacher = _part_of(data.train, recipe.train_images), _on_gpu(teacher)
     some = images.subset(min(300, len(images)))
     seen = [teacher_logits(teacher, x.to(next(teacher.parameters()).device)).argmax(1)
             for x, _, _ in some.batches(100)]
     right = compare_classes(torch.cat(seen), some.labels)
     if os.environ.get("RANK", "0") == "0":
         print(f"{data}\n{teacher.name} is right in {right:.0f} % of {len(some):,} training images", flush=True)
-    shard = min(recipe.shard or 4096, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images each
+    shard = recipe.shard or min(4096, BLOCK * ceil(recipe.count / (4 * BLOCK)))  # about a quarter of the images each
     return replace(recipe, data=images.info.name, teacher="given", shard=shard), images, teacher
 
 def _check_no_pictures(pictures: Pictures, size: int | None) -> None:
