@@ -334,8 +334,7 @@ class Distillation(_Staged):
             raise ValueError("Expected a teacher in evaluation mode: teacher.eval().")
         _check_mixes(terms, mixer is not None)
         super().__init__(make_terms(terms, student, teacher, images) if features is None else features, first_stage)
-        self.terms = terms
-        self.mixer = mixer
+        self.terms, self.mixer = terms, mixer
         self.notes = {}   # numbers for each row of the log
         self.known = None  # the teacher's logits of fixed views, if the recipe has them
         self._identity = _method_identity(terms, teacher, images) | {"mixer": _mixer_identity(mixer)}

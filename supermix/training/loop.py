@@ -106,7 +106,7 @@ class Objective(nn.Module):
                     epoch: int,          # the number of the epoch, from 0
                     ) -> None:
         """Called before each epoch, and again if a run is resumed within one. Choose here what learns in this epoch
-        (`requires_grad_` of parameters), or the weight of a term."""
+        (`requires_grad_` of parameters; it is undone when the training ends), or the weight of a term."""
     def resets_optimiser(self, epoch: int) -> bool:
         "Called after `begin_epoch`, before the epoch's first update: True makes the optimiser forget its momentum."
         return False
@@ -157,6 +157,7 @@ class _FunctionObjective(Objective):
     def capturable(self, epoch): return self.function is label_objective
 
     def identity(self):
+        if self.function is label_objective: return {"objective.function": "label_objective"}
         named = getattr(self.function, "func", self.function)  # of a functools.partial
         if not hasattr(named, "__qualname__"): named = type(named)
         return {"objective.function": f"{named.__module__}.{named.__qualname__}"}
@@ -561,6 +562,15 @@ def _share_layout(optimiser: torch.optim.SGD) -> None:
         held = state.get("momentum_buffer")
         if held is not None and held.stride() != p.stride(): state["momentum_buffer"] = torch.empty_like(p).copy_(held)
 
+@contextmanager
+def _recording(graph: "torch.cuda.CUDAGraph", device: torch.device) -> Iterator[None]:
+    "Record the block as a graph on this GPU, on a stream of its own; the stream before it is current again afterwards."
+    before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    with torch.cuda.device(device):
+        try:  # thread_local: another thread prepares the next batch meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"): yield
+        finally: torch.cuda.set_stream(before)  # torch does not go back to it if a recording fails
+
 # %% ../../nbs/22_training.loop.ipynb #3088eec2
 class _Replayed:
     """An update as one CUDA graph: batch, forward pass, loss, gradient and optimiser, recorded once and replayed. The
@@ -609,13 +619,7 @@ class _Replayed:
         self.run.optimiser.zero_grad(set_to_none=True)
         self.recording = True
         self.graph = torch.cuda.CUDAGraph()
-        before, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        with torch.cuda.device(self.device):
-            # thread_local: another thread prepares the next batch meanwhile
-            try:
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.loss = self.body()
-            finally: torch.cuda.set_stream(before)  # torch does not go back to it if a recording fails
+        with _recording(self.graph, self.device): self.loss = self.body()
         self.recording = False
 
     def fill(self, prepared) -> None:
