@@ -105,8 +105,18 @@ def test_code_in_a_checkpoint_never_runs(write, tmp_path):
     with pytest.raises(ValueError, match="holds more than plain values"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="holds more than plain values"):
-        load_checkpoint(save_checkpoint(tmp_path, 2, {"network": nn.Linear(1, 1)}))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [np.float64(0.5), np.int64(3), np.arange(3), nn.Linear(1, 1)],
+    ids=["a number", "an integer", "an array", "a module"],
+)
+def test_what_could_not_be_read_is_not_written(odd, tmp_path):
+    first = save_checkpoint(tmp_path, 1, STATE)
+    with pytest.raises(ValueError, match="got other values in history: convert NumPy's numbers with float"):
+        save_checkpoint(tmp_path, 2, {**STATE, "history": {"rows": [{"epoch": 1, "mean": odd}]}})
+    assert list(tmp_path.iterdir()) == [first] and load_checkpoint(first)["name"] == "naïve"
 
 
 def test_other_files_are_no_checkpoints(tmp_path):

@@ -220,9 +220,10 @@ def test_a_teacher_that_cannot_be_recorded_is_asked_pass_by_pass(digits, there):
         logits = there(x.cuda())
         return logits if logits.sum().item() < 1e9 else logits * 0
 
-    engine = Engine(looks, digits.train[:2][0].cuda(), Mixing(**FAST), 64)
+    engine, before = Engine(looks, digits.train[:2][0].cuda(), Mixing(**FAST), 64), torch.cuda.current_stream()
     found = solve_blocks(engine, digits.train, 0, range(2))
     assert "the recording failed" in engine.how and len(found.index) > BLOCK
+    assert torch.cuda.current_stream() == before  # what the process does next is not on the recording's stream
 
 
 def test_memory_stays_the_same_over_many_sets(digits, there):
@@ -366,6 +367,38 @@ def test_a_replayed_run_goes_on(digits, tmp_path):
     assert other.loss == pytest.approx(history.loss, rel=1e-2)
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, rtol=5e-2, atol=5e-3)
+
+
+def test_an_update_that_cannot_be_recorded_is_made_one_by_one(digits):
+    class Looks(Objective):
+        def forward(self, network, batch):
+            loss = label_objective(network, batch)
+            return loss if loss.item() < 1e9 else 2 * loss
+
+        def capturable(self, epoch):
+            return True
+
+    before = torch.cuda.current_stream()
+    history = train(create("resnet8", 10).cuda(), digits.train.subset(200), SHORT, Looks())
+    assert "the recording failed" in history.how and len(history.rows) == 2
+    assert torch.cuda.current_stream() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_graph_is_recorded_on_the_networks_gpu(digits):
+    "Also where another GPU is the current one, and has recorded a graph before."
+    losses = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        network = create("resnet8", 10).to(device)
+        history = train(network, digits.train.subset(200), replace(SHORT, epochs=3))
+        assert history.how == "one graph per update" and torch.cuda.current_device() == 0
+        losses.append(history.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+    searches = [search(pretrained("digits").to(device), digits.train) for device in ("cuda:0", "cuda:1")]
+    assert [engine.how for engine, _ in searches] == ["one graph per pass"] * 2
+    (_, first), (_, second) = searches
+    assert len(second.index) > 0.9 * len(first.index)
 
 
 def test_a_replayed_run_that_blows_up_says_so(digits, tmp_path):

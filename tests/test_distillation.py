@@ -247,7 +247,7 @@ def test_features_are_compared_on_natural_images_only(name, mixer, teacher, few)
     student, terms = create("resnet8", 10).eval(), alone(name)
     if mixer:
         terms = terms.mixed()
-    objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few).eval()
+    objective = Distillation(teacher, terms, MixUp(10) if mixer else None, student, few, first_stage=1).eval()
     if not objective.features[name].later:
         return
     batch = batch_of(few)
@@ -279,7 +279,7 @@ def test_mixed_images_come_from_a_stock_a_mixer_or_a_name(source, teacher, digit
     mixer = {"mixes": mixes, "an object": SuperMix(teacher, **{**FAST, "max_iter": 2})}.get(source, source)
     student = create("resnet8", 10)
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    history = distill(teacher.train(), student, few, "kd", mixer, SHORT, mixes=50)
+    history = distill(teacher.train(), student, few, "kd", mixer, SHORT, mixes=50 if source == "supermix" else None)
     assert all(part.training for part in teacher.modules())  # as it was given; but it answered in evaluation mode,
     teacher.eval()
     assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())  # for no statistics have moved
@@ -327,6 +327,36 @@ def test_a_first_stage_trains_what_it_should_and_counts_as_epochs(name, teacher,
 
 
 @pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
+def test_a_student_whose_first_stage_was_interrupted_learns_afterwards(name, teacher, few):
+    "The same cell again, with the same student: nothing of it is frozen any more."
+
+    class Stopping(Distillation):
+        def after_step(self, network):
+            raise KeyboardInterrupt
+
+    student, recipe = create("resnet8", 10), Training(epochs=2, batch_size=20, lr=0.01, milestones=(), first_stage=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(student, few, recipe, Stopping(teacher, alone(name), None, student, few, first_stage=1))
+    assert all(p.requires_grad for p in student.parameters())
+    before = copy.deepcopy(student)
+    distill(teacher, student, few, alone(name), recipe=recipe)
+    for part in ("stem", "stages", "head"):
+        old, new = (torch.cat([p.detach().flatten() for p in getattr(n, part).parameters()]) for n in (before, student))
+        assert not torch.equal(old, new), part
+
+
+def test_one_objective_trains_several_students(teacher, few):
+    "What may learn is looked up for each."
+    recipe = Training(epochs=2, batch_size=20, lr=0.01, milestones=())
+    objective = Distillation(teacher, METHODS["ft"], None, create("resnet8", 10), few, first_stage=1)
+    for _ in range(2):
+        student = create("resnet8", 10)
+        before = student.head.weight.detach().clone()
+        train(student, few, recipe, objective)
+        assert not torch.equal(before, student.head.weight)
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.first])
 @pytest.mark.parametrize("lr", [0.1, 0.02])
 def test_first_stages_learn_at_a_rate_of_their_own(name, lr, teacher, digits):
     """At the paper's rate, with the benchmark's weights, on few images: the first stage's loss falls, and then the
@@ -362,13 +392,13 @@ def test_the_weight_is_for_the_later_stage(name, teacher, few):
 def test_crops_of_mixed_images(teacher, digits):
     images, students = digits.train.subset(20), []
     for mixer, options in (
-        ("supermix", {"mixed_pad": 0}),
+        ("supermix", {"mixes": 30, "mixed_pad": 0}),
         (make_mixes(teacher, images, 30, mixed_pad=0), {}),
-        ("supermix", {}),
+        ("supermix", {"mixes": 30}),
     ):
         torch.manual_seed(0)
         students.append(create("resnet8", 10))
-        distill(teacher, students[-1], images, "kd", mixer, SHORT, mixes=30, **options)
+        distill(teacher, students[-1], images, "kd", mixer, SHORT, **options)
     first, by_hand, default = (student.head.weight for student in students)
     assert torch.equal(first, by_hand) and not torch.equal(first, default)
 
@@ -430,6 +460,39 @@ MISFITS = {
     "a number of mixes and no mixer": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixes=100),
         "mixer='supermix' with a number of mixes, got None",
+    ),
+    "a number of mixes for another mixer": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", "mixup", mixes=100),
+        "only with this mixer, got mixes: leave them out, or use this mixer",
+    ),
+    "a search, and no mixer": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", mixing=Mixing()),
+        "only with this mixer, got mixing: leave them out",
+    ),
+    "unmoved mixes of a stock": (
+        lambda t, few, m: distill(t, create("resnet8", 10), few, "kd", m, mixing=Mixing(), mixed_pad=None),
+        r"got mixing, mixed_pad: a stock is made with its own, as in make_mixes\(.*mixed_pad=None\)",
+    ),
+    "an objective without the mixer that it needs": (
+        lambda t, few, m: Distillation(t, Terms(mixed_kd=1.0)),
+        "has a term for mixed images: pass a mixer, or a stock",
+    ),
+    "an objective with a mixer that it does not need": (
+        lambda t, few, m: Distillation(t, METHODS["kd"], MixUp(10)),
+        r"has no term for mixed images: use terms.mixed\(\), or leave out the mixer",
+    ),
+    **{
+        f"an objective of {method} without a first stage": (
+            lambda t, few, m, method=method: Distillation(t, METHODS[method], None, create("resnet8", 10), few),
+            f"a first stage of {method} of at least one epoch, got first_stage 0",
+        )
+        for method in ("ab", "ft", "fsp")
+    },
+    "an objective with nothing after the first stage": (
+        lambda t, few, m: train(
+            create("resnet8", 10), few, SHORT, Distillation(t, METHODS["ft"], None, create("resnet8", 10), few, 1)
+        ),
+        "a first stage shorter than the 1 epochs of the training, got first_stage 1",
     ),
     "a recipe in words": (
         lambda t, few, m: distill(t, create("resnet8", 10), few, recipe={"epochs": 3}),
@@ -545,6 +608,37 @@ def test_students_of_another_contract_are_told_what_is_missing(teacher, few):
 
     with pytest.raises(ValueError, match="Expected a student with `features` for 'at', got Sequence: wrap it"):
         distill(teacher, Sequence(), few, "at", None, SHORT)
+
+
+class Bare(nn.Module):
+    "A network that shows its features and its head alone."
+
+    def __init__(self, network):
+        super().__init__()
+        self.body, self.head = network, network.head
+
+    def features(self, x):
+        return self.body.features(x)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["ab", "ab_free", "ft", "fsp", "at"])
+def test_what_a_term_needs_of_networks_is_told_before_anything(name, who, teacher, few, tmp_path):
+    "AB looks in front of the activations; the others need features alone."
+    student, recipe = create("resnet14", 10), replace(SHORT, epochs=2, lr=0.01, first_stage=1)
+    tutor = Bare(teacher) if who == "teacher" else teacher
+    student = Bare(student) if who == "student" else student
+    missing = {("ab", "student"): "`preactivations` and `parts`"}.get((name, who), "`preactivations`")
+    go = lambda mixer, folder: distill(tutor, student, few, alone(name), mixer, recipe, folder=folder)
+    if name in ("ab", "ab_free"):
+        with pytest.raises(ValueError, match=f"Expected a {who} with {missing} for '{name}', got Bare: wrap it, as in"):
+            go("supermix", tmp_path / "run")
+    else:
+        assert len(go(None, tmp_path / "run").rows) == 2
+    assert (tmp_path / "run").exists() == (name not in ("ab", "ab_free"))
 
 
 # ---- mixers of other libraries

@@ -21,6 +21,7 @@ from supermix.policies.search import (
     make_population,
     _parameter_lines,
     _random_policy,
+    _round_training,
     _split_images,
     compare_policies,
     search_density,
@@ -172,6 +173,24 @@ def test_a_small_population(digits):
     again = search_population(learn, judged, recipe)
     assert torch.equal(again.parameters, found.parameters) and torch.allclose(again.losses, found.losses)
     assert "4 members, 3 rounds" in repr(found)
+
+
+@pytest.mark.parametrize("schedule", ["steps", "cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_rate_of_a_round_is_that_of_its_middle(schedule, warmup):
+    "Constant in the round, so that it decays once, and above 0 in the first round of a warm-up."
+    milestones = (4,) if schedule == "steps" else ()
+    whole = Training(epochs=6, batch_size=32, lr=0.05, milestones=milestones, schedule=schedule, warmup=warmup)
+    recipe = PopulationRecipe(members=4, rounds=3, every=2, training=whole, seed=5)
+    for r in range(3):
+        short = _round_training(recipe, r, 2)
+        assert [short.lr_at(moment) for moment in (0, 0.5, 1, 1.9)] == [whole.lr_at(2 * r + 1)] * 4
+        assert short.lr > 0 and (short.epochs, short.seed) == (2, 5 + 4 * r + 2)
+
+
+def test_the_rates_of_the_committed_search_stay():
+    recipe = PopulationRecipe()
+    assert [_round_training(recipe, r, 0).lr for r in range(9)] == [recipe.training.lr_at(2 * r) for r in range(9)]
 
 
 def test_what_cannot_be_searched(digits):

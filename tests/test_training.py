@@ -10,8 +10,11 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,13 +22,16 @@ from supermix.core import file_hash, load_tensors
 from supermix.data import ArrayImages
 from supermix.distillation.distill import distill
 from supermix.mixing.mixers import CutMix
-from supermix.policies.policies import Augmented, load_policy
+from supermix.policies.policies import Augmented, Policy, load_policy
 from supermix.recipes import CIFAR100, IMAGENET, TEACHERS, Training
 from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.logs import read_log
 from supermix.training.loop import (
     Objective,
+    _FunctionObjective,
+    _Run,
     _run_identity,
+    _why_eager,
     accuracy,
     label_objective,
     make_teacher,
@@ -495,9 +501,113 @@ def test_objectives_of_another_identity_do_not_go_on(digits, tmp_path):
         go(0.25)
 
 
+def twice_the_loss(network, batch):
+    return 2 * label_objective(network, batch)
+
+
+def by_a_factor(network, batch, factor):
+    return factor * label_objective(network, batch)
+
+
+def test_a_run_by_another_function_is_not_resumed(digits, tmp_path):
+    images, recipe = digits.train.subset(16), replace(RECIPE, epochs=1, milestones=())
+
+    def go(objective, folder):
+        return train(create("resnet8", 10), images, recipe, objective, folder=folder).loss
+
+    assert go(twice_the_loss, tmp_path / "twice") == go(twice_the_loss, tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"objective.function \(\S+twice_the_loss there, label_objective now\)"):
+        go(label_objective, tmp_path / "twice")
+    go(label_objective, tmp_path / "labels")
+    for other in (partial(by_a_factor, factor=2.0), lambda network, batch: twice_the_loss(network, batch)):
+        with pytest.raises(ValueError, match=r"objective.function \(label_objective there, \S+(factor|lambda>) now\)"):
+            go(other, tmp_path / "labels")
+
+
+def test_a_run_by_a_function_that_an_earlier_version_began_goes_on(digits, tmp_path):
+    "Its checkpoint does not name the function."
+
+    def go():
+        return train(create("resnet8", 10), digits.train.subset(16), RECIPE, twice_the_loss, folder=tmp_path).loss
+
+    expected, newest = go(), checkpoints(tmp_path)[-1]
+    state = load_checkpoint(newest)
+    recipe = json.loads(state["recipe"])
+    assert recipe.pop("objective.function").endswith("test_training.twice_the_loss")
+    newest.unlink()
+    save_checkpoint(tmp_path, state["position"][2], state | {"recipe": json.dumps(recipe)})
+    with pytest.warns(UserWarning, match="did not record objective.function"):
+        assert go() == expected
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_numbers_of_numpys_do_not_spoil_a_checkpoint(optimizer, digits, tmp_path):
+    class Noting(Objective):
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def learning_rate(self, recipe, epoch):
+            return np.interp(epoch, [0, 2], [0.01, 0.002])
+
+        def log_entries(self):
+            return {"mean": np.mean([1.0, 2.0]), "most": np.int64(3), "last": torch.tensor(0.5)}
+
+    numbers = {"momentum": np.float64(0.8), "weight_decay": np.logspace(-4, -3, 2)[0], "lr": np.float64(0.01)}
+    recipe = Training(epochs=2, batch_size=16, milestones=(), optimizer=optimizer, **numbers)
+    history = train(create("resnet8", 10), digits.train.subset(32), recipe, Noting(), folder=tmp_path)
+    assert [row["lr"] for row in history.rows] == pytest.approx([0.008, 0.004])
+    assert [(row["mean"], row["most"], row["last"]) for row in history.rows] == [(1.5, 3, 0.5)] * 2
+    assert load_checkpoint(checkpoints(tmp_path)[-1])["history"]["rows"] == history.rows
+    assert read_log(tmp_path / "log.csv")[-1]["mean"] == 1.5
+    checkpoints(tmp_path)[-1].unlink()  # as if it had been killed in the second epoch
+    assert (
+        train(create("resnet8", 10), digits.train.subset(32), recipe, Noting(), folder=tmp_path).loss[0]
+        == (history.loss[0])
+    )
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt, Stopped])
+def test_what_an_objective_froze_learns_again_after_the_training(ends, digits):
+    "Whatever ends the training; what was frozen before it stays so."
+
+    class Freezing(Objective):
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def begin_epoch(self, network, epoch):
+            network.stages.requires_grad_(False)
+            network.stem.requires_grad_(True)
+
+        def after_step(self, network):
+            if ends is not None:
+                raise ends
+
+    network = create("resnet8", 10)
+    network.stem.requires_grad_(False)
+    with pytest.raises(ends) if ends else nullcontext():
+        train(network, digits.train.subset(16), replace(RECIPE, epochs=1, milestones=()), Freezing())
+    flags = {name: p.requires_grad for name, p in network.named_parameters()}
+    assert flags == {name: not name.startswith("stem.") for name in flags}
+
+
+def test_a_schedule_is_as_long_as_the_training(digits, teacher, tmp_path):
+    "A policy that changes over 10 epochs would be over after a tenth of 100."
+    policy = Policy("later", later=((0.5, ((("Rotate", 1.0, 5),),)),))
+    images, recipe = Augmented(digits.train.subset(32), policy, epochs=10), replace(RECIPE, epochs=2, milestones=())
+    for go in (
+        lambda: train(create("resnet8", 10), images, recipe, folder=tmp_path / "run"),
+        lambda: distill(teacher, create("resnet8", 10), images, "kd", "supermix", recipe, folder=tmp_path / "run"),
+    ):
+        with pytest.raises(ValueError, match="the training's 2 epochs, .* over 10: Augmented.images, policy, epochs=2"):
+            go()
+    assert not list(tmp_path.iterdir())
+    assert len(train(create("resnet8", 10), Augmented(images.images, policy, 2), recipe).rows) == 2
+
+
 @pytest.mark.parametrize(
     "objective, message",
     [
+        (Learning, r"got the class Learning: pass Learning\(\), an object"),
         (nn.CrossEntropyLoss(), "derived from supermix.training.Objective, got CrossEntropyLoss: derive its class"),
         ("labels", r"Expected a function \(network, batch\) -> loss, .*got str"),
     ],
@@ -1191,6 +1301,48 @@ def test_a_recording_that_fails_goes_on_update_by_update(digits, replayed, monke
     assert history.rows[-1]["step"] == 8
 
 
+@pytest.mark.parametrize("why", ["the optimiser is reset", "an epoch is not replayed"])
+def test_a_new_graph_has_the_learning_rate(why, digits, replayed, monkeypatch):
+    "Also where the rate stays the same from epoch to epoch."
+    resets = why == "the optimiser is reset"
+    if not resets:
+        eager = lambda run, images, device: "a test" if run.epoch == 1 else run.not_recorded
+        monkeypatch.setattr("supermix.training.loop._why_eager", eager)
+
+    class Anew(Objective):
+        def __init__(self):
+            super().__init__()
+            self.weights = []
+
+        def forward(self, network, batch):
+            return label_objective(network, batch)
+
+        def capturable(self, epoch):
+            return True
+
+        def resets_optimiser(self, epoch):
+            return resets and epoch == 1
+
+        def after_step(self, network):
+            self.weights.append(network.head.weight.detach().clone())
+
+    objective = Anew()
+    recipe = replace(REPLAYED, epochs=3, milestones=(), warmup=0)
+    history = train(create("resnet8", 10), digits.train.subset(64), recipe, objective)
+    assert history.how == "one graph per update"
+    assert len(objective.weights) == 12 and [row["lr"] for row in history.rows] == [0.02] * 3
+    assert not any(torch.equal(a, b) for a, b in zip(objective.weights, objective.weights[1:]))
+
+
+@pytest.mark.parametrize("policy", [None, "randaugment"])
+def test_images_under_a_policy_are_why_nothing_is_replayed(policy, digits):
+    plain = digits.train.subset(80)
+    images = Augmented(plain, load_policy(policy)) if policy else plain
+    run = _Run(create("resnet8", 10), _FunctionObjective(label_objective), replace(REPLAYED, batch_size=16), images)
+    expected = "the images are under a policy" if policy else "the images are not on the GPU"
+    assert _why_eager(run, images, torch.device("cuda")) == expected
+
+
 def test_a_loss_that_is_no_number_ends_a_replayed_run(digits, replayed):
     with pytest.raises(FloatingPointError, match="try a lower learning rate"):
         train(create("resnet8", 10), digits.train.subset(64), replace(REPLAYED, lr=1e6, warmup=0))
@@ -1220,3 +1372,33 @@ def test_a_teacher_in_16_bits_has_the_accuracy_of_its_file(digits, tmp_path, mon
     assert card["test_accuracy"] == round(accuracy(load(path), digits.test), 2) > 10
     assert card["command"] == "supermix teacher --data digits --network resnet8 --half" and card["device"] == "cpu"
     assert path.stat().st_size < 2.2 * card["parameters"] + 20_000
+
+
+TEACHER_OF_TWO = """
+import sys, torch.distributed as dist
+from supermix.recipes import TEACHERS, Training
+from supermix.training.loop import make_teacher
+TEACHERS["digits"] = Training(epochs=1, batch_size=256, lr=0.05, milestones=())
+assert make_teacher("digits", sys.argv[1], "resnet8", device="cpu").with_suffix(".json").is_file()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes_the_teacher(digits, tmp_path):
+    (tmp_path / "script.py").write_text(TEACHER_OF_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    path = tmp_path / "out" / "digits_resnet8.safetensors"
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["sha256"] == file_hash(path)
+    # each process has its own batch norm statistics: the card's accuracy must be of the very weights in the file
+    assert card["test_accuracy"] == pytest.approx(accuracy(load(path), digits.test), abs=0.01)

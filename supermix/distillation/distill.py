@@ -34,7 +34,7 @@ from ..mixing.solver import check_teacher, teacher_logits
 from ..mixing.store import MixedDataset, Picks, teacher_identity
 from ..recipes import FAST, Generation, Mixing, Terms, Training, method_terms
 from ..training.loop import (Batch, History, Objective, check_begun, check_teacher_labels, check_training,
-                                    fixed_views, short_hash, to_device, train, world)
+                                    check_views, fixed_views, short_hash, to_device, train, world)
 
 # %% ../../nbs/45_distillation.distill.ipynb #d2bedd17
 class Ensemble(nn.Module):
@@ -258,6 +258,11 @@ class _Staged(Objective):
         self.first_stage = first_stage
         self.in_first_stage = False  # whether the current epoch is one of them
         self.learning = None         # the ids of the student's parameters that learn (others are frozen)
+        self._student = [None]       # whose they are; in a list: no part of this module
+        names = [name for name, term in features.items() if term.first]
+        if names and first_stage < 1:
+            raise ValueError(f"Expected a first stage of {', '.join(names)} of at least one epoch, "
+                             f"got first_stage {first_stage}.")
 
     @property
     def first_terms(self) -> list[Term]:
@@ -269,7 +274,9 @@ class _Staged(Objective):
         if not self.first_terms: return
         self.in_first_stage = self._is_first(epoch)
         own = {id(p) for term in self.first_terms for p in term.first_parameters(unwrapped(network))}
-        if self.learning is None: self.learning = {id(p) for p in network.parameters() if p.requires_grad}
+        if self._student[0] is not network:
+            self._student = [network]
+            self.learning = {id(p) for p in network.parameters() if p.requires_grad}
         for p in network.parameters():
             p.requires_grad_(id(p) in self.learning and (not self.in_first_stage or id(p) in own))
         for term in self.features.values():
@@ -287,11 +294,22 @@ class _Staged(Objective):
     def learning_rate(self, recipe: Training, epoch: float) -> float:
         "A constant in the first stage, `first_lr` of recipe and terms at most; the recipe's rate afterwards."
         if not self._is_first(epoch): return recipe.lr_at(epoch)
+        if self.first_stage >= recipe.epochs:
+            raise ValueError(f"Expected a first stage shorter than the {recipe.epochs} epochs of the training, "
+                             f"got first_stage {self.first_stage}.")
         return min(recipe.lr, recipe.first_lr, *(term.first_lr for term in self.first_terms))
 
     def _is_first(self, epoch: float) -> bool: return bool(self.first_terms) and epoch < self.first_stage
 
 # %% ../../nbs/45_distillation.distill.ipynb #c9802c88
+def _check_mixes(terms: Terms, mixed: bool) -> None:
+    "Raise a ValueError if a loss needs mixed images and there is no mixer, or there is one and no term needs it."
+    if terms.mixes and not mixed:
+        raise ValueError("This method has a term for mixed images: pass a mixer, or a stock of `make_mixes` "
+                         "(`distill` takes names, too, as in mixer='supermix').")
+    if mixed and not terms.mixes:
+        raise ValueError("This method has no term for mixed images: use terms.mixed(), or leave out the mixer.")
+
 def _method_identity(terms: Terms, teacher: Callable | None, images: Images | None) -> dict:
     "The identity of a method and its teacher: a network's weights, or a function's logits of some images."
     known = {} if teacher is None or images is None else teacher_identity(teacher, images)
@@ -314,9 +332,9 @@ class Distillation(_Staged):
         teacher = _as_teacher(teacher)
         if terms.teaches and getattr(teacher, "training", False):
             raise ValueError("Expected a teacher in evaluation mode: teacher.eval().")
+        _check_mixes(terms, mixer is not None)
         super().__init__(make_terms(terms, student, teacher, images) if features is None else features, first_stage)
-        self.terms = terms
-        self.mixer = mixer
+        self.terms, self.mixer = terms, mixer
         self.notes = {}   # numbers for each row of the log
         self.known = None  # the teacher's logits of fixed views, if the recipe has them
         self._identity = _method_identity(terms, teacher, images) | {"mixer": _mixer_identity(mixer)}
@@ -437,6 +455,17 @@ class _KnownLogits:
         return self.now[indices.to(self.now.device)].float()
 
 # %% ../../nbs/45_distillation.distill.ipynb #3a51fb0b
+def _check_shown(who: str, network: Callable, name: str, needs: tuple[str, ...]) -> None:
+    "Raise a ValueError if a network lacks `features` or a method that this term on features needs."
+    missing = [need for need in needs if not hasattr(network, need)]
+    parts = hasattr(network, "parts") or hasattr(network, "head")
+    if not parts or isinstance(getattr(network, "features", nn.Identity()), nn.Module): missing = ["features"]
+    if missing:
+        raise ValueError(f"Expected a {who} with {' and '.join(f'`{need}`' for need in missing)} for {name!r}, "
+                         f"got {type(network).__name__}: wrap it, as in "
+                         "Hooked(network, 'maxpool', ('layer1', 'layer2', 'layer3', 'layer4'), 'fc') "
+                         "for torchvision's ResNets (`supermix.models.hooked`, chapter 18).")
+
 def make_terms(terms: Terms,                         # its terms on features are created
                student: nn.Module,                   # with `features`, if there are such terms
                teacher: Callable | list[nn.Module],  # with `features`, if there are such terms
@@ -450,27 +479,22 @@ def make_terms(terms: Terms,                         # its terms on features are
     if isinstance(teacher, Ensemble):
         raise ValueError(f"Expected one teacher for {terms.features[0][0]!r}, which compares maps, "
                          f"got a list of {len(teacher.teachers)}.")
-    for name, network in (("student", student), ("teacher", teacher)):
-        parts = hasattr(network, "parts") or hasattr(network, "head")
-        if not parts or isinstance(getattr(network, "features", nn.Identity()), nn.Module):
-            raise ValueError(f"Expected a {name} with `features` for {terms.features[0][0]!r}, "
-                             f"got {type(network).__name__}: wrap it, as in "
-                             "Hooked(network, 'maxpool', ('layer1', 'layer2', 'layer3', 'layer4'), 'fc') "
-                             "for torchvision's ResNets (`supermix.models.hooked`, chapter 18).")
+    for name, _ in terms.features:
+        kind = lookup(TERMS, name, "term on features")
+        _check_shown("student", student, name, kind.student_needs)
+        _check_shown("teacher", teacher, name, kind.teacher_needs)
     x = images[:2][0]
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         ours, theirs = outputs_of(student, to_device(x, student)), outputs_of(teacher, to_device(x, teacher))
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seeded(seed, "terms").initial_seed())
-    try: return {name: lookup(TERMS, name, "term on features")(ours, theirs, len(images)) for name, _ in terms.features}
+    try: return {name: TERMS[name](ours, theirs, len(images)) for name, _ in terms.features}
     finally: torch.set_rng_state(before)
 
 # %% ../../nbs/45_distillation.distill.ipynb #19fdb848
 def _check_mixers(teacher: Callable | None, terms: Terms, mixers: list) -> None:
     "Raise a ValueError if a method lacks the mixer, the teacher or the labels of mixed images that it needs."
-    if terms.mixes and not mixers:
-        raise ValueError("This method has a term for mixed images: "
-                         "pass a mixer, such as mixer='supermix', or a stock of `make_mixes`.")
+    _check_mixes(terms, bool(mixers))
     lookup(LOGIT_LOSSES, terms.logits, "loss on logits")
     searches = any(isinstance(m, str) and m in ("supermix", "puzzlemix") for m in mixers)
     if teacher is None and any(map(_keeps_logits, mixers)) and (terms.kd or terms.features):
@@ -609,6 +633,17 @@ def _terms_and_mixers(method: str | Terms, mixer: object, probability, mixes: in
         raise ValueError("Expected a mixer, such as mixer='supermix' with a number of mixes, got None.")
     return terms, None
 
+def _check_settings_used(mixers: list, mixes: int | None, mixing: Mixing, mixed_pad: int | None) -> None:
+    "Raise a ValueError if settings of mixer='supermix' are given, and it is none of the mixers."
+    if "supermix" in mixers: return
+    defaults = {"mixes": (mixes, None), "mixing": (mixing, Mixing(**FAST)), "mixed_pad": (mixed_pad, 2)}
+    given = ", ".join(name for name, (value, default) in defaults.items() if value != default)
+    if not given: return
+    fix = "leave them out, or use this mixer"
+    if any(isinstance(mixer, MixedDataset) for mixer in mixers):
+        fix = "a stock is made with its own, as in make_mixes(teacher, images, count, mixing, mixed_pad=None)"
+    raise ValueError(f"Expected settings of mixer='supermix' only with this mixer, got {given}: {fix}.")
+
 def _plan(teacher, student: nn.Module, images: Images, terms: Terms, mixers: _OneOf | None, recipe: Training,
           ) -> tuple[_OneOf | None, Images, dict[str, Term]]:
     """Check quickly that everything fits together, without writing anything. Returns the source of mixed images
@@ -616,6 +651,7 @@ def _plan(teacher, student: nn.Module, images: Images, terms: Terms, mixers: _On
     if any(unwrapped(student) is t for t in getattr(teacher, "teachers", [teacher])):
         raise ValueError("Expected a student other than the teacher, got the teacher itself.")
     check_training(recipe, len(images))
+    check_views(recipe, images)
     width = check_parts(teacher, terms, mixers, images, student)
     learned = images.split(recipe.held_out)[1] if recipe.held_out else images
     features = make_terms(terms, student, teacher, learned, recipe.seed)  # an invalid one raises here
@@ -658,6 +694,7 @@ def distill(teacher: Callable | list[nn.Module] | None,  # images to logits; a l
     _check_stock_settings(mixed_pad, folder)
     teacher, (images, test) = _as_teacher(teacher), (data.train, data.test) if isinstance(data, Data) else (data, None)
     terms, mixers = _terms_and_mixers(method, mixer, probability, mixes)
+    _check_settings_used(_as_list(mixer), mixes, mixing, mixed_pad)
     mixers, learned, features = _plan(teacher, student, images, terms, mixers, recipe)
     stock = (_plan_stock(teacher, learned, mixes, mixing, recipe.seed, folder, mixed_pad)
              if mixers and "supermix" in mixers.mixers else None)

@@ -167,6 +167,7 @@ class AB(Term):
     """Activation boundaries of all stages, as a first stage (Heo et al. 2019): 3/1000 of the sum of `ab_loss`, of which
     the last stage counts fully and each one before it half as much. Raises a ValueError if numbers of stages differ."""
     first, later = True, False
+    student_needs, teacher_needs = ("preactivations", "parts"), ("preactivations",)
     held = True  # whether the student's neck (a WRN's last norm) stays as it is in the first stage (CRD benchmark)
 
     def __init__(self, student: Outputs, teacher: Outputs, images: int,
@@ -194,7 +195,7 @@ class AB(Term):
 
 class FreeAB(AB):
     "Activation boundaries with a student that is trained as a whole, its last norm as well (Heo et al. 2019)."
-    held = False
+    held, student_needs = False, ("preactivations",)
 
 # %% ../../nbs/41_distillation.hints.ipynb #8bb53513
 def ft_loss(student: torch.Tensor,  # the student's factor (B, c, h, w)

@@ -161,6 +161,8 @@ class Term(nn.Module):
     first = False         # whether it has a first stage of training, before the student's own
     first_lr = math.inf   # the largest learning rate for its first stage
     later = True          # whether it counts in the student's own training
+    student_needs: tuple[str, ...] = ()  # methods that the student must have besides `features`
+    teacher_needs: tuple[str, ...] = ()  # methods that the teacher must have besides `features`
 
     def __init__(self,
                  student: Outputs,  # the student's outputs for a probe batch, for the shapes

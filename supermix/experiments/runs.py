@@ -509,7 +509,8 @@ def _noise_objective(variant: Variant, student: nn.Module, teacher: nn.Module | 
     terms, mixer = _row_terms(variant), None
     if terms.mixes:  # stored mixes are mixed as fast as MixUp's
         mixer = _ROW_MIXERS["mixup" if variant.mixer in (None, "supermix") else variant.mixer](teacher, info)
-    return Distillation(teacher, terms, mixer, student, ArrayImages(info, pixels, torch.arange(n) % classes))
+    images = ArrayImages(info, pixels, torch.arange(n) % classes)
+    return Distillation(teacher, terms, mixer, student, images, first_stage=1)  # only the later stage is timed
 
 def estimate_cost(recipe: Recipe, variant: Variant = Variant("kd"),
                   data: Data | None = None,  # None: of the real sets' sizes

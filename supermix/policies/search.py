@@ -184,6 +184,15 @@ class PopulationFound:
                 f"loss {self.losses[-1].min():.3f} to {self.losses[-1].max():.3f} at the end")
 
 # %% ../../nbs/47_policies.search.ipynb #33c56f20
+def _round_training(recipe: PopulationRecipe,
+                    r: int,       # the round
+                    member: int,
+                    ) -> Training:
+    "The training of a member in a round: at a constant rate, that of the whole training in the round's middle."
+    lr = recipe.training.lr_at((r + 0.5) * recipe.every)
+    return replace(recipe.training, epochs=recipe.every, lr=lr, schedule="steps", milestones=(), warmup=0,
+                   seed=recipe.seed + r * recipe.members + member)
+
 def search_population(images: Images,    # to learn from
                       judged: Images,    # others, to judge with
                       recipe: PopulationRecipe = PopulationRecipe(),
@@ -203,8 +212,7 @@ def search_population(images: Images,    # to learn from
             losses = torch.zeros(recipe.members)
             for i, network in enumerate(networks):
                 policy = Policy("member", _parameter_lines(parameters[i]), picks=2)
-                short = replace(recipe.training, epochs=recipe.every, lr=recipe.training.lr_at(r * recipe.every),
-                                milestones=(), warmup=0, seed=recipe.seed + r * recipe.members + i)
+                short = _round_training(recipe, r, i)
                 train(network, Augmented(images, policy), short, title="member")
                 losses[i] = _judge_policy(network, judged, Policy("none"), draws=1).mean()
                 bar.update()

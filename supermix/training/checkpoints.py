@@ -30,16 +30,32 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 # %% ../../nbs/20_training.checkpoints.ipynb #fe16f5f7
+def _read(content: bytes) -> dict:
+    "The state in a checkpoint's bytes, with tensors on the processor; anything but plain values is an error."
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+def _written(state: dict) -> bytes:
+    "The bytes of a checkpoint. Raises a ValueError that names an entry which `load_checkpoint` could not read."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try: _read(buffer.getvalue())
+    except Exception as error:  # pickle's errors are of many kinds
+        if len(state) > 1:
+            for name, value in state.items(): _written({name: value})  # which entry is it?
+        raise ValueError("Expected a checkpoint of tensors, numbers, text and None, in dictionaries, lists and tuples, "
+                         f"got other values in {', '.join(map(str, state))}: convert NumPy's numbers with float() or "
+                         "int(), and its arrays with torch.from_numpy.") from error
+    return buffer.getvalue()
+
 def save_checkpoint(folder: str | Path,  # created if it is missing
                     step: int,           # number of updates so far
                     state: dict,         # tensors, numbers, text and None, in dictionaries, lists and tuples
                     keep: int = 2,       # number of checkpoints to keep
                     ) -> Path:           # the file
-    "Write a checkpoint atomically, and delete all but the last `keep`, which must be 1 or more."
+    """Write a checkpoint atomically, and delete all but the last `keep`, which must be 1 or more. A ValueError, and
+    nothing is written, if it holds values that `load_checkpoint` could not read."""
     if keep < 1: raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}.")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
+    content = _written(state)
     path = write_atomic(Path(folder) / f"step-{step:09d}-{_digest(step, content)}.pt", content)
     begun = Path(folder).glob(".step-*.pt.*")  # left by a run that was killed while writing
     for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]:
@@ -59,7 +75,7 @@ def load_checkpoint(path: str | Path,  # a file that `save_checkpoint` wrote
     if _digest(int(name[1]), content) != name[2]:
         raise ValueError(f"The checkpoint {path} was changed or cut off, or renamed: "
                          f"its content does not fit its name. {advice}")
-    try: return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try: return _read(content)
     except Exception as error:  # pickle's errors are of many kinds
         raise ValueError(f"The checkpoint {path} holds more than plain values and was not read "
                          f"({str(error).splitlines()[0]}). {advice}") from error

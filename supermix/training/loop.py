@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, isfinite
 from pathlib import Path
@@ -106,7 +106,7 @@ class Objective(nn.Module):
                     epoch: int,          # the number of the epoch, from 0
                     ) -> None:
         """Called before each epoch, and again if a run is resumed within one. Choose here what learns in this epoch
-        (`requires_grad_` of parameters), or the weight of a term."""
+        (`requires_grad_` of parameters; it is undone when the training ends), or the weight of a term."""
     def resets_optimiser(self, epoch: int) -> bool:
         "Called after `begin_epoch`, before the epoch's first update: True makes the optimiser forget its momentum."
         return False
@@ -146,7 +146,8 @@ class Objective(nn.Module):
 
 # %% ../../nbs/22_training.loop.ipynb #0b1ec7a9
 class _FunctionObjective(Objective):
-    "A function as an objective."
+    """A function as an objective. A run is resumed only with a function of the same module and name; whether its body
+    has changed is not compared."""
     def __init__(self, function: Callable):
         super().__init__()
         self.function = function
@@ -155,9 +156,18 @@ class _FunctionObjective(Objective):
 
     def capturable(self, epoch): return self.function is label_objective
 
+    def identity(self):
+        if self.function is label_objective: return {"objective.function": "label_objective"}
+        named = getattr(self.function, "func", self.function)  # of a functools.partial
+        if not hasattr(named, "__qualname__"): named = type(named)
+        return {"objective.function": f"{named.__module__}.{named.__qualname__}"}
+
 def _as_objective(objective) -> Objective:
     "Turn a function into an `Objective`; anything else that is not an `Objective` raises a ValueError."
     if isinstance(objective, Objective): return objective
+    if isinstance(objective, type):
+        raise ValueError(f"Expected an objective, got the class {objective.__name__}: "
+                         f"pass {objective.__name__}(), an object.")
     if callable(objective) and not isinstance(objective, nn.Module): return _FunctionObjective(objective)
     raise ValueError("Expected a function (network, batch) -> loss, or an object of a class derived from "
                      f"supermix.training.Objective, got {type(objective).__name__}: "
@@ -264,9 +274,10 @@ def _run_identity(network: nn.Module, images: Images, recipe: Training) -> dict:
 def _make_optimiser(recipe: Training, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     "SGD or AdamW, as the recipe says."
     r = recipe
+    momentum, decay = float(r.momentum), float(r.weight_decay)  # a checkpoint cannot hold NumPy's numbers
     if r.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=r.lr, betas=(r.momentum, 0.999), weight_decay=r.weight_decay)
-    return torch.optim.SGD(parameters, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov)
+        return torch.optim.AdamW(parameters, lr=r.lr, betas=(momentum, 0.999), weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=r.lr, momentum=momentum, weight_decay=decay, nesterov=r.nesterov)
 
 # %% ../../nbs/22_training.loop.ipynb #b4c43820
 class _Kept:
@@ -355,7 +366,8 @@ def _entries_agree(name: str, old, new) -> bool:
 def _check_identity(folder: str | Path, old: dict, new: dict) -> list[str]:
     "Raise a ValueError that names the differences between a checkpoint and this run; returns what is not recorded."
     old = later_defaults(Training) | {f"terms.{k}": v for k, v in later_defaults(Terms).items()} | old
-    unknown = [name for name in new if name.startswith("images.") and name not in old]
+    unknown = [name for name in new
+               if (name.startswith("images.") or name == "objective.function") and name not in old]
     if isinstance(new.get("teacher"), list) and "teacher" in old and old["teacher"] is None: unknown.append("teacher")
     shown = lambda name, value: f"logits {value[:3]} …" if name == "teacher" and isinstance(value, list) else value
     differ = [f"{name} ({shown(name, old.get(name))} there, {shown(name, value)} now)"
@@ -550,6 +562,15 @@ def _share_layout(optimiser: torch.optim.SGD) -> None:
         held = state.get("momentum_buffer")
         if held is not None and held.stride() != p.stride(): state["momentum_buffer"] = torch.empty_like(p).copy_(held)
 
+@contextmanager
+def _recording(graph: "torch.cuda.CUDAGraph", device: torch.device) -> Iterator[None]:
+    "Record the block as a graph on this GPU, on a stream of its own; the stream before it is current again afterwards."
+    before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    with torch.cuda.device(device):
+        try:  # thread_local: another thread prepares the next batch meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"): yield
+        finally: torch.cuda.set_stream(before)  # torch does not go back to it if a recording fails
+
 # %% ../../nbs/22_training.loop.ipynb #3088eec2
 class _Replayed:
     """An update as one CUDA graph: batch, forward pass, loss, gradient and optimiser, recorded once and replayed. The
@@ -566,6 +587,7 @@ class _Replayed:
         self.made = 0         # updates that were not replayed
         self.recording = False
         for group in run.optimiser.param_groups: group.update(lr=self.lr, fused=True)
+        run.lr = None  # the new tensor does not hold it yet
 
     def body(self) -> torch.Tensor:
         "One update; its loss."
@@ -597,8 +619,7 @@ class _Replayed:
         self.run.optimiser.zero_grad(set_to_none=True)
         self.recording = True
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread prepares the next batch meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"): self.loss = self.body()
+        with _recording(self.graph, self.device): self.loss = self.body()
         self.recording = False
 
     def fill(self, prepared) -> None:
@@ -616,6 +637,7 @@ def _why_eager(run: _Run, images: Images, device: torch.device) -> str:
     if device.type != "cuda": return "not on a GPU"
     if world()[1] > 1: return "several processes"
     if not run.objective.capturable(run.epoch): return "the objective is not capturable"
+    if getattr(images, "policy", None): return "the images are under a policy"
     if not isinstance(images, ArrayImages) or images.labels.device != device: return "the images are not on the GPU"
     if run.recipe.optimizer != "sgd": return f"{run.recipe.optimizer} is not recorded"
     if len(images) < 4 * run.recipe.batch_size: return "fewer than four full batches"
@@ -639,6 +661,7 @@ def _prepared_steps(run: _Run, images: Images, steps: range) -> Iterator:
 # %% ../../nbs/22_training.loop.ipynb #aed12dc9
 def _set_rate(run: _Run, lr: float) -> None:
     "Set the optimiser's learning rate if it has changed."
+    lr = float(lr)  # an objective may return NumPy's
     for group in run.optimiser.param_groups:
         if not isinstance(group["lr"], torch.Tensor): group["lr"] = lr
         elif lr != run.lr: group["lr"].fill_(lr)  # no copy from the processor
@@ -713,7 +736,8 @@ def _end_epoch(run: _Run, images: Images, held: Images | None, begun: float, bef
     log.add(epoch=run.epoch + 1, step=run.updates, lr=run.lr,  # the last one used
             loss=sum(run.losses) / len(run.losses),
             **{"images/s": round(count / seconds, 1), "seconds": round(run.history.seconds, 2)}, **held_out,
-            **({"bfloat16": int(run.bfloat16)} if run.recipe.bfloat16_if_faster else {}), **run.objective.log_entries())
+            **({"bfloat16": int(run.bfloat16)} if run.recipe.bfloat16_if_faster else {}),
+            **{name: float(value) for name, value in run.objective.log_entries().items()})
     run.history.rows, run.history.images = log.rows, run.history.images + len(images)
     bar.set_postfix(epoch=run.epoch + 1, loss=f"{log.rows[-1]['loss']:.3f}")
     run.epoch = run.epoch + 1
@@ -726,10 +750,22 @@ def check_training(recipe: Training, images: int) -> None:
     if recipe.held_out >= images:
         raise ValueError(f"Expected to hold out fewer than the {images:,} images, got held_out {recipe.held_out:,}.")
 
-def _check_views(recipe: Training, images: Images) -> None:
-    "Raise a ValueError if views are fixed but a policy changes from epoch to epoch."
-    if recipe.views and getattr(getattr(images, "policy", None), "later", None):
-        raise ValueError(f"{images.policy} changes from epoch to epoch: use views=None, or another policy.")
+def check_views(recipe: Training, images: Images) -> None:
+    "Raise a ValueError if a policy changes from epoch to epoch, but views are fixed or the training is not as long."
+    policy = getattr(images, "policy", None)
+    if not getattr(policy, "later", None): return
+    if recipe.views: raise ValueError(f"{policy} changes from epoch to epoch: use views=None, or another policy.")
+    if images.epochs != recipe.epochs:
+        raise ValueError(f"Expected a schedule as long as the training's {recipe.epochs} epochs, got {policy} over "
+                         f"{images.epochs}: Augmented(images, policy, epochs={recipe.epochs}).")
+
+@contextmanager
+def _flags_kept(network: nn.Module) -> Iterator[None]:
+    "Within the block an objective may choose what learns; after it each parameter learns or is frozen as before."
+    learned = [(p, p.requires_grad) for p in network.parameters()]
+    try: yield
+    finally:
+        for p, flag in learned: p.requires_grad_(flag)
 
 # %% ../../nbs/22_training.loop.ipynb #937a475d
 @interruptible()
@@ -748,7 +784,7 @@ def train(network: nn.Module,                # trained in place; images (B, 3, H
     run, and a FloatingPointError if a loss or a weight is not finite."""
     _check_joined()
     check_training(recipe, len(images))
-    _check_views(recipe, images)
+    check_views(recipe, images)
     objective = _as_objective(objective)
     held, images = images.split(recipe.held_out) if recipe.held_out else (None, images)
     device = next(network.parameters()).device
@@ -759,8 +795,9 @@ def train(network: nn.Module,                # trained in place; images (B, 3, H
     if run.bfloat16 is None: run.bfloat16 = _choose_bfloat16(device)
     main, steps = world()[0] == 0, ceil(len(images) / recipe.batch_size)
     log = Log(folder if main else None, run.history.rows, title, live and main)
-    with closing(log), progress(title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
-                                **({} if main else {"disable": True})) as bar:
+    with closing(log), _flags_kept(network), progress(
+            title=title, total=recipe.epochs * steps, initial=run.updates, unit="batch",
+            **({} if main else {"disable": True})) as bar:
         while run.epoch < recipe.epochs:
             begun, before = time.perf_counter(), run.step
             run.clock = begun
@@ -776,6 +813,12 @@ def train(network: nn.Module,                # trained in place; images (B, 3, H
     return run.history
 
 # %% ../../nbs/22_training.loop.ipynb #7110dbb7
+def _write_teacher(teacher: nn.Module, path: Path, half: bool, card: dict) -> None:
+    "Write the weights, and the card beside them, with the weights' hash."
+    save(teacher, path, half, accuracy=card["test_accuracy"])
+    card["sha256"] = file_hash(path)
+    write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1).encode())
+
 def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
                  root: Path | None = None, quick: bool = False, compile: bool = False,
                  device: str | None = None, half: bool = False) -> Path:
@@ -800,14 +843,15 @@ def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "re
     history = train(teacher, source.train, recipe, title=f"{network} on {data}", test=None if half else source.test,
                     folder=Path(out) / f"{name}_training")
     if half: history.test = accuracy(teacher.half().float(), source.test)
-    reached = round(history.test, 2)
-    path = save(teacher, Path(out) / f"{name}.safetensors", half, accuracy=reached)
+    reached, path = round(history.test, 2), Path(out) / f"{name}.safetensors"
     card = {"network": network, "parameters": sum(p.numel() for p in teacher.parameters()), "data": data,
             "training_images": len(source.train), "test_images": len(source.test), "test_accuracy": reached,
             "final_loss": round(history.loss[-1], 4), "recipe": asdict(recipe),
             "command": f"supermix teacher --data {data}" + f" --network {network}" * (network != "resnet20")
             + " --quick" * quick + " --compile" * compile + " --half" * half, "torch": torch.__version__,
-        "device": where.type, "sha256": file_hash(path)}
-    write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1).encode())
-    print(f"{data}: {reached:.2f} % on {len(source.test):,} test images after {history}; written to {path}")
+            "device": where.type}
+    if world()[0] == 0:  # each process has its own batch norm statistics: weights and card are the first one's
+        _write_teacher(teacher, path, half, card)
+        print(f"{data}: {reached:.2f} % on {len(source.test):,} test images after {history}; written to {path}")
+    if world()[1] > 1: dist.barrier()  # all find the files
     return path
