@@ -14,6 +14,8 @@ from safetensors.torch import save as to_safetensors
 from supermix.core import weights_hash
 from supermix.data import FolderImages, Info, load_data
 from supermix.models.shakeshake import ShakeShake
+from supermix.policies.policies import load_policy, save_policy
+from supermix.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from supermix.training.loop import accuracy
 from supermix.zoo import _as_batch, _crd_keys, _shipped, create, load, load_crd, predict, pretrained, save, table
 from torch import nn
@@ -493,3 +495,7 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     torch.save(create("resnet8", 10).state_dict(), tmp_path / "me" / "theirs.pt")
     with pytest.raises(ValueError, match="missing"):  # found, and of another kind
         load_crd(create("resnet8", 10), "~/theirs.pt")
+    path = save_checkpoint("~/run", 3, {"step": 3})
+    assert checkpoints("~/run") == [path] == list((tmp_path / "me" / "run").iterdir())
+    assert load_checkpoint("~/run/" + path.name) == {"step": 3}
+    assert load_policy(save_policy(load_policy("randaugment"), "~/mine.json")) == load_policy("~/mine.json")

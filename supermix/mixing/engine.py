@@ -287,12 +287,15 @@ class _Replayed:
 
     def record(self) -> None:
         "Record the graph, which computes nothing yet; if the teacher's code does not allow it, note why and continue."
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"): _step_slots(self.slots)
-        except torch.OutOfMemoryError: raise
-        except RuntimeError as error: self.why = f"the recording failed: {str(error).splitlines()[0]}"
-        else: self.graph = graph
+        graph, device = torch.cuda.CUDAGraph(), self.slots.device
+        before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        with torch.cuda.device(device):
+            try:
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"): _step_slots(self.slots)
+            except torch.OutOfMemoryError: raise
+            except RuntimeError as error: self.why = f"the recording failed: {str(error).splitlines()[0]}"
+            else: self.graph = graph
+            finally: torch.cuda.set_stream(before)  # torch does not go back to it if a recording fails
 
     @property
     def how(self) -> str:

@@ -452,7 +452,7 @@ def load_policy(name: str | Path,           # a name of `_POLICIES`, a policy fi
                 epochs: int | None = None,  # of the search that wrote a schedule of PBA's (theirs: CIFAR 200, SVHN 160)
                 ) -> Policy:
     "A policy by name or from a file. An invalid file raises a ValueError that names it."
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix not in (".json", ".txt"): policy = lookup(_POLICIES, str(name), "policy")
     else:
         if not path.is_file(): raise FileNotFoundError(f"There is no policy file {name}.")

@@ -26,7 +26,7 @@ def _digest(step: int, content: bytes) -> str:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     "The paths of the checkpoints in a folder, the newest last; empty if there are none."
-    found = [path for path in Path(folder).glob("step-*.pt") if _CHECKPOINT_NAME.fullmatch(path.name)]
+    found = [path for path in Path(folder).expanduser().glob("step-*.pt") if _CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found)
 
 # %% ../../nbs/20_training.checkpoints.ipynb #fe16f5f7
@@ -57,7 +57,7 @@ def save_checkpoint(folder: str | Path,  # created if it is missing
     if keep < 1: raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}.")
     content = _written(state)
     path = write_atomic(Path(folder) / f"step-{step:09d}-{_digest(step, content)}.pt", content)
-    begun = Path(folder).glob(".step-*.pt.*")  # left by a run that was killed while writing
+    begun = path.parent.glob(".step-*.pt.*")  # left by a run that was killed while writing
     for old in [*[p for p in checkpoints(folder) if p != path][:-(keep - 1) or None], *begun]:
         old.unlink(missing_ok=True)
     return path
@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path,  # a file that `save_checkpoint` wrote
                     ) -> dict:         # the saved state, with tensors on the processor
     """Read a checkpoint. Raises a ValueError if the file was changed, cut off or renamed, or contains code (which never
     runs), and a FileNotFoundError if there is none."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"There is no checkpoint {path}.")
     content, name = path.read_bytes(), _CHECKPOINT_NAME.fullmatch(path.name)
     advice = "Delete it to resume from the previous one."

@@ -30,7 +30,7 @@ def _write_log(path: str | Path,   # the file; its folder is created if it is mi
 
 def read_log(path: str | Path) -> list[dict]:
     "The rows of a log, numbers by name; an empty cell is missing in its row."
-    with open(path, newline="") as file:
+    with open(Path(path).expanduser(), newline="") as file:
         return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
 # %% ../../nbs/21_training.logs.ipynb #c076816c
@@ -65,7 +65,7 @@ class Log:
                  title: str = "",                   # above the picture
                  live: bool = False,                # whether to show the growing picture in a notebook
                  ):
-        self.folder = folder and Path(folder)
+        self.folder = folder and Path(folder).expanduser()
         self.rows = list(rows)
         self.title = title
         self.live = live
