@@ -43,18 +43,19 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     return partial(demo, scale, out)
 
 def explore(data: Path | None = None, teacher: Path | None = None, network: str | None = None,
-            out: Path = Path("out/explore"), browser: bool = True) -> Callable:
+            size: int | None = None, out: Path = Path("out/explore"), browser: bool = True) -> Callable:
     """Watch how SuperMix finds masks, in JupyterLab on this machine, with your own pictures and teacher (chapter 72).
 
     Args:
         data: a folder of pictures, or the name of a data set; none: CIFAR-100 if it is found.
         teacher: a file of weights; none: the teacher that comes with this package for the data set.
-        network: the network of these weights, from the zoo or timm; none: as the file says (zoo.save).
-        out: the folder for the notebook and for the pictures that you save in it.
+        network: the network of the weights, such as timm/resnet18; none: as the file says (zoo.save).
+        size: height and width of a folder's pictures for the network, in pixels; none: as in its training.
+        out: the folder for the notebook and for the pictures that you save in it; a notebook that you changed is kept.
         browser: open JupyterLab in a browser; otherwise only print its address.
     """
     from supermix.explore.widget import open_explorer
-    return partial(open_explorer, data, teacher, network, out, browser)
+    return partial(open_explorer, data, teacher, network, size, out, browser)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
             root: Path | None = None, quick: bool = False, compile: bool = False,
