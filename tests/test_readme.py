@@ -138,6 +138,8 @@ def test_the_commands_in_a_shell_are_understood(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8)).save(tmp_path / "photos" / part / name / "0.png")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^supermix .*", README, re.MULTILINE)]
     assert [words[1] for words in commands] == ["explore", "generate", "distill", "predict"]
+    size = re.search(r"size=(\d+)", SNIPPETS[0])[1]  # as the teacher was trained
+    assert all(words[words.index("--size") + 1] == size for words in commands[:3])
     work = [parse_command(words[1:]) for words in commands]
     assert all(callable(one) for one in work)
 
@@ -147,6 +149,19 @@ def test_the_snippet_without_pictures_of_ones_own(tmp_path):
 
 
 # ---- the rest of the page
+
+
+def test_what_runs_at_night_is_all_that_a_pull_request_must_pass():
+    rules = dict(re.findall(r"^(test(?:-slow)?):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tools = {name: re.findall(r"ruff \w+|house.py check|nbdev_test|pytest tests", rule) for name, rule in rules.items()}
+    assert len(tools["test"]) == 5 and tools["test"] == tools["test-slow"]
+
+
+def test_contributing_names_the_chapter_of_every_experiment():
+    rooms = re.search(r"^\| `experiments/` \| ([\d, –]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1]
+    spans = [[int(n) for n in part.split("–")] for part in rooms.split(", ")]
+    chapters = [int(path.name[:2]) for path in (ROOT / "nbs").glob("*_experiments.*.ipynb")]
+    assert all(any(span[0] <= n <= span[-1] for span in spans) for n in chapters), chapters
 
 
 def test_the_commands_are_there():
