@@ -340,6 +340,18 @@ def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
     assert not (tmp_path / "teachers").exists()
 
 
+@pytest.mark.parametrize("method", ["kd", "fitnet", "sp"])
+def test_a_row_is_checked_where_its_teacher_is(method, digits, monkeypatch):
+    "A file's teacher is on the run's device. Here that is torch's meta device, whose tensors have no values to check."
+    monkeypatch.setattr("supermix.distillation.distill.check_teacher", lambda *_: None)
+    monkeypatch.setattr("supermix.mixing.solver.check_logits", lambda logits, *_: logits)
+    recipe = replace(TINY, training=replace(TINY.training, batch_size=39))  # the last batch is a single image
+    teacher = create(recipe.teacher, 10).to("meta")
+    _check_row(recipe, Variant(method), digits.train.subset(40), teacher)
+    with pytest.raises(_Impossible, match="classes"):
+        _check_row(recipe, Variant(method), digits.train.subset(40), create(recipe.teacher, 7).to("meta"))
+
+
 def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)

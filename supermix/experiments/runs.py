@@ -152,7 +152,8 @@ def _check_row(recipe: Recipe, variant: Variant, images: Images,
     impossible or the last batch is too small."""
     terms, classes = _row_terms(variant), len(images.info.classes)
     if teacher is None and _needs_teacher(variant): teacher = create(recipe.teacher, classes)
-    student = create(recipe.student, classes)
+    here = next(teacher.parameters(), torch.empty(0)).device if teacher is not None else "cpu"
+    student = create(recipe.student, classes).to(here)
     images[:2]  # an unreadable image is not the row's fault
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
@@ -170,7 +171,7 @@ def _row_mixing(recipe: Recipe, variant: Variant) -> Mixing:
 def _check_last_batch(student: nn.Module, recipe: Training, images: Images) -> None:
     "Raise a ValueError if an epoch ends with a single image, and the student has batch norm."
     if (len(images) - recipe.held_out) % recipe.batch_size != 1: return
-    try: student.train()(images[:1][0])
+    try: student.train()(to_device(images[:1][0], student))
     except ValueError as error:
         raise ValueError(f"The last batch of an epoch is a single image, from which this student's batch norm cannot "
                          f"learn: choose another batch_size than {recipe.batch_size}.") from error
