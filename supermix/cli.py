@@ -220,7 +220,10 @@ def _teacher_and_file(recipe: Recipe, pictures: Pictures, file: Path | None) -> 
     "The name of the teacher's network and the file of its weights; --teacher may be either."
     if file is not None: return pictures.network or recipe.teacher, file
     path = Path(recipe.teacher).expanduser()
-    if path.suffix not in (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar"): return recipe.teacher, None
+    if path.suffix not in (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar"):
+        if pictures.network is None: return recipe.teacher, None
+        raise ValueError(f"Expected --teacher FILE with --network {pictures.network}, a file of its weights; "
+                         "to train a network, name it by --teacher or --student.")
     from supermix.zoo import open_network
     return pictures.network or open_network(path).name, path
 
@@ -308,6 +311,19 @@ def _with_base(command: Callable, bases: dict[str, Recipe], args: list[str]) -> 
             recipe = replace(recipe, low_lr=None if said.low_lr == "none" else float(said.low_lr))
     return partial(command, recipe=recipe.pair(said.teacher or recipe.teacher, said.student or recipe.student))
 
+def _check_mixer_options(args: list[str]) -> None:
+    "Raise a ValueError if options of `distill` or `train` would be ignored, because their mixer is not named."
+    peek = ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--mixer", default="none")
+    mixer = peek.parse_known_args(args)[0].mixer
+    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    if "--help" in given: return
+    search = [name for name in given if name in ("--mixes", "--mixed-pad") or name.startswith("--mixing.")]
+    if search and mixer != "supermix":
+        raise ValueError(f"Expected --mixer supermix with {', '.join(search)}, got --mixer {mixer}.")
+    if "--label" in given and mixer == "none":
+        raise ValueError("Expected --mixer NAME with --label, which is the label of mixed images, got --mixer none.")
+
 def _with_count(command: Callable, args: list[str]) -> Callable:
     "The command `generate`; it makes 1,000 images by default if the data are a folder of photographs."
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -334,6 +350,7 @@ def parse_command(args: list[str]) -> Callable:  # does the work
     name, options = (args[0], args[1:]) if args else ("", [])
     if name and not name.startswith("-"): lookup(COMMANDS, name, "command")
     bases = {"distill": BASES, "train": CLASSIFIER_BASES}
+    if name in bases: _check_mixer_options(options)
     commands = COMMANDS | {name: _with_base(COMMANDS[name], bases[name], options) for name in {name} & set(bases)}
     if name == "generate": commands[name] = _with_count(generate, options)
     with _RULES:

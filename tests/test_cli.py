@@ -191,7 +191,16 @@ def test_none_has_one_spelling_and_others_are_understood():
     } <= set(found) and len(found) > 20
     for name in dict.fromkeys(name for name, _ in found):
         options = [option for command, option in found if command == name]
-        needed = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
+        if name in ("distill", "train"):  # some options need a mixer
+            options = [option for option in options if option != "--mixer"]
+        mixed = ["--mixer", "supermix"]
+        needed = {
+            "teacher": ["--data", "digits"],
+            "predict": ["a.png", "--weights", "b.pt"],
+            "distill": mixed,
+            "train": mixed,
+        }
+        needed = needed.get(name, [])
         flat = [option.replace("hold", "start") for option in options if option.endswith("mixing.hold")]  # regions hold
         needed += [word for option in flat for word in (option, "flat")]
         plain, *others = (
@@ -249,6 +258,14 @@ TINY = [
         ("distill --student imagenet_resnet18 --training.batch-size 39", "choose another batch_size than 39"),
         ("distill --teacher-file nowhere.pth", "no teacher's file nowhere.pth"),
         ("train --policy RandAugment", "Did you mean 'randaugment'"),
+        ("distill --network resnet56", "Expected --teacher FILE with --network resnet56, a file of its weights"),
+        ("distill --teacher wrn_40_2 --network resnet56", "Expected --teacher FILE with --network resnet56"),
+        ("train --network timm/resnet18", "Expected --teacher FILE with --network timm/resnet18"),
+        ("train --label softmax", "Expected --mixer NAME with --label"),
+        ("distill --mixes 1000", "Expected --mixer supermix with --mixes, got --mixer none"),
+        ("distill --mixer mixup --mixing.k=3", "Expected --mixer supermix with --mixing.k, got --mixer mixup"),
+        ("distill --mixed_pad none --mixer none", "Expected --mixer supermix with --mixed-pad, got --mixer none"),
+        ("train --mixer cutmix --mixes 24", "Expected --mixer supermix with --mixes, got --mixer cutmix"),
         ("train --mixer supermix --mixing.k 1", "k of 2 or more"),
     ],
 )

@@ -227,6 +227,7 @@ def _open_teacher(recipe: Recipe, data: Data,
                   folder: str | Path,              # the folder for teachers that are trained here
                   file: str | Path | None = None,  # the teacher's weights; None: torchvision's, or trained here
                   device: torch.device | str = "cpu",
+                  minutes: float = 10.0,           # between checkpoints of the training here
                   ) -> nn.Module:
     """The recipe's teacher, in evaluation mode: from its file, from torchvision, or trained by `teacher_training`.
     A FileNotFoundError or ValueError says what is wrong with a file."""
@@ -241,7 +242,7 @@ def _open_teacher(recipe: Recipe, data: Data,
             torch.manual_seed(recipe.teacher_training.seed)
             teacher = create(recipe.teacher, classes).to(device)
             history = train(teacher, data.train, recipe.teacher_training, title=f"teacher {recipe.teacher}",
-                            test=data.test, folder=path.with_suffix(""))
+                            test=data.test, folder=path.with_suffix(""), minutes=minutes)
             if world()[0] == 0: save(teacher, path, accuracy=history.test)
             _wait_for_all()
     return load(path).to(device)
@@ -405,7 +406,7 @@ def run(recipe: Recipe,
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claim_for_all(path):
         if teacher is None and _needs_teacher(variant):
-            teacher = _open_teacher(recipe, data, places.folder, None, device)
+            teacher = _open_teacher(recipe, data, places.folder, None, device, places.minutes)
         student, history = _train_student(recipe, variant, places, data, teacher, device)
         figures = _history_record(history) | {"parameters": sum(p.numel() for p in student.parameters())}
         where = _device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
