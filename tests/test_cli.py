@@ -17,11 +17,12 @@ from termios import TIOCSWINSZ
 import pytest
 
 import supermix
-from supermix import cli
+from supermix import cli, data
 from supermix.cli import COMMANDS, MIXER_NAMES, parse_command
 from supermix.experiments import demo, runs, study, throughput
 from supermix.experiments.photographs import predict_command
 from supermix.mixing.generate import command
+from supermix.training import loop
 from supermix.training.loop import make_teacher
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "matplotlib", "sklearn", "scipy", "skimage", "sympy", "pandas")
@@ -161,6 +162,27 @@ def test_an_unknown_name_is_one_line_with_the_nearest(line, message, tmp_path, m
         cli.main(line.split())
     assert str(end.value).startswith(f"supermix: {message}") and len(str(end.value).splitlines()) == 1
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize(
+    "line",
+    ["distill", "train --scale smoke", "teacher --data digits", "study", "race --data digits", "large", "throughput"],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(line, device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def read(*args, **kwargs):
+        raise AssertionError("data are read before the device is known")
+
+    for module in (data, loop, runs, study, throughput):
+        monkeypatch.setattr(module, "load_data", read)
+    with pytest.raises(SystemExit) as end:
+        cli.main([*line.split(), "--device", device])
+    assert str(end.value).startswith(
+        f"supermix: Expected a device that this machine has, such as cpu or cuda:0, got '{device}': "
+    )
+    assert len(str(end.value).splitlines()) == 1 and not list(tmp_path.rglob("*"))
 
 
 def optional():

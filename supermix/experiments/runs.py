@@ -294,14 +294,6 @@ def _check_names(recipe: Recipe, variant: Variant,
     for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): full_name(name)
     _find_policy(variant, policies)
 
-def _open_device(name: str | None) -> torch.device:  # name: None: a GPU if there is one
-    "The device of this run, after joining the other processes under torchrun; a ValueError if it does not exist."
-    try: return torch.empty(0, device=join(name)).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError("Expected a device that this machine has, such as cpu or cuda:0, "
-                         f"got {name!r}: {why}") from error
-
 def _device_name(device: torch.device) -> str:
     "A GPU's name, or the number of the processor's threads."
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -391,7 +383,7 @@ def run(recipe: Recipe,
         ) -> dict:                   # the result: the content of its file
     """Train the student of a row, or resume its training, and write its result to a file. If this exists, return it.
     Raises a ValueError if a setting or an old result does not fit, and `_Impossible` if networks do not fit."""
-    device, path = _open_device(places.device), _result_path(recipe, variant, places.results)
+    device, path = join(places.device), _result_path(recipe, variant, places.results)
     found = _value_of_first(find_result(recipe, variant, places.results))
     if found:
         _check_result(found, recipe, variant, places, device)
@@ -522,7 +514,7 @@ def estimate_cost(recipe: Recipe, variant: Variant = Variant("kd"),
                   ) -> Cost:
     "Estimate the cost of a run on this machine from a few steps on noise; a ValueError if a setting does not fit."
     _check_names(recipe, variant)
-    device, processes = _open_device(device), world()[1]
+    device, processes = join(device), world()[1]
     n, classes, size, gigabytes = _data_size(recipe, data)
     size, used = recipe.size or size, min(n, recipe.train_images or n)
     check_training(recipe.training, used)
@@ -645,9 +637,10 @@ def run_command(recipe: Recipe, variant: Variant,
     _check_names(recipe, variant)
     if not places.minutes >= 0:
         raise ValueError(f"Expected 0 or more minutes between checkpoints, got {places.minutes}.")
-    if scale == "smoke" and places.root is None and recipe.data in _SIZES:
-        places = replace(places, root=_make_miniature(recipe.data, Path(places.folder) / "miniature"))
     try:
+        join(places.device)  # before anything is read or written
+        if scale == "smoke" and places.root is None and recipe.data in _SIZES:
+            places = replace(places, root=_make_miniature(recipe.data, Path(places.folder) / "miniature"))
         if only_cost or (scale != "smoke" and find_result(recipe, variant, places.results) is None):
             _print_cost(recipe, variant, scale, places)
         if only_cost: return

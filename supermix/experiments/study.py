@@ -42,7 +42,7 @@ from ..mixing.mixers import CutMix
 from ..mixing.solver import SuperMix
 from ..mixing.store import MixedDataset
 from ..recipes import FAST, FAST_0_1, METHODS, TEACHERS, Mixing, Training
-from ..training.loop import train
+from ..training.loop import check_device, train
 from ..zoo import create, load, pretrained, save
 
 # %% ../../nbs/60_experiments.study.ipynb #c6a01680
@@ -457,6 +457,7 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
             few that share a GPU.
     """
     if together < 1: raise ValueError(f"Expected 1 run or more together, got {together}.")
+    check_device(device)
     torch.set_num_threads(1)
     trials = all_trials()
     for name in groups: lookup(dict.fromkeys([*(t.group for t in trials), "prices"]), name, "group")

@@ -25,7 +25,7 @@ from torchvision import transforms
 from ..core import progress, write_atomic
 from ..data import ArrayImages, Images, Info, load_data
 from ..recipes import Training
-from ..training.loop import measure_bfloat16, train
+from ..training.loop import check_device, measure_bfloat16, train
 from ..zoo import create, multiply_adds
 
 # %% ../../nbs/23_experiments.throughput.ipynb #08975b08
@@ -132,12 +132,9 @@ def machine_facts(device: str | torch.device) -> dict[str, object]:
     return {"device": _processor_name(), **card, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 def best_device(device: str | None = None) -> str:  # None: a GPU where there is one
-    "The device that is asked for; a ValueError where it is a GPU, and there is none."
-    if device is None: return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"Expected a GPU for --device {device}, and PyTorch {torch.__version__} finds none: "
-                         "take cpu, or look at what `nvidia-smi` says.")
-    return device
+    "The name of the device that is asked for; a ValueError if this machine has none of this name."
+    found = check_device(device)
+    return device or found.type
 
 # %% ../../nbs/23_experiments.throughput.ipynb #f80f5505
 def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
