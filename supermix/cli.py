@@ -108,14 +108,13 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
     return partial(predict_command, images, weights, pictures, size, out, top)
 
 # %% ../nbs/90_cli.ipynb #6d6103bd
-def race(data: str = "auto", out: Path | None = None, rounds: int = 3, blocks: int = 4,
+def race(data: str = "fashion_mnist", out: Path | None = None, rounds: int = 3, blocks: int = 4,
          device: str | None = None) -> Callable:
     """Race the engine against the baseline (chapter 46); about twenty minutes on two cores.
 
     Args:
         data: a data set for which this package has a teacher.
-        out: the file that is written; none: results/engine.json, for CIFAR-100 and for a GPU with _cifar100 and _gpu in
-            its name.
+        out: the file that is written; none: results/engine.json, with the name of other data and _gpu for a GPU.
         rounds: how many times each is timed, in turn.
         blocks: blocks of 128 sets for each row of the trade-offs; on a GPU a race has four for each 128 slots.
         device: cpu or cuda; none: a GPU where there is one.

@@ -232,7 +232,7 @@ def test_what_the_text_says_of_the_charts(pictures):
     rows = pictures.accuracies()["Fashion-MNIST"]
     alt = re.search(r"from the lowest: (.*?), and level with it KD with double updates\]", README)[1]
     assert alt.split(", ") == sorted((row for row in rows if row != "KD, double updates"), key=lambda row: rows[row][0])
-    for file in pictures.RACES.values():
+    for file in pictures.RACES:
         if (ROOT / "results" / file).is_file():
             report = _read_report(ROOT / "results" / file)
             assert report["threads"] == 2 and report["teacher"].startswith("resnet20")
@@ -252,8 +252,12 @@ def test_the_charts_are_drawn_from_other_results_too(pictures, tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"accuracy": 50.0 + seed}))
     race = {"engine": {"images/s": 21.0}, "engine of version 0.1": {"images/s": 9.0}}
-    for file, baseline in (("engine.json", "plain"), ("engine_cifar100.json", "baseline")):
-        (tmp_path / file).write_text(json.dumps({"races": {"2": race | {baseline: {"images/s": 2.0}}}}))
+    for data, file, baseline in (
+        ("fashion_mnist", "engine.json", "plain"),
+        ("cifar100", "engine_cifar100.json", "baseline"),
+    ):
+        report = {"teacher": f"resnet20 on {data}", "races": {"2": race | {baseline: {"images/s": 2.0}}}}
+        (tmp_path / file).write_text(json.dumps(report))
     accuracies, speeds = pictures.accuracies(tmp_path), pictures.speeds(tmp_path)
     assert accuracies == {
         "Fashion-MNIST": {"KD": [50.5, 6.35, 2], "SuperMix + KD": [51.0, 2.48, 3]}
@@ -266,6 +270,8 @@ def test_the_charts_are_drawn_from_other_results_too(pictures, tmp_path):
     pictures.draw_speed(tmp_path / "speed.png", speeds)
     assert pictures.numbers_in(tmp_path / "accuracy.png") == accuracies
     assert pictures.numbers_in(tmp_path / "speed.png") == speeds
+    (tmp_path / "engine.json").write_text(json.dumps(report | {"teacher": "resnet20 on digits"}))
+    assert set(pictures.speeds(tmp_path)) == {"digits", "CIFAR-100"}  # what is in the file, whatever its name
 
 
 def test_the_pictures_are_small_and_all_of_them_are_shown():

@@ -7,9 +7,11 @@ __all__ = ['throughput']
 
 # %% ../../nbs/23_experiments.throughput.ipynb #51ac18c5
 import json
+import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +133,11 @@ def machine_facts(device: str | torch.device) -> dict[str, object]:
     card = {"device": torch.cuda.get_device_name(device), "driver": _driver_version()} if gpu else {}
     return {"device": _processor_name(), **card, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
+def given_command(function: Callable, name: str) -> str:  # the function that measures, and its command's name
+    "The command line of this process, for a file of results; called from Python, the function's name."
+    if sys.argv[1:2] == [name]: return shlex.join(["supermix", *sys.argv[1:]])
+    return f"{function.__module__}.{function.__qualname__}"
+
 def best_device(device: str | None = None) -> str:  # None: a GPU where there is one
     "The name of the device that is asked for; a ValueError if this machine has none of this name."
     found = check_device(device)
@@ -154,7 +161,8 @@ def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int
     speeds = {name: matmul_speed(getattr(torch, name), 8192 if gpu else 2048, device=device)
               for name in ("float32", "bfloat16")}
     result = _measure_throughput(source.train.subset(images), network, rounds=rounds, device=device)
-    facts = {"network": network, "batch": 128, "data": data, **machine_facts(device), "command": "supermix throughput"}
+    facts = {"network": network, "batch": 128, "data": data, **machine_facts(device),
+             "command": given_command(throughput, "throughput")}
     facts["a step in bfloat16, times as fast"] = measure_bfloat16(device)
     facts["ceiling, images/s"] = {name: _speed_bound(network, source.info, speed) for name, speed in speeds.items()}
     out = out or Path(f"results/throughput{'_gpu' if gpu else ''}.json")
