@@ -394,7 +394,7 @@ class Stop:
         sys.exit(130)
 
 # %% ../nbs/90_cli.ipynb #0ba86c66
-_RESUMABLE = {"distill", "train", "study"}  # commands that can be resumed; generate says so itself
+_RESUMABLE = {"distill", "train", "teacher", "study"}  # commands that can be resumed; generate says so itself
 
 def _set_ctrl_c(action: Callable) -> None:
     "Let Ctrl-C call `action`, unless it is switched off."

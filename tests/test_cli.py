@@ -551,6 +551,20 @@ def test_a_job_in_the_background_is_left_alone(tmp_path):
     assert ended(process) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize(
+    "name, resumed", [(name, name in ("distill", "train", "teacher", "study")) for name in COMMANDS]
+)
+def test_a_stopped_command_says_whether_it_can_be_resumed(name, resumed, monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse_command", stop)
+    with pytest.raises(SystemExit) as end:
+        cli.main([name])
+    said = "supermix: stopped." + " Run the same command again to resume it." * resumed
+    assert end.value.code == 130 and capsys.readouterr().err == said + "\n"
+
+
 def test_whoever_calls_main_keeps_their_ctrl_c(capsys):
     before = signal.getsignal(signal.SIGINT)
     cli.main(["--version"])

@@ -54,7 +54,9 @@ def _plain_loop(network: nn.Module, images: Images,
     device = next(network.parameters()).device
     network.train()
     start = None
-    for x, y in DataLoader(_Pictures(images), recipe.batch_size, shuffle=True, num_workers=2):
+    fork = "fork" if sys.platform == "linux" else None  # from 3.14 on Python would start workers anew, which is slow
+    for x, y in DataLoader(_Pictures(images), recipe.batch_size, shuffle=True, num_workers=2,
+                           multiprocessing_context=fork):
         start = start or time.perf_counter()
         loss = F.cross_entropy(network(x.to(device)), y.to(device))
         optimiser.zero_grad()
