@@ -378,7 +378,7 @@ def _run_missing(trial: Trial, place: _Place) -> str:
     return (f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
             f"{result['wall_seconds']:.0f} s to train")
 
-# %% ../../nbs/60_experiments.study.ipynb #f0ce3f16
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f1a
 def _begin_worker() -> None:
     "What a worker does first: one thread, no bars, and Ctrl-C is its parent's, with whom it ends."
     torch.set_num_threads(1)
@@ -406,6 +406,7 @@ def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
             for child in set(active_children()) - others: child.kill()
             raise
 
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f16
 def _run_all(trials: list[Trial], place: _Place,
              together: int,    # runs at the same time; 1: in this process
              deadline: float,  # of `time.perf_counter`, after which no run is begun
