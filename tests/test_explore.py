@@ -290,9 +290,9 @@ def test_an_old_solve_that_fails_is_not_told_of():
 def test_saved_files_are_read_back(explorer, tmp_path):
     c = explorer.controls
     told = []
-    c["status"].observe(lambda event: told.append(event["new"]), "value")
     c["folder"].value = str(tmp_path)
     c["n"].value = 2
+    c["status"].observe(lambda event: told.append(event["new"]), "value")
     c["png"].click()
     c["gif"].click()
     with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
