@@ -19,7 +19,7 @@ check: $(VENV)/.dev  ## about a minute: notebooks and package agree, ruff (lint,
 	$(BIN)/ruff check -q && $(BIN)/ruff format --check -q
 	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py) -n $(JOBS) --dist loadfile
 
-test: $(VENV)/.dev data browser  ## export, check that everything agrees, run all notebooks, then pytest
+test: $(VENV)/.dev data browser  ## check that notebooks and package agree, run all notebooks, then pytest
 	$(BIN)/python tools/house.py check
 	$(BIN)/ruff check -q && $(BIN)/ruff format --check -q
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
@@ -27,6 +27,7 @@ test: $(VENV)/.dev data browser  ## export, check that everything agrees, run al
 
 test-slow: $(VENV)/.dev data browser  ## the same with all slow tests; every saved output must be up to date
 	$(BIN)/python tools/house.py check --strict
+	$(BIN)/ruff check -q && $(BIN)/ruff format --check -q
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags slow
 	$(BIN)/python -m pytest tests --slow
 

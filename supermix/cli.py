@@ -43,18 +43,19 @@ def demo(scale: Literal["demo", "smoke"] = "demo", out: Path = Path("out/demo"))
     return partial(demo, scale, out)
 
 def explore(data: Path | None = None, teacher: Path | None = None, network: str | None = None,
-            out: Path = Path("out/explore"), browser: bool = True) -> Callable:
+            size: int | None = None, out: Path = Path("out/explore"), browser: bool = True) -> Callable:
     """Watch how SuperMix finds masks, in JupyterLab on this machine, with your own pictures and teacher (chapter 72).
 
     Args:
         data: a folder of pictures, or the name of a data set; none: CIFAR-100 if it is found.
         teacher: a file of weights; none: the teacher that comes with this package for the data set.
-        network: the network of these weights, from the zoo or timm; none: as the file says (zoo.save).
-        out: the folder for the notebook and for the pictures that you save in it.
+        network: the network of the weights, such as timm/resnet18; none: as the file says (zoo.save).
+        size: height and width of a folder's pictures for the network, in pixels; none: as in its training.
+        out: the folder for the notebook and for the pictures that you save in it; a notebook that you changed is kept.
         browser: open JupyterLab in a browser; otherwise only print its address.
     """
     from supermix.explore.widget import open_explorer
-    return partial(open_explorer, data, teacher, network, out, browser)
+    return partial(open_explorer, data, teacher, network, size, out, browser)
 
 def teacher(data: str, out: Path = Path("out/teachers"), network: str = "resnet20",
             root: Path | None = None, quick: bool = False, compile: bool = False,
@@ -107,14 +108,13 @@ def predict(images: tyro.conf.Positional[Path], weights: Path,
     return partial(predict_command, images, weights, pictures, size, out, top)
 
 # %% ../nbs/90_cli.ipynb #6d6103bd
-def race(data: str = "auto", out: Path | None = None, rounds: int = 3, blocks: int = 4,
+def race(data: str = "fashion_mnist", out: Path | None = None, rounds: int = 3, blocks: int = 4,
          device: str | None = None) -> Callable:
     """Race the engine against the baseline (chapter 46); about twenty minutes on two cores.
 
     Args:
         data: a data set for which this package has a teacher.
-        out: the file that is written; none: results/engine.json, for CIFAR-100 and for a GPU with _cifar100 and _gpu in
-            its name.
+        out: the file that is written; none: results/engine.json, with the name of other data and _gpu for a GPU.
         rounds: how many times each is timed, in turn.
         blocks: blocks of 128 sets for each row of the trade-offs; on a GPU a race has four for each 128 slots.
         device: cpu or cuda; none: a GPU where there is one.
@@ -219,7 +219,10 @@ def _teacher_and_file(recipe: Recipe, pictures: Pictures, file: Path | None) -> 
     "The name of the teacher's network and the file of its weights; --teacher may be either."
     if file is not None: return pictures.network or recipe.teacher, file
     path = Path(recipe.teacher).expanduser()
-    if path.suffix not in (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar"): return recipe.teacher, None
+    if path.suffix not in (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar"):
+        if pictures.network is None: return recipe.teacher, None
+        raise ValueError(f"Expected --teacher FILE with --network {pictures.network}, a file of its weights; "
+                         "to train a network, name it by --teacher or --student.")
     from supermix.zoo import open_network
     return pictures.network or open_network(path).name, path
 
@@ -307,6 +310,19 @@ def _with_base(command: Callable, bases: dict[str, Recipe], args: list[str]) -> 
             recipe = replace(recipe, low_lr=None if said.low_lr == "none" else float(said.low_lr))
     return partial(command, recipe=recipe.pair(said.teacher or recipe.teacher, said.student or recipe.student))
 
+def _check_mixer_options(args: list[str]) -> None:
+    "Raise a ValueError if options of `distill` or `train` would be ignored, because their mixer is not named."
+    peek = ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--mixer", default="none")
+    mixer = peek.parse_known_args(args)[0].mixer
+    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    if "--help" in given: return
+    search = [name for name in given if name in ("--mixes", "--mixed-pad") or name.startswith("--mixing.")]
+    if search and mixer != "supermix":
+        raise ValueError(f"Expected --mixer supermix with {', '.join(search)}, got --mixer {mixer}.")
+    if "--label" in given and mixer == "none":
+        raise ValueError("Expected --mixer NAME with --label, which is the label of mixed images, got --mixer none.")
+
 def _with_count(command: Callable, args: list[str]) -> Callable:
     "The command `generate`; it makes 1,000 images by default if the data are a folder of photographs."
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -333,6 +349,7 @@ def parse_command(args: list[str]) -> Callable:  # does the work
     name, options = (args[0], args[1:]) if args else ("", [])
     if name and not name.startswith("-"): lookup(COMMANDS, name, "command")
     bases = {"distill": BASES, "train": CLASSIFIER_BASES}
+    if name in bases: _check_mixer_options(options)
     commands = COMMANDS | {name: _with_base(COMMANDS[name], bases[name], options) for name in {name} & set(bases)}
     if name == "generate": commands[name] = _with_count(generate, options)
     with _RULES:
@@ -377,7 +394,7 @@ class Stop:
         sys.exit(130)
 
 # %% ../nbs/90_cli.ipynb #0ba86c66
-_RESUMABLE = {"distill", "train", "study"}  # commands that can be resumed; generate says so itself
+_RESUMABLE = {"distill", "train", "teacher", "study"}  # commands that can be resumed; generate says so itself
 
 def _set_ctrl_c(action: Callable) -> None:
     "Let Ctrl-C call `action`, unless it is switched off."

@@ -1,5 +1,9 @@
-"""`torchrun -m supermix.generate` and `python -m supermix.generate`: the command of chapter 36 under its short name."""
+"""`torchrun -m supermix.generate` and `python -m supermix.generate`: the command `supermix generate`."""
 
-from supermix.mixing.generate import main
+import sys
 
-if __name__ == "__main__": main()
+from supermix.__main__ import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "generate")
+    main()

@@ -52,6 +52,27 @@ def test_a_page_is_the_chapter_without_directives_and_widgets(path):
     assert images(page["cells"]) == images(kept)
 
 
+def test_an_old_book_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    def build(source, site):
+        site.mkdir()
+        (site / "index.html").write_text("new")
+        if broken:
+            raise broken
+
+    monkeypatch.setattr(book, "sources", lambda: None)
+    monkeypatch.setattr(book, "build", build)
+    site = tmp_path / "out" / "book"
+    site.mkdir(parents=True)
+    (site / "index.html").write_text("old")
+    for broken in (KeyboardInterrupt(), SystemExit("a fault")):
+        with pytest.raises(type(broken)):
+            book.make(site)
+        assert (site / "index.html").read_text() == "old" and list(site.parent.iterdir()) == [site]
+    broken = None
+    book.make(site)
+    assert (site / "index.html").read_text() == "new" and list(site.parent.iterdir()) == [site]
+
+
 def test_what_would_be_fetched_is_found(tmp_path):
     (tmp_path / "page.html").write_text(
         '<a href="https://x.org">a link</a><script src="https://x.org/a.js"></script>'

@@ -2,19 +2,22 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from supermix.cli import parse_command
+from supermix.cli import COMMANDS, parse_command
 from supermix.experiments import throughput
+from supermix.experiments.large import measure_large
 from supermix.experiments.race import _Way, _ladder, _make_engine, race, report_file
-from supermix.experiments.throughput import best_device, machine_facts
+from supermix.experiments.throughput import best_device, given_command, machine_facts
 from supermix.recipes import FAST, Mixing
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,21 @@ def test_how_a_step_ended(work, ended, capfd):
     assert step["ended"] == ended and step["seconds"] < 30
 
 
+def test_made_up_pictures_are_called_so(tmp_path, monkeypatch):
+    "The step's program, with the measurement left out."
+    monkeypatch.setattr("supermix.experiments.large.measure_large", lambda *_: {"ratio": 1.0, "folder": "tmp"})
+    monkeypatch.setattr(
+        "supermix.experiments.large.large_teacher", lambda: (lambda x: x.mean((2, 3)), (0.5,) * 3, (0.5,) * 3)
+    )
+    monkeypatch.setattr("supermix.experiments.large.photographs_in", lambda *_: SimpleNamespace(labels=torch.arange(9)))
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / "large.json"), "cpu", "1", "8", "2", ""])
+    program = card.LARGE.replace("teacher.to(device)", "teacher")
+    exec(compile(program, "a step", "exec"), {})
+    assert json.loads((tmp_path / "large.json").read_text())["folder"].startswith("made-up pictures")
+    told = subprocess.run([sys.executable, ROOT / "tools" / "card.py", "--help"], capture_output=True, text=True).stdout
+    assert "64 pictures of random colours" in " ".join(told.split())
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
     command = [sys.executable, ROOT / "tools" / "card.py", "--small", "--minutes", "30", "--only", "distil"]
@@ -86,7 +104,9 @@ def test_the_drivers_version(monkeypatch, tmp_path):
 def test_a_device_that_is_not_there(tmp_path):
     assert best_device() == best_device("cpu") == "cpu"
     for command in ("race", "throughput"):
-        with pytest.raises(ValueError, match="Expected a GPU for --device cuda, and PyTorch .* finds none"):
+        with pytest.raises(
+            ValueError, match="Expected a device that this machine has, such as cpu or cuda:0, got 'cuda'"
+        ):
             parse_command([command, "--data", "digits", "--device", "cuda", "--out", str(tmp_path / "x.json")])()
     assert not list(tmp_path.iterdir())
 
@@ -94,6 +114,23 @@ def test_a_device_that_is_not_there(tmp_path):
 def test_files_of_a_race():
     assert report_file("fashion_mnist", "cpu") == Path("results/engine.json")
     assert report_file("cifar100", "cuda:0") == Path("results/engine_cifar100_gpu.json")
+    assert report_file("digits", "cpu") == Path("results/engine_digits.json")
+
+
+def test_a_file_of_results_has_the_command_as_it_was_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/supermix", "large", "--photos", "my photos"])
+    assert given_command(measure_large, "large") == "supermix large --photos 'my photos'"
+    assert given_command(measure_large, "race") == "supermix.experiments.large.measure_large"
+    monkeypatch.setattr(sys, "argv", ["-c", "out.json"])
+    assert given_command(measure_large, "large") == "supermix.experiments.large.measure_large"
+
+
+def test_what_is_raced_by_default_is_named():
+    assert inspect.signature(COMMANDS["race"]).parameters["data"].default == "fashion_mnist"
+    for file in ("engine.json", "engine_cifar100.json"):
+        data = "cifar100" if "cifar100" in file else "fashion_mnist"
+        report = json.loads((ROOT / "results" / file).read_text())
+        assert report["teacher"] == f"resnet20 on {data}" and report_file(data, "cpu").name == file
 
 
 def test_the_ladder_adds_one_idea_at_a_time():

@@ -17,11 +17,12 @@ from termios import TIOCSWINSZ
 import pytest
 
 import supermix
-from supermix import cli
+from supermix import cli, data
 from supermix.cli import COMMANDS, MIXER_NAMES, parse_command
 from supermix.experiments import demo, runs, study, throughput
 from supermix.experiments.photographs import predict_command
 from supermix.mixing.generate import command
+from supermix.training import loop
 from supermix.training.loop import make_teacher
 
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "matplotlib", "sklearn", "scipy", "skimage", "sympy", "pandas")
@@ -163,6 +164,27 @@ def test_an_unknown_name_is_one_line_with_the_nearest(line, message, tmp_path, m
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize(
+    "line",
+    ["distill", "train --scale smoke", "teacher --data digits", "study", "race --data digits", "large", "throughput"],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(line, device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def read(*args, **kwargs):
+        raise AssertionError("data are read before the device is known")
+
+    for module in (data, loop, runs, study, throughput):
+        monkeypatch.setattr(module, "load_data", read)
+    with pytest.raises(SystemExit) as end:
+        cli.main([*line.split(), "--device", device])
+    assert str(end.value).startswith(
+        f"supermix: Expected a device that this machine has, such as cpu or cuda:0, got '{device}': "
+    )
+    assert len(str(end.value).splitlines()) == 1 and not list(tmp_path.rglob("*"))
+
+
 def optional():
     "Every option of every command that may be left open, as its help shows it."
     for name in COMMANDS:
@@ -191,7 +213,16 @@ def test_none_has_one_spelling_and_others_are_understood():
     } <= set(found) and len(found) > 20
     for name in dict.fromkeys(name for name, _ in found):
         options = [option for command, option in found if command == name]
-        needed = {"teacher": ["--data", "digits"], "predict": ["a.png", "--weights", "b.pt"]}.get(name, [])
+        if name in ("distill", "train"):  # some options need a mixer
+            options = [option for option in options if option != "--mixer"]
+        mixed = ["--mixer", "supermix"]
+        needed = {
+            "teacher": ["--data", "digits"],
+            "predict": ["a.png", "--weights", "b.pt"],
+            "distill": mixed,
+            "train": mixed,
+        }
+        needed = needed.get(name, [])
         flat = [option.replace("hold", "start") for option in options if option.endswith("mixing.hold")]  # regions hold
         needed += [word for option in flat for word in (option, "flat")]
         plain, *others = (
@@ -249,6 +280,14 @@ TINY = [
         ("distill --student imagenet_resnet18 --training.batch-size 39", "choose another batch_size than 39"),
         ("distill --teacher-file nowhere.pth", "no teacher's file nowhere.pth"),
         ("train --policy RandAugment", "Did you mean 'randaugment'"),
+        ("distill --network resnet56", "Expected --teacher FILE with --network resnet56, a file of its weights"),
+        ("distill --teacher wrn_40_2 --network resnet56", "Expected --teacher FILE with --network resnet56"),
+        ("train --network timm/resnet18", "Expected --teacher FILE with --network timm/resnet18"),
+        ("train --label softmax", "Expected --mixer NAME with --label"),
+        ("distill --mixes 1000", "Expected --mixer supermix with --mixes, got --mixer none"),
+        ("distill --mixer mixup --mixing.k=3", "Expected --mixer supermix with --mixing.k, got --mixer mixup"),
+        ("distill --mixed_pad none --mixer none", "Expected --mixer supermix with --mixed-pad, got --mixer none"),
+        ("train --mixer cutmix --mixes 24", "Expected --mixer supermix with --mixes, got --mixer cutmix"),
         ("train --mixer supermix --mixing.k 1", "k of 2 or more"),
     ],
 )
@@ -510,6 +549,20 @@ def test_a_job_in_the_background_is_left_alone(tmp_path):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert ended(process) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    "name, resumed", [(name, name in ("distill", "train", "teacher", "study")) for name in COMMANDS]
+)
+def test_a_stopped_command_says_whether_it_can_be_resumed(name, resumed, monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse_command", stop)
+    with pytest.raises(SystemExit) as end:
+        cli.main([name])
+    said = "supermix: stopped." + " Run the same command again to resume it." * resumed
+    assert end.value.code == 130 and capsys.readouterr().err == said + "\n"
 
 
 def test_whoever_calls_main_keeps_their_ctrl_c(capsys):

@@ -26,6 +26,7 @@ def test_an_example_runs(kind, monkeypatch):
     if kind == "mixer":
         lam = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
         masks = made["Bands"](10).choose_masks(torch.rand(2, 2, 3, 4, 4), Draw(None, None, lam, 10))
+        assert all(name in TEXT for name in ("MIXERS", "MIXER_NAMES"))  # for `distill`, and for the help of the shell
         assert torch.equal(masks.sum(1), torch.ones(2, 4, 4)) and masks[0, 0].sum() == 4 and masks[1, 0].sum() == 16
     if kind == "loss":
         assert made["mse_loss"](torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from supermix import MixedDataset, SuperMix, accuracy, create, distill, predict, pretrained
+from supermix import MixedDataset, SuperMix, accuracy, cli, create, distill, predict, pretrained, save
 from supermix.data import Data
 from supermix.distillation.distill import MIXERS, make_mixes
 from supermix.experiments.race import race
@@ -167,6 +167,16 @@ def test_precision_and_compiler(options, digits):
         Training(epochs=4, batch_size=64, milestones=(), **options),
     )
     assert history.loss[-1] < 0.8 * history.loss[0]
+
+
+@pytest.mark.parametrize("mixer", ["none", "mixup", "supermix"])
+def test_the_command_distils_from_a_file(mixer, there, tmp_path, capsys):
+    save(there.cpu(), tmp_path / "teacher.safetensors")
+    words = ["distill", "--data", "digits", "--scale", "smoke", "--teacher", str(tmp_path / "teacher.safetensors")]
+    words += ["--student", "resnet8", "--train-images", "65", "--training.batch-size", "32", "--training.epochs", "1"]
+    words += ["--training.milestones", "--mixer", mixer, "--out", str(tmp_path / "out"), "--device", "cuda"]
+    cli.main(words + ["--mixes", "60"] * (mixer == "supermix"))
+    assert "% of the test images after 1 epochs" in capsys.readouterr().out
 
 
 def test_policies_and_mixes(digits, there):

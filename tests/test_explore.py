@@ -30,6 +30,7 @@ from supermix.mixing.solver import SuperMix, prepare
 from supermix.recipes import FAST
 from supermix.training.loop import accuracy
 from supermix.zoo import _crd_keys, create, save
+from torchvision import models
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 pytest.importorskip("ipywidgets")
@@ -160,6 +161,8 @@ def test_scrubbing_shows_each_iteration(explorer):
         explorer.controls["n"].value = n
         pictures.add(explorer.controls["picture"].value)
         assert explorer.n == n
+        kl = explorer.board.trace[n].kl[0]
+        assert explorer.controls["status"].value.startswith(f"Iteration {n}: KL {kl:.3f}, ")
     assert len(pictures) == len(explorer.board) == 7
     with pytest.raises(ValueError, match="from 0 to 6, got 7"):
         explorer.board.frame(7)
@@ -287,9 +290,9 @@ def test_an_old_solve_that_fails_is_not_told_of():
 def test_saved_files_are_read_back(explorer, tmp_path):
     c = explorer.controls
     told = []
-    c["status"].observe(lambda event: told.append(event["new"]), "value")
     c["folder"].value = str(tmp_path)
     c["n"].value = 2
+    c["status"].observe(lambda event: told.append(event["new"]), "value")
     c["png"].click()
     c["gif"].click()
     with Image.open(tmp_path / "supermix.png") as picture, Image.open(io.BytesIO(explorer.board.frame(2))) as shown:
@@ -493,13 +496,18 @@ def test_teachers_from_files(tmp_path, own_folder):
     with pytest.raises(ValueError, match="a teacher's file, a network's name, or both"):
         open_teacher()
     save(network, tmp_path / "ours.safetensors")
-    with pytest.raises(ValueError, match="holds a resnet8, but --network is resnet14"):
+    with pytest.raises(ValueError, match="holds a resnet8, not a resnet14"):
         open_teacher(tmp_path / "ours.safetensors", "resnet14")
+    theirs = models.resnet18(num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "torchvision.pt")
+    opened = open_teacher(tmp_path / "torchvision.pt", "torchvision/resnet18", 64)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(opened(x), theirs.eval()(x)) and opened.info.mean[0] == 0.485
+    assert opened.info.size == 64 and open_teacher(tmp_path / "torchvision.pt", "torchvision/resnet18").info.size == 224
     timm = pytest.importorskip("timm")
     other = timm.create_model("resnet10t", num_classes=5).eval()
     torch.save(other.state_dict(), tmp_path / "timm.pth")
     opened = open_teacher(tmp_path / "timm.pth", "resnet10t")
-    x = torch.randn(1, 3, 64, 64)
     assert torch.equal(opened(x), other(x)) and opened.info.interpolation == "bicubic" and opened.num_classes == 5
 
 
@@ -552,3 +560,59 @@ def test_the_command_tells_what_is_wrong_before_it_serves(tmp_path):
     with pytest.raises(SystemExit, match="no folder .*nowhere"):
         cli.main(["explore", "--data", str(tmp_path / "nowhere"), "--teacher", "x", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def explored(monkeypatch, tmp_path, capsys):
+    "The command `explore` without a server: its notebook, what its cell shows, and what it printed."
+    pytest.importorskip("jupyterlab")
+    monkeypatch.setattr("supermix.explore.widget._serve", lambda *_: None)
+
+    def explored(*words):
+        cli.main(["explore", *map(str, words), "--out", str(tmp_path / "out")])
+        said = capsys.readouterr().out
+        notebook = tmp_path / "out" / re.search(r"/lab/tree/([\w-]+\.ipynb)\?token", said)[1]
+        imports, _, call = "".join(json.loads(notebook.read_text())["cells"][1]["source"]).rpartition("\n")
+        names = {}
+        exec(imports, names)
+        return notebook, lambda: eval(call, names), said
+
+    return explored
+
+
+def test_the_commands_notebook_opens_a_torchvision_network(explored, tmp_path, photos):
+    "As the README has it: a folder per class, a state dictionary, and the size of the training."
+    for name in ("chelsea", "coffee", "rocket"):
+        for part in ("train", "val"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            Image.fromarray(photos[name]).resize((80, 60)).save(tmp_path / "photos" / part / name / "0.jpg")
+    torch.save(models.resnet18(num_classes=3).state_dict(), tmp_path / "teacher.pt")
+    words = ["--data", tmp_path / "photos", "--teacher", tmp_path / "teacher.pt"]
+    words += ["--network", "torchvision/resnet18", "--size", 48]
+    made = explored(*words)[1]()
+    try:
+        made.change(max_iter=2).wait()
+        assert made.images.shape == (6, 3, 48, 48) and made.board.finished
+        assert list(map(made.names, range(3))) == ["chelsea", "coffee", "rocket"]
+        assert "<img" in made.controls["picture"].value
+    finally:
+        made.close()
+    with pytest.raises(SystemExit, match="Expected --data FOLDER with --size"):
+        explored("--data", "digits", "--size", 48)
+
+
+def test_a_changed_notebook_is_kept(explored):
+    first, _, said = explored("--data", "digits")
+    assert first.name == "explore.ipynb" and "stays as it is" not in said
+    notebook = json.loads(first.read_text())
+    notebook["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "run once"}]
+    first.write_text(json.dumps(notebook))
+    assert explored("--data", "digits")[0] == first and "run once" in first.read_text()
+    notebook["cells"][1]["source"] += "\n# my note"
+    first.write_text(json.dumps(notebook))
+    second, _, said = explored("--data", "digits")
+    assert second.name == "explore-2.ipynb" and "my note" in first.read_text()
+    assert "explore.ipynb has other cells and stays as it is" in said and said.count("explore-2.ipynb") == 2
+    assert explored("--data", "digits")[0] == second
+    first.write_text("not a notebook")
+    assert explored("--data", "digits")[0] == second and first.read_text() == "not a notebook"

@@ -3,16 +3,19 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from supermix import cli
 from supermix.core import file_hash, seeded
 from supermix.data import ArrayImages, Info, load_data
 from supermix.mixing.generate import _check_solved, _missing_shards, settle, claimed, generate
@@ -209,7 +212,7 @@ def test_control_c_leaves_at_once_and_says_how_to_go_on(whole, tmp_path):
         out, err = process.communicate(timeout=300)
         took.append(time.time() - begun)
         assert (
-            process.returncode == 1
+            process.returncode == 130
             and "of 500 images are kept in" in err
             and "Run the same command again" in err
             and "Traceback" not in err
@@ -582,6 +585,21 @@ def test_python_has_nothing_to_say_of_the_module(tmp_path):
             [sys.executable, "-m", "supermix.generate", "--help"], capture_output=True, text=True
         ).stderr
     )
+
+
+def test_the_short_name_is_the_command(tmp_path, monkeypatch):
+    "The same settings of the same words, for a folder too, whose number of images is another one."
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("supermix.mixing.generate.command", lambda *settings: seen.append(settings))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command replaces
+    words = ["generate", "--data", str(tmp_path), "--train-images", "None", "--mixing.k", "3"]
+    cli.main(words)
+    monkeypatch.setattr(sys, "argv", ["supermix.generate", *words[1:]])
+    try:
+        runpy.run_module("supermix.generate", run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[0] == seen[1] and seen[0][0].count == 1000 and seen[0][0].mixing.k == 3
 
 
 def test_the_command_line():

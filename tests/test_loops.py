@@ -117,7 +117,10 @@ def test_torchvisions_script(loop, stock):
 def test_workers_draw_different_mixes(loop, stock):
     exec(lines_of("torchvision's reference script"), loop)
     torch.manual_seed(0)
-    batches = DataLoader(stock[0], batch_size=16, collate_fn=loop["collate_fn"], num_workers=2)
+    # forked, because a function of an executed text cannot be pickled for a worker that is started anew
+    batches = DataLoader(
+        stock[0], batch_size=16, collate_fn=loop["collate_fn"], num_workers=2, multiprocessing_context="fork"
+    )
     mixes = [x[16:] for x, _ in batches]
     assert all(not torch.equal(a, b) for i, a in enumerate(mixes) for b in mixes[:i])
 

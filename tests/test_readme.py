@@ -138,6 +138,8 @@ def test_the_commands_in_a_shell_are_understood(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8)).save(tmp_path / "photos" / part / name / "0.png")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^supermix .*", README, re.MULTILINE)]
     assert [words[1] for words in commands] == ["explore", "generate", "distill", "predict"]
+    size = re.search(r"size=(\d+)", SNIPPETS[0])[1]  # as the teacher was trained
+    assert all(words[words.index("--size") + 1] == size for words in commands[:3])
     work = [parse_command(words[1:]) for words in commands]
     assert all(callable(one) for one in work)
 
@@ -147,6 +149,19 @@ def test_the_snippet_without_pictures_of_ones_own(tmp_path):
 
 
 # ---- the rest of the page
+
+
+def test_what_runs_at_night_is_all_that_a_pull_request_must_pass():
+    rules = dict(re.findall(r"^(test(?:-slow)?):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tools = {name: re.findall(r"ruff \w+|house.py check|nbdev_test|pytest tests", rule) for name, rule in rules.items()}
+    assert len(tools["test"]) == 5 and tools["test"] == tools["test-slow"]
+
+
+def test_contributing_names_the_chapter_of_every_experiment():
+    rooms = re.search(r"^\| `experiments/` \| ([\d, –]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1]
+    spans = [[int(n) for n in part.split("–")] for part in rooms.split(", ")]
+    chapters = [int(path.name[:2]) for path in (ROOT / "nbs").glob("*_experiments.*.ipynb")]
+    assert all(any(span[0] <= n <= span[-1] for span in spans) for n in chapters), chapters
 
 
 def test_the_commands_are_there():
@@ -217,7 +232,7 @@ def test_what_the_text_says_of_the_charts(pictures):
     rows = pictures.accuracies()["Fashion-MNIST"]
     alt = re.search(r"from the lowest: (.*?), and level with it KD with double updates\]", README)[1]
     assert alt.split(", ") == sorted((row for row in rows if row != "KD, double updates"), key=lambda row: rows[row][0])
-    for file in pictures.RACES.values():
+    for file in pictures.RACES:
         if (ROOT / "results" / file).is_file():
             report = _read_report(ROOT / "results" / file)
             assert report["threads"] == 2 and report["teacher"].startswith("resnet20")
@@ -237,8 +252,12 @@ def test_the_charts_are_drawn_from_other_results_too(pictures, tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"accuracy": 50.0 + seed}))
     race = {"engine": {"images/s": 21.0}, "engine of version 0.1": {"images/s": 9.0}}
-    for file, baseline in (("engine.json", "plain"), ("engine_cifar100.json", "baseline")):
-        (tmp_path / file).write_text(json.dumps({"races": {"2": race | {baseline: {"images/s": 2.0}}}}))
+    for data, file, baseline in (
+        ("fashion_mnist", "engine.json", "plain"),
+        ("cifar100", "engine_cifar100.json", "baseline"),
+    ):
+        report = {"teacher": f"resnet20 on {data}", "races": {"2": race | {baseline: {"images/s": 2.0}}}}
+        (tmp_path / file).write_text(json.dumps(report))
     accuracies, speeds = pictures.accuracies(tmp_path), pictures.speeds(tmp_path)
     assert accuracies == {
         "Fashion-MNIST": {"KD": [50.5, 6.35, 2], "SuperMix + KD": [51.0, 2.48, 3]}
@@ -251,6 +270,8 @@ def test_the_charts_are_drawn_from_other_results_too(pictures, tmp_path):
     pictures.draw_speed(tmp_path / "speed.png", speeds)
     assert pictures.numbers_in(tmp_path / "accuracy.png") == accuracies
     assert pictures.numbers_in(tmp_path / "speed.png") == speeds
+    (tmp_path / "engine.json").write_text(json.dumps(report | {"teacher": "resnet20 on digits"}))
+    assert set(pictures.speeds(tmp_path)) == {"digits", "CIFAR-100"}  # what is in the file, whatever its name
 
 
 def test_the_pictures_are_small_and_all_of_them_are_shown():

@@ -340,6 +340,37 @@ def test_a_teacher_from_a_file_of_the_benchmark(places, tmp_path):
     assert not (tmp_path / "teachers").exists()
 
 
+def test_minutes_are_those_of_the_teachers_training_too(places, monkeypatch):
+    waits = []
+    monkeypatch.setattr(
+        runs, "train", lambda *args, kept=runs.train, **kw: waits.append(kw["minutes"]) or kept(*args, **kw)
+    )
+    recipe = change(
+        TINY,
+        {
+            "training.epochs": 1,
+            "training.milestones": (),
+            "teacher_training.epochs": 1,
+            "teacher_training.milestones": (),
+            "teacher_training.lr": 0.03,
+        },
+    )
+    run_distillation(recipe, "kd", minutes=0.5, **places)
+    assert waits == [0.5]
+
+
+@pytest.mark.parametrize("method", ["kd", "fitnet", "sp"])
+def test_a_row_is_checked_where_its_teacher_is(method, digits, monkeypatch):
+    "A file's teacher is on the run's device. Here that is torch's meta device, whose tensors have no values to check."
+    monkeypatch.setattr("supermix.distillation.distill.check_teacher", lambda *_: None)
+    monkeypatch.setattr("supermix.mixing.solver.check_logits", lambda logits, *_: logits)
+    recipe = replace(TINY, training=replace(TINY.training, batch_size=39))  # the last batch is a single image
+    teacher = create(recipe.teacher, 10).to("meta")
+    _check_row(recipe, Variant(method), digits.train.subset(40), teacher)
+    with pytest.raises(_Impossible, match="classes"):
+        _check_row(recipe, Variant(method), digits.train.subset(40), create(recipe.teacher, 7).to("meta"))
+
+
 def test_the_result_of_another_teacher_is_not_taken(places, tmp_path):
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
@@ -490,7 +521,7 @@ def test_a_teachers_file_of_another_network_is_an_error(digits, tmp_path):
         ("train", "", {}),
         (
             "distill",
-            "--base crd_benchmark --scale mini --student shufflenetv1 --mixing.k 3",
+            "--base crd_benchmark --scale mini --student shufflenetv1 --mixer supermix --mixing.k 3",
             {"student": "shufflenetv1", "mixing.k": 3, "training.lr": 0.01},
         ),
         *(
@@ -541,7 +572,8 @@ def test_the_help_shows_the_bases_numbers(capsys):
 
 
 THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-OPTIONS = ["--scale", "smoke", "--train-images", "96", "--mixes", "24"]
+OPTIONS = ["--scale", "smoke", "--train-images", "96"]
+MIXED = [*OPTIONS, "--mixer", "supermix", "--mixes", "24"]
 
 
 @pytest.fixture(scope="module")
@@ -577,7 +609,7 @@ def student(folder):
 def test_distill_killed_and_started_again_ends_with_the_same_bytes(taught, tmp_path):
     for name in ("whole", "killed"):
         taught(tmp_path / name)
-    options = ["distill", *OPTIONS, "--mixer", "supermix", "--training.epochs", "7", "--minutes", "0", "--out"]
+    options = ["distill", *MIXED, "--training.epochs", "7", "--minutes", "0", "--out"]
     ended(start(*options, tmp_path / "whole"))
     process = start(*options, tmp_path / "killed")
     while not list((tmp_path / "killed").glob("students/*/step*")) and process.poll() is None:
@@ -601,9 +633,7 @@ def test_two_processes_distil_one_student(taught, tmp_path):
     out = ended(
         start(
             "distill",
-            *OPTIONS,
-            "--mixer",
-            "supermix",
+            *MIXED,
             "--method",
             "kd",
             "--out",

@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from supermix.data import ArrayImages, load_data
 from supermix.distillation.distill import MIXERS
+from supermix.experiments import study as module
 from supermix.experiments.study import (
     _T95,
     Trial,
@@ -167,6 +168,29 @@ def test_clutter_puts_an_item_on_a_piece_of_a_photograph():
     )
 
 
+def test_cifar100_is_downloaded_only_by_name(tmp_path, monkeypatch, capsys):
+    run = []
+    monkeypatch.setenv("SUPERMIX_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr(module, "_run_all", lambda trials, *_: run.append({trial.group for trial in trials}))
+    monkeypatch.setattr(module, "_is_found", lambda name: False)
+    study(tmp_path, tmp_path, minutes=0)
+    assert (
+        "core" in run[0] and "cifar100" not in run[0] and "left out: supermix study --groups" in capsys.readouterr().out
+    )
+    study(tmp_path, tmp_path, groups=("cifar100",), minutes=0)
+    monkeypatch.setattr(module, "_is_found", lambda name: True)
+    study(tmp_path, tmp_path, minutes=0)
+    assert run[1] == {"cifar100"} and {"core", "cifar100"} <= run[2] and not capsys.readouterr().out
+
+
+def test_what_is_found_is_found_without_a_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUPERMIX_DATA", raising=False)
+    monkeypatch.setattr("supermix.data._CACHE", tmp_path / "cache")
+    assert module._is_found("digits") and not module._is_found("cifar100")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_group_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="Unknown group 'cor'. Did you mean 'core'"):
         study(tmp_path, groups=("cor",))
@@ -209,11 +233,11 @@ def test_runs_together_are_those_one_by_one(tmp_path, capfd):
     assert not capfd.readouterr().out.strip()
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capfd):
+@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_fails_is_named_and_the_others_go_on(together, tmp_path, capfd):
     trials = [tiny("odd", student="resnet9"), tiny("good"), tiny("better", seed=1)]
     with pytest.raises(ValueError, match="1 of the runs failed, .*tiny/odd-0.json .*Unknown network 'resnet9'"):
-        _run_all(trials, _Place(tmp_path, tmp_path, "cpu"), 2, float("inf"))
+        _run_all(trials, _Place(tmp_path, tmp_path, "cpu"), together, float("inf"))
     assert "failed: tiny/odd-0.json (ValueError: Unknown network 'resnet9'" in capfd.readouterr().out
     assert sorted(p.name for p in (tmp_path / "tiny").glob("*.json")) == ["better-1.json", "good-0.json"]
 

@@ -30,6 +30,7 @@ from supermix.training.loop import (
     Objective,
     _FunctionObjective,
     _Run,
+    _run_epoch,
     _run_identity,
     _why_eager,
     accuracy,
@@ -1362,6 +1363,19 @@ def test_strides_of_gradients_are_their_weights():
     assert weight.grad.stride() == weight.stride() and torch.equal(weight.grad, gradient)
     optimiser.step()
     torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_a_teachers_training_goes_on_where_it_was_stopped(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(TEACHERS, "digits", Training(epochs=2, batch_size=256, lr=0.05, milestones=()))
+    whole = file_hash(make_teacher("digits", tmp_path, "resnet8", device="cpu"))
+    for file in (checkpoints(tmp_path / "digits_resnet8_training")[-1], tmp_path / "digits_resnet8.safetensors"):
+        file.unlink()  # as if it had been stopped in the second epoch
+    begun = []
+    monkeypatch.setattr(
+        "supermix.training.loop._run_epoch",
+        lambda run, *args, kept=_run_epoch: begun.append(run.epoch) or kept(run, *args),
+    )
+    assert file_hash(make_teacher("digits", tmp_path, "resnet8", device="cpu")) == whole and begun == [1]
 
 
 def test_a_teacher_in_16_bits_has_the_accuracy_of_its_file(digits, tmp_path, monkeypatch):

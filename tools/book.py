@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -231,6 +232,16 @@ def build(source, site):
         sys.exit("\n".join(faults))
 
 
+def make(site):
+    "Make the book beside its folder, and put it in the place of the old one when it is whole."
+    site.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=site.parent, prefix=f".{site.name}.") as folder:
+        sources()
+        build(SOURCE, Path(folder) / "book")
+        shutil.rmtree(site, ignore_errors=True)
+        (Path(folder) / "book").rename(site)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -243,9 +254,7 @@ if __name__ == "__main__":
     site = parser.parse_args().folder
     if site.exists() and (not site.is_dir() or any(site.iterdir()) and not (site / ".buildinfo").is_file()):
         parser.error(f"{site} exists and is not a book: name another folder, or empty it.")
-    shutil.rmtree(site, ignore_errors=True)
-    sources()
-    build(SOURCE, site)
+    make(site)
     print(
         f"{site / 'index.html'}: {sum(1 for _ in site.rglob('*.html'))} pages, "
         f"{sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) / 1e6:.0f} MB"

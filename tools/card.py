@@ -52,11 +52,12 @@ write_atomic(out, (json.dumps(report, indent=1) + "\\n").encode())
 """
 
 LARGE = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch.nn.functional as F
 from PIL import Image
+from supermix.core import write_atomic
 from supermix.experiments.large import large_teacher, measure_large, photographs_in
 from supermix.zoo import create
 
@@ -81,6 +82,9 @@ with TemporaryDirectory() as folder:
         head.weight *= scale
         head.bias *= scale
     result = measure_large(teacher.to(device), images, out, int(sets), int(blocks), int(slots) or None)
+if not photos:
+    result["folder"] = "made-up pictures: random colours, good for the time and not for what is seen"
+    write_atomic(out, (json.dumps(result, indent=1) + "\\n").encode())
 print(f"{result['ratio']:.1f} times the baseline", flush=True)
 """
 
@@ -137,12 +141,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--small", action="store_true", help="on digits, with hardly any work")
     parser.add_argument("--device", default=None, help="cpu or cuda; a GPU where there is one")
-    parser.add_argument("--photos", default="", help="a folder of photographs; else scikit-image's five")
+    parser.add_argument("--photos", default="", help="a folder of photographs; else 64 pictures of random colours")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all steps together")
     parser.add_argument("--only", default="", help="a part of the names of the steps that are taken")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.path.insert(0, str(ROOT))
+    from supermix.core import write_atomic
     from supermix.experiments.throughput import best_device, machine_facts
 
     device = best_device(options.device)
@@ -157,7 +162,7 @@ def main():
             done.append({"step": name, "ended": "left out: no time", "seconds": 0.0})
         else:
             done.append(take(name, command, min(seconds * (4 if options.small else 1), left)))
-        (out / "card.json").write_text(json.dumps(machine_facts(device) | {"steps": done}, indent=1) + "\n")
+        write_atomic(out / "card.json", (json.dumps(machine_facts(device) | {"steps": done}, indent=1) + "\n").encode())
     for step in done:
         print(f"{step['step']:22s} {step['ended']!s:18s} {step['seconds']:6.1f} s")
     sys.exit(any(step["ended"] for step in done))

@@ -109,7 +109,7 @@ class Module:
 
     @cached_property
     def statements(self):
-        "The statements of each definition, and under  those that define nothing."
+        "The statements of each definition, and under `` those that define nothing."
         return {**self.definitions, **({"": self.body} if self.body else {})}
 
     @cached_property

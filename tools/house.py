@@ -74,9 +74,12 @@ def readme_text(index):
 
 def write_readme():
     "Write the table of chapters into nbs/index.ipynb, and README.md from the index."
+    from supermix.core import write_atomic
+
     index = index_with_course()
-    (ROOT / "nbs" / "index.ipynb").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-    (ROOT / "README.md").write_text(readme_text(index))
+    text = readme_text(index)
+    write_atomic(ROOT / "nbs" / "index.ipynb", (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(ROOT / "README.md", text.encode())
 
 
 def check_readme():

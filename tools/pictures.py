@@ -173,7 +173,8 @@ def draw_explorer(path: Path, images, teacher, pick: tuple[int, int]) -> None:
 
 ROWS = ("alone", "KD", "MixUp + KD", "CutMix + KD", "PuzzleMix + KD", "SuperMix + KD", "KD, double updates")
 STUDIES = {"Fashion-MNIST": ("core", "budget"), "CIFAR-100": ("cifar100",)}  # groups of the study
-RACES = {"Fashion-MNIST": "engine.json", "CIFAR-100": "engine_cifar100.json"}
+RACES = ("engine.json", "engine_cifar100.json")
+TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar100": "CIFAR-100"}
 
 
 def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
@@ -192,11 +193,16 @@ def accuracies(results: Path = ROOT / "results") -> dict[str, dict[str, list[flo
 def speeds(results: Path = ROOT / "results") -> dict[str, dict[str, list[float]]]:
     "By data set and number of sources k: solved images per second of baseline and engine, and their ratio."
     numbers = {}
-    for name, file in RACES.items():
+    for file in RACES:
         if (results / file).is_file():
-            races = _read_report(results / file)["races"]
-            pairs = {k: [race[way]["images/s"] for way in ("baseline", "engine")] for k, race in races.items()}
-            numbers[name] = {k: [round(x, 1) for x in (*pair, pair[1] / pair[0])] for k, pair in pairs.items()}
+            report = _read_report(results / file)
+            data = report["teacher"].rpartition(" on ")[2]
+            pairs = {
+                k: [race[way]["images/s"] for way in ("baseline", "engine")] for k, race in report["races"].items()
+            }
+            numbers[TITLES.get(data, data)] = {
+                k: [round(x, 1) for x in (*pair, pair[1] / pair[0])] for k, pair in pairs.items()
+            }
     return numbers
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..core import write_atomic
 from ..data import FolderImages, Images, Info
 from .race import Lap, compare_kl, lap_of_engine, summarize, time_baseline
-from .throughput import machine_facts
+from .throughput import given_command, machine_facts
 from ..mixing.engine import PASSES, Engine, Sets, draw_block, draw_sets, joined
 from ..mixing.generate import settle
 from ..mixing.solver import teacher_logits
@@ -141,6 +141,7 @@ def measure_large(teacher: nn.Module, images: Images,
                "share of time in passes": share,
                "folder": images.info.name, "photographs": len(images),
                "sets": engine.tried, "slots": engine.slots, **machine_facts(engine.device),
-               "teacher": getattr(teacher, "name", type(teacher).__name__), "command": "supermix large"}
+               "teacher": getattr(teacher, "name", type(teacher).__name__),
+               "command": given_command(measure_large, "large")}
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     return result

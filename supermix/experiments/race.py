@@ -22,7 +22,7 @@ from torch import multiprocessing, nn
 
 from ..core import progress, write_atomic
 from ..data import Images, move_images
-from .throughput import machine_facts, matmul_speed
+from .throughput import given_command, machine_facts, matmul_speed
 from ..mixing.engine import BLOCK, PASSES, Engine, Found, Sets, decode, draw_block, joined, solve_blocks
 from ..mixing.generate import settle
 from ..mixing.masks import masks_from_theta, mix, soft_labels, sparsity
@@ -266,7 +266,8 @@ def run_races(teacher: nn.Module, images: Images,
     teacher on a GPU: run the ladder of the engine's ideas, and no trade-offs, which do not depend on the device."""
     if rounds < 1: raise ValueError(f"Expected 1 round or more, got {rounds}.")
     device = next(teacher.parameters()).device
-    report = {"teacher": f"{teacher.name} on {images.info.name}", **machine_facts(device), "command": "supermix race"}
+    report = {"teacher": f"{teacher.name} on {images.info.name}", "data": images.info.name, **machine_facts(device),
+              "command": given_command(run_races, "race")}
     if device.type == "cuda": return _write_report(out, report | _ladders(teacher, images, rounds, blocks))
     several = torch.get_num_threads() if "fork" in multiprocessing.get_all_start_methods() else 1
     report["processes"] = several
@@ -278,7 +279,7 @@ def run_races(teacher: nn.Module, images: Images,
 
 def report_file(data: str, device: str) -> Path:
     "Where `supermix race` keeps what it measured of a data set on a device."
-    parts = ["engine", *["cifar100"] * (data == "cifar100"), *["gpu"] * (torch.device(device).type == "cuda")]
+    parts = ["engine", *[data] * (data != "fashion_mnist"), *["gpu"] * (torch.device(device).type == "cuda")]
     return Path("results") / f"{'_'.join(parts)}.json"
 
 def _write_report(out: str | Path, report: dict) -> dict:

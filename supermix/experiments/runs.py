@@ -152,7 +152,8 @@ def _check_row(recipe: Recipe, variant: Variant, images: Images,
     impossible or the last batch is too small."""
     terms, classes = _row_terms(variant), len(images.info.classes)
     if teacher is None and _needs_teacher(variant): teacher = create(recipe.teacher, classes)
-    student = create(recipe.student, classes)
+    here = next(teacher.parameters(), torch.empty(0)).device if teacher is not None else "cpu"
+    student = create(recipe.student, classes).to(here)
     images[:2]  # an unreadable image is not the row's fault
     try:
         check_parts(teacher, terms, variant.mixer, images, student)
@@ -170,7 +171,7 @@ def _row_mixing(recipe: Recipe, variant: Variant) -> Mixing:
 def _check_last_batch(student: nn.Module, recipe: Training, images: Images) -> None:
     "Raise a ValueError if an epoch ends with a single image, and the student has batch norm."
     if (len(images) - recipe.held_out) % recipe.batch_size != 1: return
-    try: student.train()(images[:1][0])
+    try: student.train()(to_device(images[:1][0], student))
     except ValueError as error:
         raise ValueError(f"The last batch of an epoch is a single image, from which this student's batch norm cannot "
                          f"learn: choose another batch_size than {recipe.batch_size}.") from error
@@ -226,6 +227,7 @@ def _open_teacher(recipe: Recipe, data: Data,
                   folder: str | Path,              # the folder for teachers that are trained here
                   file: str | Path | None = None,  # the teacher's weights; None: torchvision's, or trained here
                   device: torch.device | str = "cpu",
+                  minutes: float = 10.0,           # between checkpoints of the training here
                   ) -> nn.Module:
     """The recipe's teacher, in evaluation mode: from its file, from torchvision, or trained by `teacher_training`.
     A FileNotFoundError or ValueError says what is wrong with a file."""
@@ -240,7 +242,7 @@ def _open_teacher(recipe: Recipe, data: Data,
             torch.manual_seed(recipe.teacher_training.seed)
             teacher = create(recipe.teacher, classes).to(device)
             history = train(teacher, data.train, recipe.teacher_training, title=f"teacher {recipe.teacher}",
-                            test=data.test, folder=path.with_suffix(""))
+                            test=data.test, folder=path.with_suffix(""), minutes=minutes)
             if world()[0] == 0: save(teacher, path, accuracy=history.test)
             _wait_for_all()
     return load(path).to(device)
@@ -291,14 +293,6 @@ def _check_names(recipe: Recipe, variant: Variant,
                          "file of its weights; or --teacher NAME, to train it here first.")
     for name in (recipe.student, *[recipe.teacher] * _needs_teacher(variant)): full_name(name)
     _find_policy(variant, policies)
-
-def _open_device(name: str | None) -> torch.device:  # name: None: a GPU if there is one
-    "The device of this run, after joining the other processes under torchrun; a ValueError if it does not exist."
-    try: return torch.empty(0, device=join(name)).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError("Expected a device that this machine has, such as cpu or cuda:0, "
-                         f"got {name!r}: {why}") from error
 
 def _device_name(device: torch.device) -> str:
     "A GPU's name, or the number of the processor's threads."
@@ -389,7 +383,7 @@ def run(recipe: Recipe,
         ) -> dict:                   # the result: the content of its file
     """Train the student of a row, or resume its training, and write its result to a file. If this exists, return it.
     Raises a ValueError if a setting or an old result does not fit, and `_Impossible` if networks do not fit."""
-    device, path = _open_device(places.device), _result_path(recipe, variant, places.results)
+    device, path = join(places.device), _result_path(recipe, variant, places.results)
     found = _value_of_first(find_result(recipe, variant, places.results))
     if found:
         _check_result(found, recipe, variant, places, device)
@@ -404,7 +398,7 @@ def run(recipe: Recipe,
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claim_for_all(path):
         if teacher is None and _needs_teacher(variant):
-            teacher = _open_teacher(recipe, data, places.folder, None, device)
+            teacher = _open_teacher(recipe, data, places.folder, None, device, places.minutes)
         student, history = _train_student(recipe, variant, places, data, teacher, device)
         figures = _history_record(history) | {"parameters": sum(p.numel() for p in student.parameters())}
         where = _device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -521,7 +515,7 @@ def estimate_cost(recipe: Recipe, variant: Variant = Variant("kd"),
                   ) -> Cost:
     "Estimate the cost of a run on this machine from a few steps on noise; a ValueError if a setting does not fit."
     _check_names(recipe, variant)
-    device, processes = _open_device(device), world()[1]
+    device, processes = join(device), world()[1]
     n, classes, size, gigabytes = _data_size(recipe, data)
     size, used = recipe.size or size, min(n, recipe.train_images or n)
     check_training(recipe.training, used)
@@ -644,9 +638,10 @@ def run_command(recipe: Recipe, variant: Variant,
     _check_names(recipe, variant)
     if not places.minutes >= 0:
         raise ValueError(f"Expected 0 or more minutes between checkpoints, got {places.minutes}.")
-    if scale == "smoke" and places.root is None and recipe.data in _SIZES:
-        places = replace(places, root=_make_miniature(recipe.data, Path(places.folder) / "miniature"))
     try:
+        join(places.device)  # before anything is read or written
+        if scale == "smoke" and places.root is None and recipe.data in _SIZES:
+            places = replace(places, root=_make_miniature(recipe.data, Path(places.folder) / "miniature"))
         if only_cost or (scale != "smoke" and find_result(recipe, variant, places.results) is None):
             _print_cost(recipe, variant, scale, places)
         if only_cost: return

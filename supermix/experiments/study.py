@@ -42,7 +42,7 @@ from ..mixing.mixers import CutMix
 from ..mixing.solver import SuperMix
 from ..mixing.store import MixedDataset
 from ..recipes import FAST, FAST_0_1, METHODS, TEACHERS, Mixing, Training
-from ..training.loop import train
+from ..training.loop import check_device, train
 from ..zoo import create, load, pretrained, save
 
 # %% ../../nbs/60_experiments.study.ipynb #c6a01680
@@ -378,7 +378,7 @@ def _run_missing(trial: Trial, place: _Place) -> str:
     return (f"{trial.group:10s} {trial.name:24s} seed {trial.seed}  {result['accuracy']:.2f} %  "
             f"{result['wall_seconds']:.0f} s to train")
 
-# %% ../../nbs/60_experiments.study.ipynb #f0ce3f16
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f1a
 def _begin_worker() -> None:
     "What a worker does first: one thread, no bars, and Ctrl-C is its parent's, with whom it ends."
     torch.set_num_threads(1)
@@ -406,23 +406,30 @@ def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
             for child in set(active_children()) - others: child.kill()
             raise
 
+# %% ../../nbs/60_experiments.study.ipynb #f0ce3f16
 def _run_all(trials: list[Trial], place: _Place,
              together: int,    # runs at the same time; 1: in this process
              deadline: float,  # of `time.perf_counter`, after which no run is begun
              ) -> None:
     "Run trials, with a line for each. Those that fail are named, the others go on, and in the end it is an error."
-    queue = (trial for trial in trials if time.perf_counter() <= deadline)
+    queue, failed = (trial for trial in trials if time.perf_counter() <= deadline), []
     with progress(total=len(trials), title="study", unit="run") as bar:
-        def report(line: str) -> None:
+        def report(trial: Trial, line_of: Callable[[], str]) -> None:
+            try: line = line_of()
+            except Exception as error:
+                failed.append(f"{trial.file} ({type(error).__name__}: {error})")
+                line = f"failed: {failed[-1]}"
             if line: bar.write(line)
             bar.update()
         if together > 1: _share_out(queue, place, together, report)
         else:
-            for trial in queue: report(_run_missing(trial, place))
+            for trial in queue: report(trial, lambda: _run_missing(trial, place))
+    if failed: raise ValueError(f"{len(failed)} of the runs failed, and the others are done: {'; '.join(failed)}")
 
-def _share_out(queue: Iterator[Trial], place: _Place, together: int, report: Callable[[str], None]) -> None:
+def _share_out(queue: Iterator[Trial], place: _Place, together: int,
+               report: Callable[[Trial, Callable[[], str]], None]) -> None:
     "Give each worker a trial, and the next one when it is done."
-    running, failed = {}, []
+    running = {}
     with _workers(together) as pool:
         while True:
             with _ignored_by_new_processes():
@@ -434,11 +441,14 @@ def _share_out(queue: Iterator[Trial], place: _Place, together: int, report: Cal
                 if isinstance(error, BrokenProcessPool):
                     raise ValueError(f"A process of the study was killed, at {trial.file} or beside it: does the "
                                      f"memory suffice for {together} together? What is done is kept.") from error
-                if error is not None: failed.append(f"{trial.file} ({type(error).__name__}: {error})")
-                report(job.result() if error is None else f"failed: {failed[-1]}")
-    if failed: raise ValueError(f"{len(failed)} of the runs failed, and the others are done: {'; '.join(failed)}")
+                report(trial, job.result)
 
 # %% ../../nbs/60_experiments.study.ipynb #f0ce3f17
+def _is_found(name: str) -> bool:
+    "Whether a data set is on this machine; nothing is downloaded."
+    try: return bool(load_data(name, download=False))
+    except FileNotFoundError: return False
+
 def study(out: Path = Path("results/study"), home: Path = Path("out/study"), groups: tuple[str, ...] = (),
           seeds: tuple[int, ...] = (), minutes: float = float("inf"), device: str = "cpu", together: int = 1) -> None:
     """Run the study's trials that have no result yet (chapter 60); a few minutes per trial.
@@ -457,12 +467,16 @@ def study(out: Path = Path("results/study"), home: Path = Path("out/study"), gro
             few that share a GPU.
     """
     if together < 1: raise ValueError(f"Expected 1 run or more together, got {together}.")
+    check_device(device)
     torch.set_num_threads(1)
     trials = all_trials()
     for name in groups: lookup(dict.fromkeys([*(t.group for t in trials), "prices"]), name, "group")
     deadline = time.perf_counter() + 60 * minutes
     missing = [t for t in trials if (t.group in groups if groups else not t.teacher) and (not seeds or t.seed in seeds)
                and not (out / t.file).exists()]
+    if not groups and any(t.group == "cifar100" for t in missing) and not _is_found("cifar100"):
+        print("CIFAR-100 is not found, so its trials are left out: supermix study --groups cifar100 downloads it.")
+        missing = [t for t in missing if t.group != "cifar100"]
     _run_all(missing, _Place(out, home, device), together, deadline)
     if device == "cpu" and (not groups or "prices" in groups) and time.perf_counter() < deadline:
         rows = _core_trials() + _budget_trials() + _half_batch_trials()

@@ -7,9 +7,11 @@ __all__ = ['throughput']
 
 # %% ../../nbs/23_experiments.throughput.ipynb #51ac18c5
 import json
+import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from torchvision import transforms
 from ..core import progress, write_atomic
 from ..data import ArrayImages, Images, Info, load_data
 from ..recipes import Training
-from ..training.loop import measure_bfloat16, train
+from ..training.loop import check_device, measure_bfloat16, train
 from ..zoo import create, multiply_adds
 
 # %% ../../nbs/23_experiments.throughput.ipynb #08975b08
@@ -52,7 +54,9 @@ def _plain_loop(network: nn.Module, images: Images,
     device = next(network.parameters()).device
     network.train()
     start = None
-    for x, y in DataLoader(_Pictures(images), recipe.batch_size, shuffle=True, num_workers=2):
+    fork = "fork" if sys.platform == "linux" else None  # from 3.14 on Python would start workers anew, which is slow
+    for x, y in DataLoader(_Pictures(images), recipe.batch_size, shuffle=True, num_workers=2,
+                           multiprocessing_context=fork):
         start = start or time.perf_counter()
         loss = F.cross_entropy(network(x.to(device)), y.to(device))
         optimiser.zero_grad()
@@ -131,13 +135,15 @@ def machine_facts(device: str | torch.device) -> dict[str, object]:
     card = {"device": torch.cuda.get_device_name(device), "driver": _driver_version()} if gpu else {}
     return {"device": _processor_name(), **card, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
+def given_command(function: Callable, name: str) -> str:  # the function that measures, and its command's name
+    "The command line of this process, for a file of results; called from Python, the function's name."
+    if sys.argv[1:2] == [name]: return shlex.join(["supermix", *sys.argv[1:]])
+    return f"{function.__module__}.{function.__qualname__}"
+
 def best_device(device: str | None = None) -> str:  # None: a GPU where there is one
-    "The device that is asked for; a ValueError where it is a GPU, and there is none."
-    if device is None: return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"Expected a GPU for --device {device}, and PyTorch {torch.__version__} finds none: "
-                         "take cpu, or look at what `nvidia-smi` says.")
-    return device
+    "The name of the device that is asked for; a ValueError if this machine has none of this name."
+    found = check_device(device)
+    return device or found.type
 
 # %% ../../nbs/23_experiments.throughput.ipynb #f80f5505
 def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int = 3840, rounds: int = 3,
@@ -157,7 +163,8 @@ def throughput(out: Path | None = None, data: str = "fashion_mnist", images: int
     speeds = {name: matmul_speed(getattr(torch, name), 8192 if gpu else 2048, device=device)
               for name in ("float32", "bfloat16")}
     result = _measure_throughput(source.train.subset(images), network, rounds=rounds, device=device)
-    facts = {"network": network, "batch": 128, "data": data, **machine_facts(device), "command": "supermix throughput"}
+    facts = {"network": network, "batch": 128, "data": data, **machine_facts(device),
+             "command": given_command(throughput, "throughput")}
     facts["a step in bfloat16, times as fast"] = measure_bfloat16(device)
     facts["ceiling, images/s"] = {name: _speed_bound(network, source.info, speed) for name, speed in speeds.items()}
     out = out or Path(f"results/throughput{'_gpu' if gpu else ''}.json")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,15 +38,17 @@ from PIL import Image
 from torch import nn
 
 from .. import zoo
-from ..core import evaluating, lookup, seeded, unwrapped, write_atomic
-from ..data import DATA_SETS, Data, FolderImages, Images, Info, evenly, load_data
+from ..core import evaluating, seeded, unwrapped, write_atomic
+from ..data import DATA_SETS, Data, FolderImages, Images, Info, evenly, load_data, load_folder
 from .draw import (BLUE, ORANGE, Scene, as_png, as_tile, draw_backdrop, draw_frame, make_scene, over,
                                    shorten)
 from .trace import Setting, Trace, share_out, steps, trace
 from ..mixing.masks import areas, masks_from_theta, mix, soft_labels
+from ..mixing.generate import _check_no_pictures
 from ..mixing.mixers import check_images
 from ..mixing.smoothing import gaussian_kernel, smooth
 from ..mixing.solver import SuperMix, classes_of, first_theta, objective, teacher_logits
+from ..recipes import Pictures
 
 # %% ../../nbs/72_explore.widget.ipynb #6a2f4d78
 _WORKERS = weakref.WeakSet()
@@ -131,60 +135,44 @@ def _namer(names, logits: int):  # number of a class -> text
 
 # %% ../../nbs/72_explore.widget.ipynb #db52d196
 _CIFAR = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)     # as the CRD benchmark's networks have them
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # as torchvision's have them
 
-def open_teacher(file: str | Path | None = None,  # weights: of `zoo.save`, the CRD benchmark, or timm; None: published
-                 network: str | None = None,      # the network of the weights, of the zoo or timm; None: as in the file
+def open_teacher(file: str | Path | None = None,  # weights, as `zoo.open_network` takes them; None: published ones
+                 network: str | None = None,      # the network of the weights, as for `zoo.create`; None: as in the file
+                 size: int | None = None,         # of the images, in pixels; None: the network's
                  ) -> nn.Module:                  # in evaluation mode; its `info` describes its images
-    "A teacher from a file of weights."
-    if file is not None and not Path(file).expanduser().is_file(): raise FileNotFoundError(f"There is no file {file}.")
+    "A teacher from a file of weights, or with published weights."
     if network is None and file is None: raise ValueError("Expected a teacher's file, a network's name, or both.")
-    path = None if file is None else Path(file).expanduser()
-    if path is not None and (network is None or path.suffix == ".safetensors" and network in zoo.names()):
-        teacher = zoo.load(path)
-        if network not in (None, teacher.name):
-            raise ValueError(f"{path} holds a {teacher.name}, but --network is {network}.")
-        return teacher
-    if network not in zoo.names(): return _timm_teacher(path, network)
-    published = network.startswith("imagenet_")
-    classes = None if path is None else _classes_in(path)
-    teacher = zoo.create(network, classes, weights="DEFAULT" if path is None else None)
-    if path is not None: zoo.load_crd(teacher, path)
-    mean, std = _IMAGENET if published else _CIFAR
-    teacher.info = Info(network, _imagenet_names(teacher.num_classes), teacher.size, mean, std,
-                        crop_pct=224 / 256 if published else 1.0)
+    teacher = zoo.open_network(file, network) if file is not None else _published(network)
+    crd = teacher.name in zoo.names() and not teacher.name.startswith("imagenet_")
+    if teacher.info is None:
+        mean, std = _CIFAR if crd else (None, None)
+        pictures = Pictures(mean=mean, std=std, classes=_imagenet_names(teacher.num_classes))
+        teacher.info = zoo.info_for(teacher, pictures)
+        if crd: teacher.info = replace(teacher.info, crop_pct=1.0)
+    if size is not None: teacher.info = replace(teacher.info, size=size)
     return teacher.eval().requires_grad_(False)
 
-def _classes_in(path: Path) -> int:
-    "The number of classes in a file of weights: the rows of its last matrix."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: raise ValueError(f"{path} is not a file of weights that can be read: {error}") from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    rows = [len(t) for t in state.values() if isinstance(t, torch.Tensor) and t.ndim == 2]
-    if not rows: raise ValueError(f"{path} holds no matrix of weights: expected a classifier's state.")
-    return rows[-1]
+def _published(network: str) -> nn.Module:
+    "A network with its published weights, which its library downloads."
+    name = zoo.full_name(network)
+    library, _, own = name.partition("/")
+    if not own: return zoo.create(name, weights="DEFAULT")
+    if library == "timm":
+        import timm
+        teacher = timm.create_model(own, pretrained=True)
+    else:
+        from torchvision import models
+        teacher = models.get_model(own, weights="DEFAULT")
+        teacher.num_classes = 1000
+    teacher.name = name
+    teacher.info = None
+    return teacher
 
 def _imagenet_names(classes: int) -> tuple[str, ...]:
     "The names of ImageNet's classes, if the number of classes fits."
     if classes != 1000: return ()
     from torchvision.models import ResNet34_Weights
     return tuple(ResNet34_Weights.DEFAULT.meta["categories"])
-
-def _timm_teacher(path: Path | None, network: str) -> nn.Module:
-    "One of timm's networks, with the weights of a file, or its published ones."
-    try: import timm
-    except ImportError: lookup(dict.fromkeys(zoo.names()), network, "network")
-    if not timm.is_model(network): lookup(dict.fromkeys([*zoo.names(), *timm.list_models()]), network, "network")
-    options = {"pretrained": True} if path is None else {}
-    if path is not None:
-        state = timm.models.load_state_dict(path)
-        options["num_classes"] = [len(t) for t in state.values() if t.ndim == 2][-1]
-    teacher = timm.create_model(network, **options).eval().requires_grad_(False)
-    if path is not None: teacher.load_state_dict(state)
-    view = timm.data.resolve_model_data_config(teacher)
-    teacher.info = Info(network, _imagenet_names(teacher.num_classes), view["input_size"][-1], view["mean"],
-                        view["std"], crop_pct=view["crop_pct"], interpolation=view["interpolation"])
-    return teacher
 
 # %% ../../nbs/72_explore.widget.ipynb #6ea8492b
 def _named_data(name: str | None) -> Data:  # None: CIFAR-100 if it is found, else Fashion-MNIST or digits
@@ -198,6 +186,13 @@ def _read_folder(folder: Path, info: Info) -> Images:
     files = [folder / name for name in zoo._image_files(folder)]
     places = sorted({file.parent for file in files})
     return FolderImages(info, files, torch.tensor([places.index(file.parent) for file in files]))
+
+def _folder_names(folder: Path) -> tuple[str, ...]:
+    "The names of the classes of a folder as `load_folder` takes it; none for another folder."
+    with suppress(ValueError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # files that are no images are not shown
+        return load_folder(folder).info.classes
+    return ()
 
 def _resolve(images, teacher, info: Info | None) -> tuple:  # as for `explore`; images, teacher and info, not None
     "Names and paths as data sets, folders of images, and teachers."
@@ -218,6 +213,7 @@ def _resolve(images, teacher, info: Info | None) -> tuple:  # as for `explore`; 
         info = info if info is not None else getattr(unwrapped(teacher), "info", None)
         if info is None: raise ValueError("The teacher does not say which images it expects: pass info=Info(name, "
                                           "classes, size, mean, std), or use open_teacher with a network's name.")
+        if not info.classes: info = replace(info, classes=_folder_names(folder))
         images = _read_folder(folder, info)
     return images, teacher, info
 
@@ -460,7 +456,6 @@ class _Panel(_Mirror):
     "A session that shows itself on a page."
     def show(self, n):
         c = self.controls
-        step = self.board.trace[n]
         board = self.board
         super().show(n)
         self.quiet.on = True
@@ -471,10 +466,13 @@ class _Panel(_Mirror):
                                                           else (n, "solving"))
         self.quiet.on = False
         self.put(n)
+
+    def put(self, n):
+        "Show the picture of iteration n, and its figures."
+        step = self.board.trace[n]
+        self.controls["picture"].value = _as_html(self.board, n)
         self.say(f"Iteration {n}: KL {step.kl[0]:.3f}, m(1−m) {step.sparsity[0]:.3f}, "
                  f"{'solved' if step.solved[0] else 'not solved'}.")
-
-    def put(self, n): self.controls["picture"].value = _as_html(self.board, n)
 
     def scrub(self, n: int):
         "Show iteration n."
@@ -558,9 +556,16 @@ def explore(images: Images | Data | torch.Tensor | str | Path | None = None,  # 
     return Explorer(images, teacher, info, names, count, seed, **setting)
 
 # %% ../../nbs/72_explore.widget.ipynb #f48535e4
-def write_notebook(path: Path, images: str | None, teacher: str | None, network: str | None) -> Path:
+def _sources(path: Path) -> list[str] | None:
+    "The cells' texts of a notebook; None if the file is not one."
+    try: return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
+    except (ValueError, KeyError, TypeError): return None
+
+def write_notebook(path: Path,  # a file with other cells is kept; then the next free name is taken: explore-2.ipynb
+                   images: str | None, teacher: str | None, network: str | None, size: int | None = None) -> Path:
     "A notebook whose one line of code is the explorer of a folder (or a data set) and a teacher."
-    known = f"open_teacher({teacher!r}, {network!r})" if network else repr(teacher)
+    sized = f", size={size}" * (size is not None)
+    known = f"open_teacher({teacher!r}, {network!r}{sized})" if network or sized else repr(teacher)
     arguments = ", ".join([repr(images)] * (images is not None or known != "None") + [known] * (known != "None"))
     texts = [("markdown", "# Explore\n\n*Run ▸ Run All Cells* shows the explorer. Click on two to five images, move a "
                           "slider, and scrub through the iterations. Chapter 72 has nine guided experiments."),
@@ -570,17 +575,23 @@ def write_notebook(path: Path, images: str | None, teacher: str | None, network:
              | ({"execution_count": None, "outputs": []} if kind == "code" else {}) for kind, text in texts]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    return write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    places = chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2)))
+    place = next(p for p in places if not p.exists() or _sources(p) == [text for _, text in texts])
+    return place if place.exists() else write_atomic(place, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
-def open_explorer(data: Path | str | None, teacher: Path | None, network: str | None, out: Path, browser: bool) -> None:
+def open_explorer(data: Path | str | None, teacher: Path | None, network: str | None, size: int | None, out: Path,
+                  browser: bool) -> None:
     "Check images and teacher, write a notebook and show it in JupyterLab until Ctrl-C."
     if find_spec("jupyterlab") is None or find_spec("ipywidgets") is None:
         raise ImportError("The explorer's page needs JupyterLab and ipywidgets: pip install 'supermix[explore]'")
     named = data is None or str(data) in DATA_SETS
     images = (None if data is None else str(data)) if named else str(Path(data).expanduser().resolve())
     file = None if teacher is None else str(Path(teacher).expanduser().resolve())
-    Session(images, open_teacher(file, network) if network else file)  # raise errors here, not on the page
-    notebook = write_notebook(out / "explore.ipynb", images, file, network)
+    if named: _check_no_pictures(Pictures(), size)
+    Session(images, open_teacher(file, network, size) if network or size else file)  # errors here, not on the page
+    notebook = write_notebook(out / "explore.ipynb", images, file, network, size)
+    if notebook.name != "explore.ipynb":
+        print(f"{out / 'explore.ipynb'} has other cells and stays as it is: this explorer is {notebook}.", flush=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -323,10 +323,3 @@ def command(recipe: Annotated[Generation, tyro.conf.arg(name="")] = Generation()
               f"made in {time.perf_counter() - start:.0f} s")
         print(f"{made['recipe']['slots']:,} slots, {made['recipe']['shard']:,} sets per shard, the teacher in "
               f"{'bfloat16' if made['recipe']['bfloat16'] else 'float32'}")
-
-# %% ../../nbs/36_mixing.generate.ipynb #1e93fb05
-def main() -> None:
-    "For `python -m supermix.generate` and torchrun."
-    try:
-        with interruptible(): tyro.cli(command, prog="supermix generate")
-    except (ValueError, OSError, ImportError) as error: sys.exit(f"supermix: {error}")

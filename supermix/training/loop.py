@@ -217,15 +217,25 @@ def world() -> tuple[int, int]:
     "This process's rank (from 0) and the number of processes that train together; (0, 1) for one process."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+# %% ../../nbs/22_training.loop.ipynb #2fe8e8a9
+def check_device(device: str | None = None,  # such as cpu or cuda:1; None: a GPU if there is one
+                 ) -> torch.device:
+    "A device of this machine; a ValueError if it has none of this name."
+    try: return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError("Expected a device that this machine has, such as cpu or cuda:0, "
+                         f"got {device!r}: {why}") from error
+
 # %% ../../nbs/22_training.loop.ipynb #2fe8e8aa
 def join(device: str | None = None,  # "cuda" or "cpu"; None: a GPU if there is one
          ) -> torch.device:          # the device of this process
     "The device to train on. Under torchrun, this process also joins the others."
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    local = os.environ.get("LOCAL_RANK")
+    if local and str(device or "cuda").startswith("cuda") and torch.cuda.is_available(): device = f"cuda:{local}"
+    device = check_device(device)
+    if local:
+        if device.type == "cuda": torch.cuda.set_device(device)
         if not dist.is_initialized(): dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -834,8 +844,8 @@ def make_teacher(data: str, out: Path = Path("out/teachers"), network: str = "re
         device: such as cpu or cuda:1; None: a GPU where there is one, and there bfloat16 where it is faster
         half: write the weights in 16 bits, half the size; the card's accuracy is that of the rounded weights
     """
-    recipe, source = lookup(TEACHERS, data, "teacher's data set"), load_data(data, root)
-    where = join(device)
+    recipe, where = lookup(TEACHERS, data, "teacher's data set"), join(device)
+    source = load_data(data, root)
     recipe = replace(QUICK if quick else recipe, compile=compile, bfloat16_if_faster=where.type == "cuda")
     name = data if network == "resnet20" else f"{data}_{network}"
     torch.manual_seed(recipe.seed)
