@@ -137,7 +137,7 @@ def _namer(names, logits: int):  # number of a class -> text
 _CIFAR = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)     # as the CRD benchmark's networks have them
 
 def open_teacher(file: str | Path | None = None,  # weights, as `zoo.open_network` takes them; None: published ones
-                 network: str | None = None,      # the network of the weights, as for `zoo.create`; None: as in the file
+                 network: str | None = None,      # of the weights, a name of `zoo.create`; None: as in the file
                  size: int | None = None,         # of the images, in pixels; None: the network's
                  ) -> nn.Module:                  # in evaluation mode; its `info` describes its images
     "A teacher from a file of weights, or with published weights."
