@@ -235,6 +235,7 @@ def test_telling_of_an_error_may_fail_too():
     assert not alive()
 
 
+@pytest.mark.slow
 def test_a_program_may_end_while_a_solve_runs():
     code = """
 from supermix import load_data, pretrained

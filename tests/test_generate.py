@@ -341,6 +341,7 @@ def test_which_shards_are_missing(counts, count, missing):
     assert _missing_shards(counts, count, 128) == missing
 
 
+@pytest.mark.slow
 def test_a_shard_too_many_is_let_go(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "store")
     manifest = json.loads((whole / "manifest.json").read_text())

@@ -216,6 +216,14 @@ def test_the_accuracies_in_the_text_are_those_of_the_study():
     assert f"{reached(ours):.1f} % test accuracy after 1,000 updates, against {reached(kd):.1f} % with plain" in README
     assert f"SuperMix + KD is {reached(ours) - reached(kd):.1f} points ahead of KD" in README
     assert "**more**" in compare_rows(ours, kd) and "**level**" in compare_rows(ours, double)
+    kd, ours, double = (groups["cifar100"][name] for name in ("KD", "SuperMix + KD", "KD, double updates"))
+    assert len(kd) == len(ours) == len(double) == 3 and "three seeds" in README
+    assert (ours[0]["trial"]["images"], ours[0]["trial"]["updates"]) == (10_000, 1580)
+    assert f"On CIFAR-100 it is {reached(ours):.1f} % against {reached(kd):.1f} %" in README
+    assert f"KD at twice the updates is ahead with {reached(double):.1f} %" in README
+    assert f"SuperMix + KD is {reached(ours) - reached(kd):.1f} points ahead of KD, and" in README
+    assert f"{reached(double) - reached(ours):.1f} points behind KD with double updates" in README
+    assert "**more**" in compare_rows(ours, kd) and "**less**" in compare_rows(ours, double)
     seeds = [len(groups["cifar100"][row]) for row in (*_MAIN_ROWS, "KD, double updates")]
     state = "has not been run" if not any(seeds) else "is not complete" if min(seeds) < 3 else ""
     said = re.findall(r"The study on CIFAR-100 (has not been run|is not complete)", README)
@@ -229,9 +237,11 @@ def test_the_charts_are_of_todays_results(pictures):
 
 
 def test_what_the_text_says_of_the_charts(pictures):
-    rows = pictures.accuracies()["Fashion-MNIST"]
-    alt = re.search(r"from the lowest: (.*?), and level with it KD with double updates\]", README)[1]
-    assert alt.split(", ") == sorted((row for row in rows if row != "KD, double updates"), key=lambda row: rows[row][0])
+    for name, end in (("Fashion-MNIST", "level with"), ("CIFAR-100", "ahead of")):
+        rows = pictures.accuracies()[name]
+        alt = re.search(rf"{name}, from the lowest: ([^;]*?), and {end} it KD with double updates[;\]]", README)[1]
+        listed = (row for row in rows if row != "KD, double updates")
+        assert alt.split(", ") == sorted(listed, key=lambda row: rows[row][0])
     for file in pictures.RACES:
         if (ROOT / "results" / file).is_file():
             report = _read_report(ROOT / "results" / file)
