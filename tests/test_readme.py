@@ -219,7 +219,7 @@ def test_the_accuracies_in_the_text_are_those_of_the_study():
     kd, ours, double = (groups["cifar100"][name] for name in ("KD", "SuperMix + KD", "KD, double updates"))
     assert len(kd) == len(ours) == len(double) == 3 and "three seeds" in README
     assert (ours[0]["trial"]["images"], ours[0]["trial"]["updates"]) == (10_000, 1580)
-    assert f"On CIFAR-100 it is {reached(ours):.1f} % against {reached(kd):.1f} %" in README
+    assert f"On CIFAR-100: {reached(ours):.1f} % against {reached(kd):.1f} %" in README
     assert f"KD at twice the updates is ahead with {reached(double):.1f} %" in README
     assert f"SuperMix + KD is {reached(ours) - reached(kd):.1f} points ahead of KD, and" in README
     assert f"{reached(double) - reached(ours):.1f} points behind KD with double updates" in README
